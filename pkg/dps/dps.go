@@ -1,0 +1,109 @@
+// Package dps holds the words of the Device Provisioning Service's wire: identifiers, JSON documents, API versions and
+// error codes. It has no behaviour beyond parsing and printing them; every other package speaks these types, so that an
+// enrollment in a bundle, in the store and on the wire is one and the same thing.
+//
+// The documents follow the device API (registration) and the service API (enrollments) of Azure IoT Hub DPS. Members are
+// left out when empty and never null, except where Azure itself answers null.
+package dps
+
+import (
+	"fmt"
+	"strings"
+	"time"
+)
+
+// MaxRegistrationID is the longest registration ID, and MaxCommonName the longest that fits a certificate's common name
+// (X.520, ub-common-name), in characters.
+const (
+	MaxRegistrationID = 128
+	MaxCommonName     = 64
+)
+
+// CheckRegistrationID says what keeps id from being a registration ID or an enrollment group ID: 1 to 128 letters, digits
+// and "-._:", the last of them a letter, a digit or "-". It returns nil for a good one.
+func CheckRegistrationID(id string) error {
+	if id == "" {
+		return fmt.Errorf("registration ID is empty")
+	}
+	if len(id) > MaxRegistrationID {
+		return fmt.Errorf("registration ID has %d characters, at most %d are allowed", len(id), MaxRegistrationID)
+	}
+	for i := 0; i < len(id); i++ {
+		if !idByte(id[i]) {
+			return fmt.Errorf("registration ID %q: character %d is not a letter, a digit or one of - . _ :", id, i+1)
+		}
+	}
+	if c := id[len(id)-1]; c == '.' || c == '_' || c == ':' {
+		return fmt.Errorf("registration ID %q ends in %q: the last character must be a letter, a digit or -", id, c)
+	}
+	return nil
+}
+
+func idByte(c byte) bool {
+	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || c == '-' || c == '.' || c == '_' || c == ':'
+}
+
+// Fold returns the form in which registration IDs, group IDs and ID scopes are compared and stored as keys: ASCII lower
+// case.
+func Fold(id string) string { return strings.ToLower(id) }
+
+// CheckIDScope says what keeps scope from being an ID scope: 1 to 32 letters and digits.
+func CheckIDScope(scope string) error {
+	if scope == "" || len(scope) > 32 {
+		return fmt.Errorf("ID scope %q: want 1 to 32 characters", scope)
+	}
+	for i := 0; i < len(scope); i++ {
+		c := scope[i]
+		if !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9') {
+			return fmt.Errorf("ID scope %q: character %d is not a letter or a digit", scope, i+1)
+		}
+	}
+	return nil
+}
+
+// DefaultGlobalEndpoint is where devices look for their registration service unless told otherwise.
+const DefaultGlobalEndpoint = "global.azure-devices-provisioning.net"
+
+// CheckAPIVersion accepts every value shaped YYYY-MM-DD with an optional "-preview": a device in the field cannot be
+// upgraded because its server is choosy.
+func CheckAPIVersion(v string) error {
+	date, rest := v, ""
+	if len(v) > 10 {
+		date, rest = v[:10], v[10:]
+	}
+	if _, err := time.Parse(time.DateOnly, date); err != nil || rest != "" && rest != "-preview" {
+		return fmt.Errorf("api-version %q is not of the form YYYY-MM-DD or YYYY-MM-DD-preview", v)
+	}
+	return nil
+}
+
+// AcceptsCSR reports whether a register request of this version may carry a certificate signing request.
+func AcceptsCSR(apiVersion string) bool {
+	return apiVersion == "2021-11-01-preview" || apiVersion >= "2025-07-01-preview"
+}
+
+// Time prints and parses the device API's timestamps: UTC, seven fractional digits, "Z".
+type Time struct{ time.Time }
+
+const timeLayout = "2006-01-02T15:04:05.0000000Z"
+
+// MarshalJSON implements json.Marshaler.
+func (t Time) MarshalJSON() ([]byte, error) {
+	return []byte(`"` + t.UTC().Format(timeLayout) + `"`), nil
+}
+
+// UnmarshalJSON implements json.Unmarshaler; it takes any RFC 3339 time.
+func (t *Time) UnmarshalJSON(b []byte) error {
+	if string(b) == "null" {
+		return nil
+	}
+	u, err := time.Parse(`"`+time.RFC3339Nano+`"`, string(b))
+	if err != nil {
+		return err
+	}
+	t.Time = u.UTC()
+	return nil
+}
+
+// String prints the time as MarshalJSON does, without quotes.
+func (t Time) String() string { return t.UTC().Format(timeLayout) }

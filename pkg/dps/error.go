@@ -1,0 +1,91 @@
+package dps
+
+import (
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// A Code is the wire's six-digit error code: the HTTP status times a thousand, plus a detail.
+type Code int
+
+// The codes in use. Where Azure's own is not known the value follows its pattern.
+const (
+	CodeBadRequest        Code = 400000
+	CodeInvalidArgument   Code = 400004
+	CodeBadCSR            Code = 400012
+	CodeNoHub             Code = 400208
+	CodeHubRefused        Code = 400209
+	CodeUnauthorized      Code = 401002
+	CodeNotFound          Code = 404000
+	CodeNoEnrollment      Code = 404201
+	CodeNoGroup           Code = 404202
+	CodeMethodNotAllowed  Code = 405000
+	CodeEnrollmentExists  Code = 409201
+	CodeGroupExists       Code = 409202
+	CodeETagMismatch      Code = 412001
+	CodeTooLarge          Code = 413000
+	CodeUnsupportedMedia  Code = 415000
+	CodeThrottled         Code = 429001
+	CodeInternal          Code = 500000
+	CodeServiceOverloaded Code = 503000
+)
+
+// Status returns the HTTP status of the code.
+func (c Code) Status() int { return int(c) / 1000 }
+
+// An Error is what a caller may see of a failure: code, tracking ID and a safe message. Its cause goes to the log, under
+// the same tracking ID, and is never sent.
+type Error struct {
+	Code       Code
+	TrackingID string // a UUID
+	Message    string
+	Time       time.Time
+	Cause      error
+}
+
+// NewError makes an error with a fresh tracking ID. The cause may be nil.
+func NewError(code Code, message string, cause error) *Error {
+	return &Error{Code: code, TrackingID: NewUUID(), Message: message, Time: time.Now(), Cause: cause}
+}
+
+// AsError returns err as an *Error; anything that is not one becomes "Internal error" with err as its cause.
+func AsError(err error) *Error {
+	var e *Error
+	if errors.As(err, &e) {
+		return e
+	}
+	return NewError(CodeInternal, "Internal error", err)
+}
+
+// Error returns the safe text followed by the cause; it is for logs.
+func (e *Error) Error() string {
+	if e.Cause != nil {
+		return fmt.Sprintf("%d %s: %v", int(e.Code), e.Message, e.Cause)
+	}
+	return fmt.Sprintf("%d %s", int(e.Code), e.Message)
+}
+
+// Unwrap returns the cause.
+func (e *Error) Unwrap() error { return e.Cause }
+
+// MarshalJSON renders the wire's error document, without the cause.
+func (e *Error) MarshalJSON() ([]byte, error) {
+	return json.Marshal(struct {
+		ErrorCode  Code   `json:"errorCode"`
+		TrackingID string `json:"trackingId"`
+		Message    string `json:"message"`
+		Timestamp  Time   `json:"timestampUtc"`
+	}{e.Code, e.TrackingID, e.Message, Time{e.Time}})
+}
+
+// NewUUID returns a random UUID (RFC 9562, version 4) in lower-case text.
+func NewUUID() string {
+	var b [16]byte
+	_, _ = rand.Read(b[:]) // crypto/rand.Read never fails
+	b[6] = b[6]&0x0f | 0x40
+	b[8] = b[8]&0x3f | 0x80
+	return fmt.Sprintf("%x-%x-%x-%x-%x", b[0:4], b[4:6], b[6:8], b[8:10], b[10:])
+}
