@@ -1,0 +1,59 @@
+// Package bundle writes, opens and verifies the one file that leaves the factory.
+package bundle
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/touchmark/touchmark/pkg/dps"
+)
+
+// An Entry is one thing that the service should know: an individual enrollment, an enrollment group, or a device that
+// comes in by a group. Exactly one of Individual, Group and Device is set.
+//
+// Enrollments stand in the wire form of the service API, without the members that the service itself makes (etag,
+// timestamps, registrationState). On disk an individual symmetric-key enrollment has its attestation type only: the
+// keys travel sealed, and Open puts them back when it is given the identity that they were sealed to.
+type Entry struct {
+	// Serial is the device's serial; empty for groups.
+	Serial     string                    `json:"serial,omitempty"`
+	Individual *dps.IndividualEnrollment `json:"individual,omitempty"`
+	Group      *dps.EnrollmentGroup      `json:"group,omitempty"`
+	Device     *GroupDevice              `json:"device,omitempty"`
+}
+
+// A GroupDevice names a device that an enrollment group admits. It grants nothing by itself.
+type GroupDevice struct {
+	RegistrationID string `json:"registrationId"`
+	Group          string `json:"group"`
+	// KeyHash is the lower-case hex SHA-256 of the device's public key (SubjectPublicKeyInfo), where it has one.
+	KeyHash string `json:"keyHash,omitempty"`
+}
+
+// Check says what keeps e from being an entry.
+func (e *Entry) Check() error {
+	switch {
+	case e.Individual != nil && e.Group == nil && e.Device == nil:
+		if err := dps.CheckRegistrationID(e.Individual.RegistrationID); err != nil {
+			return err
+		}
+		if err := e.Individual.Attestation.Check(); err != nil {
+			return fmt.Errorf("enrollment %q: %w", e.Individual.RegistrationID, err)
+		}
+		return nil
+	case e.Group != nil && e.Individual == nil && e.Device == nil:
+		if err := dps.CheckRegistrationID(e.Group.EnrollmentGroupID); err != nil {
+			return fmt.Errorf("enrollment group: %w", err)
+		}
+		if err := e.Group.Attestation.Check(); err != nil {
+			return fmt.Errorf("enrollment group %q: %w", e.Group.EnrollmentGroupID, err)
+		}
+		return nil
+	case e.Device != nil && e.Individual == nil && e.Group == nil:
+		if err := dps.CheckRegistrationID(e.Device.RegistrationID); err != nil {
+			return err
+		}
+		return dps.CheckRegistrationID(e.Device.Group)
+	}
+	return errors.New("entry must hold exactly one of individual, group and device")
+}
