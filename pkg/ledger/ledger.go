@@ -1,0 +1,842 @@
+// Package ledger is the station's journal: what was begun, what exists, what left the factory, each step durable before
+// the next outside effect, and none of it changeable unnoticed.
+//
+// A [Ledger] is two things that move together in one transaction: a table of units, whose unique indexes hold the
+// invariants (a serial has one living identity, a registration ID one unit, a key one device for ever), and an append-only
+// Merkle log (RFC 6962 hashing, golang.org/x/mod/sumdb/tlog) of every step. Each commit closes with a checkpoint signed by
+// the station key. [Ledger.Verify] replays the log against the table and the checkpoint, so a changed octet in either is
+// found.
+//
+// The states of a unit promise:
+//
+//	begun     serial, registration ID and key are decided, and what will be signed is written down
+//	minted    the identity exists; its certificate, if it has one, is in the log
+//	stamped   the device's storage was written
+//	verified  and read back; the identity is good
+//	sealed    a bundle that holds it is durable on disk
+//	voided    the identity was given up; the serial is free, the key is not
+//
+// Callers pass slices of [Event]; one call of [Ledger.Commit] is one transaction with one flush to disk, so a caller with
+// many units commits them in groups. Secrets never enter a ledger.
+//
+// One process at a time may write a ledger, which a lock on the file beside it sees to; any number may read it meanwhile.
+// A Ledger may be used by many goroutines; commits queue.
+package ledger
+
+import (
+	"context"
+	"crypto"
+	"database/sql"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/mod/sumdb/note"
+	"golang.org/x/mod/sumdb/tlog"
+	"modernc.org/sqlite" // also registers the driver
+	sqlite3 "modernc.org/sqlite/lib"
+
+	"github.com/touchmark/touchmark/pkg/dps"
+)
+
+// Errors that callers branch on.
+var (
+	// ErrLocked says that another process is writing this ledger.
+	ErrLocked = errors.New("ledger is in use by another process")
+	// ErrClock says that the clock stands before the ledger's last entry.
+	ErrClock = errors.New("clock is behind the ledger")
+	// ErrDamaged says that the ledger does not verify.
+	ErrDamaged = errors.New("ledger is damaged")
+	// ErrFull says that the disk under the ledger has no room left. What was committed before is safe.
+	ErrFull = errors.New("disk is full")
+)
+
+// A DuplicateError says that a serial, a registration ID or a key is taken, and by which unit.
+type DuplicateError struct {
+	Field string // "serial", "registration ID" or "key"
+	Value string
+	Unit  Unit // the one that has it
+	Job   Job  // the job that made it
+}
+
+// Error tells where and when the value was first made.
+func (e *DuplicateError) Error() string {
+	return fmt.Sprintf("%s %s was first made on %s with profile %s (serial %s, %s)", e.Field, e.Value,
+		e.Unit.At.UTC().Format(time.RFC3339), e.Job.Profile, e.Unit.Serial, e.Unit.State)
+}
+
+// Config says where a ledger is and who signs it.
+type Config struct {
+	// Path of the database file. The lock file stands beside it.
+	Path string
+	// Origin names the log in its checkpoints, for instance "touchmark/line-3". No spaces, no "+", at most 200 characters.
+	Origin string
+	// Signer is the station key.
+	Signer crypto.Signer
+	// Now tells the time; nil means time.Now.
+	Now func() time.Time
+}
+
+// maxDrift is how far the clock may step back (a time service correcting it) before work stops. Entries never go back:
+// inside the drift they repeat the last time.
+const maxDrift = 2 * time.Second
+
+// A Ledger is an open journal.
+type Ledger struct {
+	cfg    Config
+	db     *sql.DB
+	lock   *os.File
+	signer *noteKey
+
+	mu       sync.Mutex // serializes commits; guards the fields below
+	size     int64      // leaves in the log
+	lastTime time.Time
+	nextUnit int64
+	frontier map[int64]tlog.Hash // stored-hash index → hash, of the complete subtrees on the right edge
+	broken   error               // set when memory and disk may disagree: reopen
+}
+
+// A Unit is one identity.
+type Unit struct {
+	ID             int64     `json:"unit"`
+	Serial         string    `json:"serial"`
+	RegistrationID string    `json:"registrationId"`
+	KeyHash        []byte    `json:"-"`
+	State          State     `json:"state"`
+	Job            int64     `json:"job"`
+	At             time.Time `json:"at"`
+	// Leaf is the index of the log entry that holds Data, the last one that had some.
+	Leaf int64 `json:"entry"`
+	// Data is that entry's data: a certificate plan while begun, the certificate once minted.
+	Data []byte `json:"-"`
+}
+
+// A Job is one list of serials minted with one profile.
+type Job struct {
+	ID      int64     `json:"job"`
+	Digest  []byte    `json:"-"` // SHA-256 over what makes the job this job
+	Profile string    `json:"profile"`
+	Out     string    `json:"out,omitempty"` // where stamps go
+	Started time.Time `json:"started"`
+}
+
+const schema = `
+CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL);
+CREATE TABLE jobs (
+	id INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, profile TEXT NOT NULL, out TEXT NOT NULL, started INTEGER NOT NULL);
+CREATE TABLE units (
+	id INTEGER PRIMARY KEY,
+	serial TEXT NOT NULL UNIQUE,
+	registration_id TEXT NOT NULL UNIQUE, -- folded
+	key_hash BLOB UNIQUE,
+	spelling TEXT,                        -- the registration ID as given, where folding changed it
+	state INTEGER NOT NULL,
+	job INTEGER NOT NULL,
+	at INTEGER NOT NULL,
+	leaf INTEGER NOT NULL);
+CREATE TABLE voided (key_hash BLOB PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE log (
+	first INTEGER PRIMARY KEY,       -- index of the row's first leaf
+	first_hash INTEGER NOT NULL UNIQUE, -- tlog stored-hash index of the row's first hash
+	count INTEGER NOT NULL,
+	leaves BLOB NOT NULL,            -- each with its length before it
+	hashes BLOB NOT NULL);
+CREATE TABLE checkpoint (one INTEGER PRIMARY KEY CHECK (one = 1), size INTEGER NOT NULL, note TEXT NOT NULL);
+`
+
+func (c *Config) check() error {
+	if c.Origin == "" || len(c.Origin) > 200 || strings.ContainsAny(c.Origin, " +\n") {
+		return fmt.Errorf("ledger origin %q: want 1 to 200 characters without spaces or +", c.Origin)
+	}
+	if c.Signer == nil {
+		return errors.New("ledger needs a station key")
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	return nil
+}
+
+func open(path string, readOnly bool) (*sql.DB, error) {
+	// synchronous=FULL with a write-ahead log: one flush per commit, and what was committed survives power loss.
+	dsn := "file:" + (&pathEscaper).Replace(path) + "?_pragma=busy_timeout(10000)&_pragma=synchronous(FULL)"
+	if readOnly {
+		dsn += "&mode=ro"
+	} else {
+		dsn += "&_pragma=journal_mode(WAL)&_txlock=immediate"
+	}
+	db, err := sql.Open("sqlite", dsn)
+	if err != nil {
+		return nil, err
+	}
+	db.SetMaxOpenConns(1)
+	return db, nil
+}
+
+var pathEscaper = *strings.NewReplacer("%", "%25", "?", "%3f", "#", "%23")
+
+// Create makes an empty ledger. The file must not be there yet.
+func Create(ctx context.Context, cfg Config) (err error) {
+	if err := cfg.check(); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(cfg.Path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("creating ledger: %w", err)
+	}
+	if err := f.Close(); err != nil {
+		return err
+	}
+	db, err := open(cfg.Path, false)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, db.Close()) }()
+	if _, err := db.ExecContext(ctx, schema); err != nil {
+		return fmt.Errorf("creating ledger %s: %w", cfg.Path, err)
+	}
+	_, err = db.ExecContext(ctx, `INSERT INTO meta VALUES ('version', '1'), ('origin', $1)`, cfg.Origin)
+	return err
+}
+
+// Open opens a ledger for writing and holds its lock until Close. The error is ErrLocked while another process has it.
+func Open(ctx context.Context, cfg Config) (*Ledger, error) {
+	if err := cfg.check(); err != nil {
+		return nil, err
+	}
+	if _, err := os.Stat(cfg.Path); err != nil {
+		return nil, fmt.Errorf("opening ledger: %w", err)
+	}
+	lock, err := lockFile(cfg.Path + ".lock")
+	if err != nil {
+		return nil, fmt.Errorf("opening ledger %s: %w", cfg.Path, err)
+	}
+	l := &Ledger{cfg: cfg, lock: lock}
+	if l.db, err = open(cfg.Path, false); err == nil {
+		err = l.load(ctx)
+	}
+	if err == nil {
+		l.signer, err = newSigner(cfg.Origin, cfg.Signer)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("opening ledger %s: %w", cfg.Path, err), l.Close())
+	}
+	return l, nil
+}
+
+// View opens a ledger for reading beside whoever writes it.
+func View(ctx context.Context, path string) (*Ledger, error) {
+	if _, err := os.Stat(path); err != nil {
+		return nil, fmt.Errorf("opening ledger: %w", err)
+	}
+	db, err := open(path, true)
+	if err != nil {
+		return nil, err
+	}
+	l := &Ledger{cfg: Config{Path: path, Now: time.Now}, db: db, broken: errors.New("ledger is open for reading only")}
+	if err := l.db.QueryRowContext(ctx, `SELECT CAST(value AS TEXT) FROM meta WHERE name = 'origin'`).Scan(&l.cfg.Origin); err != nil {
+		return nil, errors.Join(fmt.Errorf("opening ledger %s: %w", path, err), db.Close())
+	}
+	return l, nil
+}
+
+// Close closes the ledger and gives its lock back. Everything committed is on disk already.
+func (l *Ledger) Close() error {
+	var errs []error
+	if l.db != nil {
+		errs = append(errs, l.db.Close())
+	}
+	if l.lock != nil {
+		errs = append(errs, l.lock.Close()) // closing the file unlocks it
+	}
+	return errors.Join(errs...)
+}
+
+// Path returns the ledger's file.
+func (l *Ledger) Path() string { return l.cfg.Path }
+
+// load reads the right edge of the log and the last unit ID into memory.
+func (l *Ledger) load(ctx context.Context) error {
+	var version, origin string
+	if err := l.db.QueryRowContext(ctx, `SELECT CAST(value AS TEXT) FROM meta WHERE name = 'version'`).Scan(&version); err != nil {
+		return err
+	}
+	if version != "1" {
+		return fmt.Errorf("ledger format %q is not known to this version of touchmark", version)
+	}
+	if err := l.db.QueryRowContext(ctx, `SELECT CAST(value AS TEXT) FROM meta WHERE name = 'origin'`).Scan(&origin); err != nil {
+		return err
+	}
+	if origin != l.cfg.Origin {
+		return fmt.Errorf("%w: it belongs to %q, not to %q", ErrDamaged, origin, l.cfg.Origin)
+	}
+	var first, count int64
+	var leaves []byte
+	err := l.db.QueryRowContext(ctx, `SELECT first, count, leaves FROM log ORDER BY first DESC LIMIT 1`).Scan(&first, &count, &leaves)
+	switch {
+	case errors.Is(err, sql.ErrNoRows):
+	case err != nil:
+		return err
+	default:
+		l.size = first + count
+		err := eachLeaf(leaves, func(b []byte) error {
+			f, err := parseLeaf(b)
+			l.lastTime = f.at
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("%w: last entries: %v", ErrDamaged, err)
+		}
+	}
+	if err := l.db.QueryRowContext(ctx, `SELECT coalesce(max(id), 0) + 1 FROM units`).Scan(&l.nextUnit); err != nil {
+		return err
+	}
+	// A voided unit's row is gone, but its ID is never given out again: the highest one is also in meta.
+	var top int64
+	err = l.db.QueryRowContext(ctx, `SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'units'`).Scan(&top)
+	if err == nil {
+		l.nextUnit = max(l.nextUnit, top)
+	} else if !errors.Is(err, sql.ErrNoRows) {
+		return err
+	}
+	l.frontier = make(map[int64]tlog.Hash)
+	for _, idx := range frontierIndexes(l.size) {
+		h, err := l.storedHash(ctx, idx)
+		if err != nil {
+			return err
+		}
+		l.frontier[idx] = h
+	}
+	return nil
+}
+
+// frontierIndexes returns the stored-hash indexes of the complete subtrees that make up a tree of that size.
+func frontierIndexes(size int64) []int64 {
+	var idx []int64
+	for level := 0; size>>level > 0; level++ {
+		if size>>level&1 == 1 {
+			idx = append(idx, tlog.StoredHashIndex(level, size>>level-1))
+		}
+	}
+	return idx
+}
+
+func (l *Ledger) storedHash(ctx context.Context, idx int64) (tlog.Hash, error) {
+	var h tlog.Hash
+	var first int64
+	var hashes []byte
+	err := l.db.QueryRowContext(ctx, `SELECT first_hash, hashes FROM log WHERE first_hash <= $1 ORDER BY first_hash DESC LIMIT 1`, idx).Scan(&first, &hashes)
+	if err != nil {
+		return h, fmt.Errorf("%w: hash %d: %v", ErrDamaged, idx, err)
+	}
+	off := (idx - first) * tlog.HashSize
+	if off+tlog.HashSize > int64(len(hashes)) {
+		return h, fmt.Errorf("%w: hash %d is missing", ErrDamaged, idx)
+	}
+	copy(h[:], hashes[off:])
+	return h, nil
+}
+
+func eachLeaf(b []byte, f func([]byte) error) error {
+	for len(b) > 0 {
+		n, k := binary.Uvarint(b)
+		if k <= 0 || n > maxLeaf || n > uint64(len(b)-k) {
+			return errLeaf
+		}
+		if err := f(b[k : k+int(n)]); err != nil {
+			return err
+		}
+		b = b[k+int(n):]
+	}
+	return nil
+}
+
+// now returns the journal's time: the clock, never before the last entry.
+func (l *Ledger) now() (time.Time, error) {
+	t := l.cfg.Now().UTC().Truncate(time.Millisecond)
+	if behind := l.lastTime.Sub(t); behind > 0 {
+		if behind > maxDrift {
+			return t, fmt.Errorf("%w: it shows %s, the last entry was made at %s: set the clock", ErrClock,
+				t.Format(time.RFC3339), l.lastTime.Format(time.RFC3339))
+		}
+		t = l.lastTime
+	}
+	return t, nil
+}
+
+// CheckClock returns ErrClock when the clock stands before the last entry. Callers ask before they start work; Commit asks
+// again.
+func (l *Ledger) CheckClock() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	_, err := l.now()
+	return err
+}
+
+// tx is one commit being built: the leaves and hashes that it adds.
+type tx struct {
+	*sql.Tx
+	l         *Ledger
+	at        time.Time
+	first     int64
+	count     int64
+	leaves    []byte
+	hashes    []byte
+	newHashes map[int64]tlog.Hash
+	buf       []byte
+}
+
+// ReadHashes implements tlog.HashReader over the right edge.
+func (t *tx) ReadHashes(indexes []int64) ([]tlog.Hash, error) {
+	out := make([]tlog.Hash, len(indexes))
+	for i, idx := range indexes {
+		h, ok := t.newHashes[idx]
+		if !ok {
+			if h, ok = t.l.frontier[idx]; !ok {
+				return nil, fmt.Errorf("%w: hash %d is not on the right edge", ErrDamaged, idx)
+			}
+		}
+		out[i] = h
+	}
+	return out, nil
+}
+
+// add appends a leaf and returns its index.
+func (t *tx) add(f leaf) (int64, error) {
+	f.at = t.at
+	if len(f.serial) > maxText || len(f.registrationID) > maxText || len(f.data) > maxData {
+		return 0, fmt.Errorf("ledger entry for serial %.40q is too long", f.serial)
+	}
+	t.buf = f.append(t.buf[:0])
+	idx, err := t.addRaw(t.buf)
+	if err != nil {
+		return 0, err
+	}
+	t.leaves = appendBytes(t.leaves, t.buf)
+	return idx, nil
+}
+
+// update runs f in one transaction and closes it with the log row and a fresh checkpoint. The transaction is the only
+// thing that makes a step durable: SQLite's write-ahead log is flushed at COMMIT, before update returns. When it fails
+// nothing of the step is there, and the same call may be made again.
+func (l *Ledger) update(ctx context.Context, f func(*tx) error) error {
+	if l.broken != nil {
+		return l.broken
+	}
+	at, err := l.now()
+	if err != nil {
+		return err
+	}
+	stx, err := l.db.BeginTx(ctx, nil)
+	if err != nil {
+		return full(err)
+	}
+	t := &tx{Tx: stx, l: l, at: at, first: l.size, newHashes: make(map[int64]tlog.Hash)}
+	nextUnit := l.nextUnit
+	if err = f(t); err == nil {
+		err = t.close(ctx)
+	}
+	if err != nil {
+		l.nextUnit = nextUnit
+		return errors.Join(full(err), rollback(stx))
+	}
+	if err := stx.Commit(); err != nil {
+		// Whether it took effect is not known here; the next Open reads the truth from disk.
+		l.broken = fmt.Errorf("ledger must be opened again after a failed commit: %w", full(err))
+		return l.broken
+	}
+	l.size, l.lastTime = t.first+t.count, at
+	edge := make(map[int64]tlog.Hash)
+	for _, idx := range frontierIndexes(l.size) {
+		if h, ok := t.newHashes[idx]; ok {
+			edge[idx] = h
+		} else {
+			edge[idx] = l.frontier[idx]
+		}
+	}
+	l.frontier = edge
+	return nil
+}
+
+func rollback(stx *sql.Tx) error {
+	if err := stx.Rollback(); err != nil && !errors.Is(err, sql.ErrTxDone) {
+		return err
+	}
+	return nil
+}
+
+func (t *tx) close(ctx context.Context) error {
+	if t.count == 0 {
+		return nil
+	}
+	size := t.first + t.count
+	if _, err := t.ExecContext(ctx, `INSERT INTO log (first, first_hash, count, leaves, hashes) VALUES ($1, $2, $3, $4, $5)`,
+		t.first, tlog.StoredHashIndex(0, t.first), t.count, t.leaves, t.hashes); err != nil {
+		return err
+	}
+	if _, err := t.ExecContext(ctx, `INSERT INTO meta (name, value) VALUES ('units', $1) ON CONFLICT (name) DO UPDATE SET value = excluded.value`,
+		t.l.nextUnit); err != nil {
+		return err
+	}
+	root, err := tlog.TreeHash(size, t)
+	if err != nil {
+		return err
+	}
+	signed, err := note.Sign(&note.Note{Text: checkpointText(t.l.cfg.Origin, size, root)}, t.l.signer)
+	if err != nil {
+		return fmt.Errorf("signing the checkpoint with the station key: %w", err)
+	}
+	_, err = t.ExecContext(ctx, `INSERT INTO checkpoint (one, size, note) VALUES (1, $1, $2)
+		ON CONFLICT (one) DO UPDATE SET size = excluded.size, note = excluded.note`, size, string(signed))
+	return err
+}
+
+// full marks SQLite's answers to a full disk, and leaves the rest as they are.
+func full(err error) error {
+	var se *sqlite.Error
+	if errors.As(err, &se) {
+		switch se.Code() & 0xff {
+		case sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR:
+			if se.Code()&0xff == sqlite3.SQLITE_FULL || strings.Contains(se.Error(), "no space") {
+				return fmt.Errorf("%w: %w", ErrFull, err)
+			}
+		}
+	}
+	return err
+}
+
+// BeginJob records a job, or finds the one of that digest. A job found again keeps what it was recorded with.
+func (l *Ledger) BeginJob(ctx context.Context, j Job) (_ Job, resumed bool, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	found, err := l.jobWhere(ctx, `digest = $1`, j.Digest)
+	if err == nil {
+		return found, true, nil
+	}
+	if !errors.Is(err, sql.ErrNoRows) {
+		return j, false, err
+	}
+	err = l.update(ctx, func(t *tx) error {
+		j.Started = t.at
+		if err := t.QueryRowContext(ctx, `INSERT INTO jobs (digest, profile, out, started) VALUES ($1, $2, $3, $4) RETURNING id`,
+			j.Digest, j.Profile, j.Out, t.at.UnixMilli()).Scan(&j.ID); err != nil {
+			return err
+		}
+		_, err := t.add(leaf{state: jobBegun, job: j.ID, serial: clip(j.Profile), keyHash: j.Digest, data: []byte(j.Out)})
+		return err
+	})
+	return j, false, err
+}
+
+func clip(s string) string {
+	if len(s) > maxText {
+		return s[:maxText]
+	}
+	return s
+}
+
+func (l *Ledger) jobWhere(ctx context.Context, where string, arg any) (Job, error) {
+	var j Job
+	var started int64
+	err := l.db.QueryRowContext(ctx, `SELECT id, digest, profile, out, started FROM jobs WHERE `+where, arg).
+		Scan(&j.ID, &j.Digest, &j.Profile, &j.Out, &started)
+	j.Started = time.UnixMilli(started).UTC()
+	return j, err
+}
+
+// Commit takes every event or none, durably, and fills in the IDs of new units. A serial, registration ID or key that is
+// taken is a *DuplicateError; a unit that is not in the state before the one asked for is an error too.
+func (l *Ledger) Commit(ctx context.Context, events []Event) error {
+	if len(events) == 0 {
+		return nil
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var made []int
+	err := l.update(ctx, func(t *tx) error {
+		made = made[:0]
+		for i := 0; i < len(events); {
+			n := run(events[i:])
+			var err error
+			switch {
+			case events[i].Unit == 0:
+				err = t.insert(ctx, events[i:i+n])
+				for k := i; k < i+n; k++ {
+					made = append(made, k)
+				}
+			case events[i].State == Voided:
+				err = t.void(ctx, events[i])
+			default:
+				err = t.advance(ctx, events[i:i+n])
+			}
+			if err != nil {
+				return err
+			}
+			i += n
+		}
+		return nil
+	})
+	if err != nil {
+		for _, k := range made {
+			events[k].Unit = 0
+		}
+		return l.explain(ctx, err, events)
+	}
+	return nil
+}
+
+// maxRun bounds how many rows one INSERT carries: seven values each, below SQLite's limit on parameters.
+const maxRun = 200
+
+// run returns how many events at the head of the slice make one statement: new units, or units with rising IDs that enter
+// the same state, all with data or all without.
+func run(events []Event) int {
+	e := &events[0]
+	if e.State == Voided {
+		return 1
+	}
+	n := 1
+	for n < len(events) {
+		f := &events[n]
+		if f.State != e.State || (f.Unit == 0) != (e.Unit == 0) || e.Unit == 0 && n == maxRun ||
+			e.Unit != 0 && (f.Unit != e.Unit+int64(n) || (f.Data == nil) != (e.Data == nil) || (f.KeyHash == nil) != (e.KeyHash == nil)) {
+			break
+		}
+		n++
+	}
+	return n
+}
+
+const insertColumns = `INSERT INTO units (id, serial, registration_id, key_hash, spelling, state, job, at, leaf) VALUES `
+
+// insertRows caches the text of INSERT statements by number of rows.
+var insertRows sync.Map
+
+func insertSQL(n int) string {
+	if s, ok := insertRows.Load(n); ok {
+		return s.(string)
+	}
+	var b strings.Builder
+	b.WriteString(insertColumns)
+	for i := range n {
+		if i > 0 {
+			b.WriteByte(',')
+		}
+		b.WriteString("(?,?,?,?,?,?,?,?,?)")
+	}
+	insertRows.Store(n, b.String())
+	return b.String()
+}
+
+func (t *tx) insert(ctx context.Context, events []Event) error {
+	args := make([]any, 0, 9*len(events))
+	for i := range events {
+		e := &events[i]
+		if e.State != Begun && e.State != Minted {
+			return fmt.Errorf("a new unit cannot be %s", e.State)
+		}
+		if e.Serial == "" || e.RegistrationID == "" {
+			return errors.New("a new unit needs a serial and a registration ID")
+		}
+		if e.State == Minted && len(e.KeyHash) != 32 {
+			return errors.New("a minted unit needs a key")
+		}
+		e.Unit = t.l.nextUnit
+		t.l.nextUnit++
+		idx, err := t.add(leaf{state: e.State, job: e.Job, unit: e.Unit, count: 1, serial: e.Serial,
+			registrationID: e.RegistrationID, keyHash: e.KeyHash, data: e.Data})
+		if err != nil {
+			return err
+		}
+		var hash, spelling any
+		if e.KeyHash != nil {
+			hash = e.KeyHash
+		}
+		folded := dps.Fold(e.RegistrationID)
+		if folded != e.RegistrationID {
+			spelling = e.RegistrationID
+		}
+		args = append(args, e.Unit, e.Serial, folded, hash, spelling, int64(e.State), e.Job, t.at.UnixMilli(), idx)
+	}
+	if err := t.neverVoided(ctx, events); err != nil {
+		return err
+	}
+	_, err := t.ExecContext(ctx, insertSQL(len(events)), args...)
+	return err
+}
+
+// neverVoided refuses keys that a voided unit had. There are few of those, mostly none.
+func (t *tx) neverVoided(ctx context.Context, events []Event) error {
+	var any int
+	if err := t.QueryRowContext(ctx, `SELECT EXISTS (SELECT 1 FROM voided)`).Scan(&any); err != nil || any == 0 {
+		return err
+	}
+	for i := range events {
+		if events[i].KeyHash == nil {
+			continue
+		}
+		var hit int
+		if err := t.QueryRowContext(ctx, `SELECT EXISTS (SELECT 1 FROM voided WHERE key_hash = $1)`, events[i].KeyHash).Scan(&hit); err != nil {
+			return err
+		}
+		if hit != 0 {
+			return fmt.Errorf("serial %s: its key belonged to a voided unit and must not be used again", events[i].Serial)
+		}
+	}
+	return nil
+}
+
+// before lists the states that a unit may enter a state from.
+var before = map[State][]State{
+	Minted:   {Begun},
+	Stamped:  {Minted},
+	Verified: {Minted, Stamped},
+	Sealed:   {Minted, Verified, Sealed},
+}
+
+// advance moves units with consecutive IDs to one state. With data each has a leaf of its own; without, one leaf speaks
+// for the whole run.
+func (t *tx) advance(ctx context.Context, events []Event) error {
+	e, n := &events[0], int64(len(events))
+	from, ok := before[e.State]
+	if !ok {
+		return fmt.Errorf("a unit cannot be moved to %s", e.State)
+	}
+	ranged := e.Data == nil && e.KeyHash == nil || e.State == Sealed
+	first := int64(-1)
+	if ranged {
+		if _, err := t.add(leaf{state: e.State, unit: e.Unit, count: n, data: e.Data}); err != nil {
+			return err
+		}
+	} else {
+		for i := range events {
+			f := &events[i]
+			idx, err := t.add(leaf{state: f.State, unit: f.Unit, count: 1, serial: f.Serial,
+				registrationID: f.RegistrationID, keyHash: f.KeyHash, data: f.Data})
+			if err != nil {
+				return err
+			}
+			if i == 0 {
+				first = idx
+			}
+		}
+	}
+	set, args := `state = $1`, []any{int64(e.State), e.Unit, e.Unit + n - 1, int64(from[0]), int64(from[len(from)-1])}
+	if first >= 0 {
+		set += `, leaf = $6 + id - $2`
+		args = append(args, first)
+	}
+	where := `id BETWEEN $2 AND $3 AND state BETWEEN $4 AND $5`
+	res, err := t.ExecContext(ctx, `UPDATE units SET `+set+` WHERE `+where, args...)
+	if err != nil {
+		return err
+	}
+	if moved, err := res.RowsAffected(); err != nil || moved != n {
+		return errors.Join(fmt.Errorf("%d of %d units were not ready to be %s", n-moved, n, e.State), err)
+	}
+	if !ranged && e.KeyHash != nil {
+		if err := t.neverVoided(ctx, events); err != nil {
+			return err
+		}
+		for i := range events {
+			if _, err := t.ExecContext(ctx, `UPDATE units SET key_hash = $1 WHERE id = $2 AND key_hash IS NOT $1`, events[i].KeyHash, events[i].Unit); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (t *tx) void(ctx context.Context, e Event) error {
+	var serial, rid string
+	var hash []byte
+	err := t.QueryRowContext(ctx, `DELETE FROM units WHERE id = $1 AND state < $2 RETURNING serial, coalesce(spelling, registration_id), key_hash`,
+		e.Unit, int64(Sealed)).Scan(&serial, &rid, &hash)
+	if errors.Is(err, sql.ErrNoRows) {
+		return fmt.Errorf("unit %d is not there or has left the factory: it cannot be voided", e.Unit)
+	}
+	if err != nil {
+		return err
+	}
+	if hash != nil {
+		if _, err := t.ExecContext(ctx, `INSERT INTO voided (key_hash) VALUES ($1)`, hash); err != nil {
+			return err
+		}
+	}
+	_, err = t.add(leaf{state: Voided, unit: e.Unit, count: 1, serial: serial, registrationID: rid, keyHash: hash, data: e.Data})
+	return err
+}
+
+// explain turns a broken unique index into a DuplicateError that names the unit which has the value.
+func (l *Ledger) explain(ctx context.Context, err error, events []Event) error {
+	var se *sqlite.Error
+	if !errors.As(err, &se) || se.Code()&0xff != sqlite3.SQLITE_CONSTRAINT {
+		return err
+	}
+	for i := range events {
+		e := &events[i]
+		if dup := l.duplicate(ctx, e.Unit, e.Serial, e.RegistrationID, e.KeyHash); dup != nil {
+			return dup
+		}
+	}
+	return fmt.Errorf("the same serial, registration ID or key appears twice in one step: %w", err)
+}
+
+func (l *Ledger) duplicate(ctx context.Context, unit int64, serial, rid string, hash []byte) *DuplicateError {
+	for _, c := range []struct {
+		field, where string
+		arg          any
+		value        string
+		skip         bool
+	}{
+		{"serial", `serial = $1`, serial, serial, serial == ""},
+		{"registration ID", `registration_id = $1`, dps.Fold(rid), rid, rid == ""},
+		{"key", `key_hash = $1`, hash, fmt.Sprintf("%x", hash), hash == nil},
+	} {
+		if c.skip {
+			continue
+		}
+		u, err := l.unitWhere(ctx, c.where, c.arg)
+		if err != nil || u.ID == unit {
+			continue
+		}
+		j, _ := l.jobWhere(ctx, `id = $1`, u.Job)
+		return &DuplicateError{Field: c.field, Value: c.value, Unit: u, Job: j}
+	}
+	return nil
+}
+
+const unitColumns = `SELECT id, serial, coalesce(spelling, registration_id), key_hash, state, job, at, leaf FROM units WHERE `
+
+func scanUnit(row interface{ Scan(...any) error }) (Unit, error) {
+	var u Unit
+	var at, state int64
+	err := row.Scan(&u.ID, &u.Serial, &u.RegistrationID, &u.KeyHash, &state, &u.Job, &at, &u.Leaf)
+	u.State, u.At = State(state), time.UnixMilli(at).UTC()
+	return u, err
+}
+
+func (l *Ledger) unitWhere(ctx context.Context, where string, arg any) (Unit, error) {
+	return scanUnit(l.db.QueryRowContext(ctx, unitColumns+where, arg))
+}
+
+func lockFile(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := flock(f); err != nil {
+		holder := make([]byte, 32)
+		n, _ := f.ReadAt(holder, 0)
+		return nil, errors.Join(fmt.Errorf("%w (process %s, by %s)", ErrLocked, strings.TrimSpace(string(holder[:n])), filepath.Base(path)), f.Close())
+	}
+	// The process number is only for the message above; the lock itself is the kernel's and goes with the process.
+	_ = f.Truncate(0)
+	_, _ = f.WriteAt([]byte(fmt.Sprintf("%d\n", os.Getpid())), 0)
+	return f, nil
+}
