@@ -1,0 +1,134 @@
+package stamp_test
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/touchmark/touchmark/pkg/stamp"
+)
+
+func files(content string) []stamp.File {
+	return []stamp.File{{Name: "device-key.pem", Data: []byte("key " + content), Secret: true}, {Name: "provisioning.json", Data: []byte(content)}}
+}
+
+func open(t *testing.T, root string) *stamp.Files {
+	t.Helper()
+	f, err := stamp.OpenFiles(root, "0a1b")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = f.Close() })
+	return f
+}
+
+func write(t *testing.T, f *stamp.Files, device, content string) error {
+	t.Helper()
+	if err := f.Stage(device, files(content)...); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	return f.Publish(device)
+}
+
+func TestStamp(t *testing.T) {
+	root := filepath.Join(t.TempDir(), "out")
+	f := open(t, root)
+	if err := write(t, f, "pump-1", "one"); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.ReadBack("pump-1", files("one")...); err != nil {
+		t.Error(err)
+	}
+	for name, want := range map[string]fs.FileMode{"device-key.pem": 0o600, "provisioning.json": 0o644, ".": 0o700} {
+		if st, err := os.Stat(filepath.Join(root, "pump-1", name)); err != nil || st.Mode().Perm() != want {
+			t.Errorf("%s has mode %v, %v", name, st.Mode(), err)
+		}
+	}
+	// Read-back finds another content, a secret that others may read, and a missing file.
+	if err := f.ReadBack("pump-1", files("two")...); !errors.Is(err, stamp.ErrMismatch) {
+		t.Errorf("other content: %v", err)
+	}
+	if err := os.Chmod(filepath.Join(root, "pump-1", "device-key.pem"), 0o640); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.ReadBack("pump-1", files("one")...); !errors.Is(err, stamp.ErrMismatch) {
+		t.Errorf("readable secret: %v", err)
+	}
+	if err := os.Remove(filepath.Join(root, "pump-1", "provisioning.json")); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.ReadBack("pump-1", files("one")[1]); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("missing file: %v", err)
+	}
+}
+
+// Invariant 4: what is in place stays whole.
+func TestNothingIsReplaced(t *testing.T) {
+	root := t.TempDir()
+	f := open(t, root)
+	if err := write(t, f, "pump-1", "one"); err != nil {
+		t.Fatal(err)
+	}
+	if err := write(t, f, "pump-1", "two"); !errors.Is(err, stamp.ErrExists) {
+		t.Errorf("second stamp: %v", err)
+	}
+	if err := f.ReadBack("pump-1", files("one")...); err != nil {
+		t.Error(err)
+	}
+	// A link in the staging place is not followed out of it.
+	victim := filepath.Join(root, "victim")
+	if err := os.WriteFile(victim, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Stage("pump-2"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(victim, filepath.Join(root, ".staged~0a1b", "pump-2", "device-key.pem")); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Stage("pump-2", files("x")...); err == nil {
+		t.Error("wrote through a link")
+	}
+	if b, err := os.ReadFile(victim); err != nil || string(b) != "precious" {
+		t.Errorf("the link's target holds %q, %v", b, err)
+	}
+}
+
+// A run that died leaves staged directories; the next one finds them by job and can finish or discard them.
+func TestStagedSurvives(t *testing.T) {
+	root := t.TempDir()
+	f := open(t, root)
+	if err := f.Stage("pump-1", files("one")[0]); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f = open(t, root)
+	if names, err := f.Staged(); err != nil || len(names) != 1 || names[0] != "pump-1" {
+		t.Fatalf("staged: %v, %v", names, err)
+	}
+	if b, err := f.StagedFile("pump-1", "device-key.pem"); err != nil || string(b) != "key one" {
+		t.Errorf("staged key: %q, %v", b, err)
+	}
+	if f.Published("pump-1") {
+		t.Error("a staged stamp is in place")
+	}
+	if err := f.Discard("pump-1"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.StagedFile("pump-1", "device-key.pem"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("after Discard: %v", err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if entries, err := os.ReadDir(root); err != nil || len(entries) != 0 {
+		t.Errorf("left behind: %v, %v", entries, err)
+	}
+}
