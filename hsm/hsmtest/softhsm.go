@@ -1,0 +1,63 @@
+package hsmtest
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"github.com/touchmark/touchmark/hsm"
+)
+
+// PIN is the user PIN of the tokens that SoftHSM makes.
+const PIN = "4711"
+
+// Require ends the test without a neighbour that it needs: skipped, or failed when TOUCHMARK_TEST_REQUIRE is set.
+func Require(t testing.TB, what string) {
+	t.Helper()
+	if os.Getenv("TOUCHMARK_TEST_REQUIRE") != "" {
+		t.Fatalf("missing: %s", what)
+	}
+	t.Skipf("missing: %s", what)
+}
+
+// SoftHSMModule returns the path of SoftHSM's library.
+func SoftHSMModule(t testing.TB) string {
+	t.Helper()
+	found, _ := filepath.Glob("/usr/lib/*/softhsm/libsofthsm2.so")
+	for _, path := range append([]string{"/usr/lib/softhsm/libsofthsm2.so", "/usr/local/lib/softhsm/libsofthsm2.so"}, found...) {
+		if _, err := os.Stat(path); err == nil {
+			return path
+		}
+	}
+	Require(t, "SoftHSM (apt-get install softhsm2)")
+	return ""
+}
+
+// SoftHSM makes tokens of these labels in the test's own directory and returns the key URI of the first. SoftHSM reads
+// where its tokens are when its library is initialized, so a test closes its stores before the next one begins.
+func SoftHSM(t testing.TB, labels ...string) hsm.URI {
+	t.Helper()
+	module := SoftHSMModule(t)
+	dir := t.TempDir()
+	conf := filepath.Join(dir, "softhsm2.conf")
+	tokens := filepath.Join(dir, "tokens")
+	if err := os.Mkdir(tokens, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(conf, []byte("directories.tokendir = "+tokens+"\nobjectstore.backend = file\nlog.level = ERROR\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("SOFTHSM2_CONF", conf)
+	for _, label := range labels {
+		out, err := exec.Command("softhsm2-util", "--init-token", "--free", "--label", label, "--pin", PIN, "--so-pin", "12345678").CombinedOutput()
+		if err != nil {
+			t.Fatalf("softhsm2-util: %v\n%s", err, out)
+		}
+	}
+	pin := filepath.Join(dir, "pin")
+	if err := os.WriteFile(pin, []byte(PIN+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return hsm.URI{Scheme: hsm.SchemePKCS11, Token: labels[0], ModulePath: module, PINSource: "file:" + pin}
+}

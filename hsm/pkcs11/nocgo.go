@@ -1,0 +1,27 @@
+//go:build !cgo
+
+package pkcs11
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+
+	"github.com/touchmark/touchmark/hsm"
+)
+
+// Config says which token to open and how.
+type Config struct {
+	URI      hsm.URI
+	PIN      func(context.Context) (hsm.Secret, error)
+	Sessions int
+	Log      *slog.Logger
+}
+
+// Store is a PKCS#11 token. This build has none.
+type Store struct{ hsm.Store }
+
+// Open answers hsm.ErrUnsupported: PKCS#11 modules are C libraries, which a build without cgo cannot load.
+func Open(context.Context, Config) (*Store, error) {
+	return nil, fmt.Errorf("this build of touchmark cannot load PKCS#11 modules; the one built with cgo can: %w", hsm.ErrUnsupported)
+}

@@ -1,0 +1,353 @@
+package hsm
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// The schemes of key URIs.
+const (
+	SchemePKCS11 = "pkcs11"
+	SchemeFile   = "file"
+)
+
+// A URI names a key store, or a key in one.
+//
+// "pkcs11:" URIs follow RFC 7512, with less freedom: every attribute is known by name, stands once and in its place; the
+// token is named by label, serial, manufacturer or model and never by slot number alone; the module is named by path.
+//
+//	pkcs11:token=line-3;object=station?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:/run/secrets/pin
+//
+// "file:" URIs name a directory of encrypted key files:
+//
+//	file:keys?object=station&pin-source=file:/run/secrets/passphrase
+//
+// The zero value names nothing.
+type URI struct {
+	Scheme string
+	// Path is the directory of a file: URI, as written.
+	Path string
+	// Token, Serial, Manufacturer and Model select a PKCS#11 token; those that are empty match any.
+	Token, Serial, Manufacturer, Model string
+	// Object is the key's name; empty for a store.
+	Object string
+	// ID is the key's CKA_ID.
+	ID []byte
+	// ModulePath is the PKCS#11 module to load.
+	ModulePath string
+	// PINSource is where the PIN or passphrase is read from: a path, with or without "file:".
+	PINSource string
+
+	pin Secret
+}
+
+// maxURI bounds a key URI, in octets.
+const maxURI = 4096
+
+// ParseURI parses a key URI strictly. The error names the attribute that it does not know or take.
+func ParseURI(s string) (URI, error) {
+	var u URI
+	if len(s) > maxURI {
+		return u, fmt.Errorf("key URI is longer than %d octets", maxURI)
+	}
+	scheme, rest, ok := strings.Cut(s, ":")
+	if !ok {
+		return u, fmt.Errorf("key URI %q has no scheme: want pkcs11:… or file:…", s)
+	}
+	path, query, hasQuery := strings.Cut(rest, "?")
+	var err error
+	switch strings.ToLower(scheme) {
+	case SchemePKCS11:
+		u.Scheme = SchemePKCS11
+		err = u.parsePKCS11(path)
+	case SchemeFile:
+		u.Scheme = SchemeFile
+		if u.Path, err = unescape(strings.TrimPrefix(path, "//")); err == nil && u.Path == "" {
+			err = errors.New("it names no directory")
+		}
+	default:
+		return u, fmt.Errorf("key URI scheme %q is not known: want pkcs11 or file", scheme)
+	}
+	if err == nil && hasQuery {
+		err = u.parseQuery(query)
+	}
+	if err == nil && u.Scheme == SchemePKCS11 && u.Token == "" && u.Serial == "" && u.Manufacturer == "" {
+		err = errors.New("it names no token: want token, serial or manufacturer (slot numbers change, labels do not)")
+	}
+	if err == nil && u.Object != "" && !ValidName(u.Object) {
+		err = fmt.Errorf("object %q is not a key name", u.Object)
+	}
+	if err != nil {
+		// The text itself may hold a PIN, so only the part before the query is shown.
+		return URI{}, fmt.Errorf("key URI %.200q: %w", scheme+":"+path, err)
+	}
+	return u, nil
+}
+
+func (u *URI) parsePKCS11(path string) error {
+	seen := make(map[string]bool)
+	for part := range strings.SplitSeq(path, ";") {
+		if part == "" {
+			continue
+		}
+		name, raw, ok := strings.Cut(part, "=")
+		if !ok {
+			return fmt.Errorf("attribute %q has no value", part)
+		}
+		if seen[name] {
+			return fmt.Errorf("attribute %s stands twice", name)
+		}
+		seen[name] = true
+		value, err := unescape(raw)
+		if err != nil {
+			return fmt.Errorf("attribute %s: %w", name, err)
+		}
+		switch name {
+		case "token":
+			u.Token = value
+		case "serial":
+			u.Serial = value
+		case "manufacturer":
+			u.Manufacturer = value
+		case "model":
+			u.Model = value
+		case "object":
+			u.Object = value
+		case "id":
+			// RFC 7512 §2.3 wants it percent-encoded; taken literally, half the field's URIs would mean something else.
+			if strings.Count(raw, "%")*3 != len(raw) {
+				return errors.New("attribute id must be percent-encoded, every octet of it")
+			}
+			u.ID = []byte(value)
+		case "type":
+			if value != "private" && value != "public" && value != "secret-key" {
+				return fmt.Errorf("attribute type is %q: want private, public or secret-key", value)
+			}
+		case "slot-id", "slot-description", "slot-manufacturer":
+			return fmt.Errorf("attribute %s is not taken: slots change places; name the token", name)
+		case "module-path", "module-name", "pin-source", "pin-value":
+			return fmt.Errorf("attribute %s belongs behind a \"?\"", name)
+		default:
+			return fmt.Errorf("attribute %s is not known", name)
+		}
+	}
+	return nil
+}
+
+func (u *URI) parseQuery(query string) error {
+	seen := make(map[string]bool)
+	for part := range strings.SplitSeq(query, "&") {
+		if part == "" {
+			continue
+		}
+		name, raw, ok := strings.Cut(part, "=")
+		if !ok {
+			return errors.New("an attribute behind the \"?\" has no value")
+		}
+		if seen[name] {
+			return fmt.Errorf("attribute %s stands twice", name)
+		}
+		seen[name] = true
+		value, err := unescape(raw)
+		if err != nil {
+			return fmt.Errorf("attribute %s: %w", name, err)
+		}
+		switch {
+		case name == "pin-source":
+			if strings.HasPrefix(value, "|") {
+				return errors.New("pin-source: commands are not run, name a file")
+			}
+			u.PINSource = value
+		case name == "pin-value":
+			u.pin = Secret(value)
+		case name == "module-path" && u.Scheme == SchemePKCS11:
+			u.ModulePath = value
+		case name == "module-name" && u.Scheme == SchemePKCS11:
+			return errors.New("attribute module-name is not taken: name the module by module-path")
+		case name == "object" && u.Scheme == SchemeFile:
+			u.Object = value
+		default:
+			return fmt.Errorf("attribute %s is not known, or not behind the \"?\"", name)
+		}
+	}
+	if u.PINSource != "" && u.pin != nil {
+		return errors.New("pin-source and pin-value exclude each other")
+	}
+	return nil
+}
+
+// unescape undoes percent-encoding. A "+" is a "+": URIs are not forms.
+func unescape(s string) (string, error) {
+	if !strings.ContainsRune(s, '%') {
+		if strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r == 0x7f }) {
+			return "", errors.New("holds a control character")
+		}
+		return s, nil
+	}
+	var b strings.Builder
+	for i := 0; i < len(s); i++ {
+		if s[i] != '%' {
+			b.WriteByte(s[i])
+			continue
+		}
+		if i+2 >= len(s) || !isHex(s[i+1]) || !isHex(s[i+2]) {
+			return "", fmt.Errorf("has a %% without two hex digits at character %d", i+1)
+		}
+		b.WriteByte(unhex(s[i+1])<<4 | unhex(s[i+2]))
+		i += 2
+	}
+	return b.String(), nil
+}
+
+func isHex(c byte) bool {
+	return '0' <= c && c <= '9' || 'a' <= c && c <= 'f' || 'A' <= c && c <= 'F'
+}
+
+func unhex(c byte) byte {
+	switch {
+	case c <= '9':
+		return c - '0'
+	case c >= 'a':
+		return c - 'a' + 10
+	}
+	return c - 'A' + 10
+}
+
+// escape percent-encodes everything but RFC 3986's unreserved characters and those in keep.
+func escape(s, keep string) string {
+	var b strings.Builder
+	for i := 0; i < len(s); i++ {
+		c := s[i]
+		if 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || strings.IndexByte("-._~", c) >= 0 || strings.IndexByte(keep, c) >= 0 {
+			b.WriteByte(c)
+		} else {
+			fmt.Fprintf(&b, "%%%02X", c)
+		}
+	}
+	return b.String()
+}
+
+// String returns the URI without a PIN. Parsing it gives the same URI, less the PIN.
+func (u URI) String() string {
+	var path, query []string
+	add := func(dst *[]string, name, value, keep string) {
+		if value != "" {
+			*dst = append(*dst, name+"="+escape(value, keep))
+		}
+	}
+	if u.Scheme == SchemeFile {
+		add(&query, "object", u.Object, ":")
+	} else {
+		add(&path, "token", u.Token, ":")
+		add(&path, "manufacturer", u.Manufacturer, ":")
+		add(&path, "model", u.Model, ":")
+		add(&path, "serial", u.Serial, ":")
+		add(&path, "object", u.Object, ":")
+		if len(u.ID) > 0 {
+			id := "id="
+			for _, c := range u.ID {
+				id += fmt.Sprintf("%%%02X", c)
+			}
+			path = append(path, id)
+		}
+	}
+	add(&query, "module-path", u.ModulePath, "/:")
+	add(&query, "pin-source", u.PINSource, "/:")
+	s := u.Scheme + ":" + escape(u.Path, "/:") + strings.Join(path, ";")
+	if len(query) > 0 {
+		s += "?" + strings.Join(query, "&")
+	}
+	return s
+}
+
+// WithObject returns the URI of a key in the store that u names.
+func (u URI) WithObject(name string) URI {
+	u.Object, u.ID = name, nil
+	return u
+}
+
+// Warnings says what about the URI should be mended although it works.
+func (u URI) Warnings() []string {
+	if u.pin != nil {
+		return []string{"the key URI holds a PIN, which shells and process lists show to everybody: use pin-source"}
+	}
+	return nil
+}
+
+// PINConfig says where a PIN or passphrase may come from besides the URI.
+type PINConfig struct {
+	// Base is the directory that a relative pin-source counts from.
+	Base string
+	// Env looks up environment variables; nil means os.LookupEnv.
+	Env func(string) (string, bool)
+	// Prompt asks a person; nil means that there is none.
+	Prompt func(ctx context.Context, what string) (Secret, error)
+}
+
+// maxPIN bounds a PIN or passphrase, in octets.
+const maxPIN = 1024
+
+// ResolvePIN returns the PIN of a token, or the passphrase of a key-file store: from pin-source, else the environment
+// (TOUCHMARK_PIN_FILE, TOUCHMARK_PIN; TOUCHMARK_PASSPHRASE_FILE, TOUCHMARK_PASSPHRASE), else a prompt.
+func (u URI) ResolvePIN(ctx context.Context, cfg PINConfig) (Secret, error) {
+	if u.pin != nil {
+		return Secret(bytes.Clone(u.pin)), nil
+	}
+	env := cfg.Env
+	if env == nil {
+		env = os.LookupEnv
+	}
+	name, what := "TOUCHMARK_PIN", fmt.Sprintf("user PIN of token %q", u.Token)
+	if u.Scheme == SchemeFile {
+		name, what = "TOUCHMARK_PASSPHRASE", fmt.Sprintf("passphrase of the keys in %s", u.Path)
+	}
+	if u.PINSource != "" {
+		path := strings.TrimPrefix(strings.TrimPrefix(u.PINSource, "file:"), "//")
+		if !filepath.IsAbs(path) {
+			path = filepath.Join(cfg.Base, path)
+		}
+		return readPIN(path)
+	}
+	if path, ok := env(name + "_FILE"); ok && path != "" {
+		return readPIN(path)
+	}
+	if pin, ok := env(name); ok && pin != "" {
+		return Secret(pin), nil
+	}
+	if cfg.Prompt == nil {
+		return nil, fmt.Errorf("no way to learn the %s: name a file with pin-source in the key URI, or in %s_FILE", what, name)
+	}
+	pin, err := cfg.Prompt(ctx, what)
+	if err != nil {
+		return nil, fmt.Errorf("%w: name a file with pin-source in the key URI, or in %s_FILE", err, name)
+	}
+	return pin, nil
+}
+
+// readPIN reads a PIN from a file, less the end of its line.
+func readPIN(path string) (Secret, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("reading the PIN: %w", err)
+	}
+	defer f.Close()
+	b := make([]byte, maxPIN+3)
+	n, err := f.Read(b)
+	if n == 0 {
+		if errors.Is(err, fs.ErrPermission) {
+			return nil, fmt.Errorf("reading the PIN: %w", err)
+		}
+		return nil, fmt.Errorf("reading the PIN: %s is empty", path)
+	}
+	pin := bytes.TrimRight(b[:n], "\r\n")
+	if len(pin) == 0 || len(pin) > maxPIN || bytes.ContainsAny(pin, "\r\n") {
+		return nil, fmt.Errorf("reading the PIN: %s must hold one line of 1 to %d octets", path, maxPIN)
+	}
+	return Secret(pin), nil
+}
