@@ -1,4 +1,3 @@
-// Package bundle writes, opens and verifies the one file that leaves the factory.
 package bundle
 
 import (

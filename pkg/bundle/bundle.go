@@ -1,0 +1,168 @@
+// Package bundle writes, opens and verifies the one file that leaves the factory.
+//
+// A bundle is a plain tar. Its members stand in this order:
+//
+//	manifest.json               canonical JSON (RFC 8785): what the bundle is, and every other member with its SHA-256
+//	manifest.dsse.json          DSSE envelope over the manifest, signed by the station key
+//	entries/000000.jsonl.zst …  the entries, JSON Lines under zstd, in chunks
+//	sealed/000000.jsonl.age …   keys of individual symmetric-key enrollments, JSON Lines under age
+//	checkpoint.txt              the ledger's signed checkpoint, if there is one
+//
+// The signature covers the manifest and the manifest covers the rest, so a reader that has the first two members verifies
+// every further one as it streams by, each before it is parsed, in memory that does not grow with the bundle. [Open] gives
+// verified entries and nothing else; there is no way to the rest, but for [Describe], which says so.
+//
+// [Writer] keeps memory flat too: chunks wait in a file beside the destination, which [Writer.Close] assembles, flushes and
+// renames into place. It holds nothing secret that is not sealed.
+//
+// Writers and readers serve one goroutine at a time.
+package bundle
+
+import (
+	"archive/tar"
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/secure-systems-lab/go-securesystemslib/dsse"
+)
+
+// Errors that callers branch on.
+var (
+	// ErrUntrusted says that nobody whom the reader trusts signed the bundle.
+	ErrUntrusted = errors.New("bundle is not signed by a trusted station")
+	// ErrCorrupt says that the bundle is not what was signed: changed, cut off, or added to.
+	ErrCorrupt = errors.New("bundle is damaged")
+	// ErrSealed says that entries carry keys which no given identity opens.
+	ErrSealed = errors.New("bundle's keys are sealed to somebody else")
+)
+
+const (
+	payloadType    = "application/vnd.touchmark.manifest+json"
+	formatVersion  = 1
+	manifestName   = "manifest.json"
+	signatureName  = "manifest.dsse.json"
+	checkpointName = "checkpoint.txt"
+)
+
+// Limits. A bundle past them is refused; a Writer stays inside.
+const (
+	maxManifest   = 16 << 20 // chunk lists of a hundred million entries
+	maxCheckpoint = 64 << 10
+	maxChunk      = 8 << 20  // compressed or sealed
+	maxPlain      = 16 << 20 // decompressed or opened
+	maxLine       = 1 << 20
+	maxChunks     = 100_000
+	chunkEntries  = 2000
+	chunkPlain    = 4 << 20
+	maxInfo       = 64
+)
+
+// Manifest is what a bundle says of itself.
+type Manifest struct {
+	Version int    `json:"version"`
+	ID      string `json:"id"` // hex SHA-256 over the content: two bundles of one content have one ID
+	Created string `json:"created"`
+	IDScope string `json:"idScope"`
+	Counts  Counts `json:"counts"`
+	// Entries and Sealed list the chunks in their order.
+	Entries    []Chunk           `json:"entries"`
+	Sealed     []Chunk           `json:"sealed,omitempty"`
+	Checkpoint *Chunk            `json:"checkpoint,omitempty"`
+	Info       map[string]string `json:"info,omitempty"`
+}
+
+// Counts says how many entries of each kind there are, and how many of them have a sealed key.
+type Counts struct {
+	Individual int64 `json:"individual"`
+	Group      int64 `json:"group"`
+	Device     int64 `json:"device"`
+	Sealed     int64 `json:"sealed"`
+}
+
+// Total returns how many entries there are.
+func (c Counts) Total() int64 { return c.Individual + c.Group + c.Device }
+
+// A Chunk is one member of the tar.
+type Chunk struct {
+	Name   string `json:"name"`
+	Size   int64  `json:"size"`
+	SHA256 string `json:"sha256"` // hex
+	Count  int64  `json:"count"`  // lines in it
+}
+
+// Summary is what a verified or finished bundle amounts to.
+type Summary struct {
+	ID      string `json:"id"`
+	IDScope string `json:"idScope"`
+	Created string `json:"created"`
+	Entries int64  `json:"entries"`
+	Counts  Counts `json:"counts"`
+	KeyID   string `json:"keyId"` // of the station that signed
+	Size    int64  `json:"size,omitempty"`
+}
+
+func entryChunkName(n int) string  { return fmt.Sprintf("entries/%06d.jsonl.zst", n) }
+func sealedChunkName(n int) string { return fmt.Sprintf("sealed/%06d.jsonl.age", n) }
+
+// KeyID returns how a station's key is named in signatures: the hex SHA-256 of its SubjectPublicKeyInfo.
+func KeyID(pub crypto.PublicKey) (string, error) {
+	spki, err := x509.MarshalPKIXPublicKey(pub)
+	if err != nil {
+		return "", fmt.Errorf("station key: %w", err)
+	}
+	sum := sha256.Sum256(spki)
+	return hex.EncodeToString(sum[:]), nil
+}
+
+// stationKey signs and verifies envelopes. ECDSA and RSA (PKCS #1 v1.5) take SHA-256.
+type stationKey struct {
+	pub  crypto.PublicKey
+	priv crypto.Signer
+}
+
+func (k stationKey) KeyID() (string, error)   { return KeyID(k.pub) }
+func (k stationKey) Public() crypto.PublicKey { return k.pub }
+
+func (k stationKey) Sign(_ context.Context, data []byte) ([]byte, error) {
+	if _, ok := k.pub.(ed25519.PublicKey); ok {
+		return k.priv.Sign(rand.Reader, data, crypto.Hash(0))
+	}
+	sum := sha256.Sum256(data)
+	return k.priv.Sign(rand.Reader, sum[:], crypto.SHA256)
+}
+
+var errSignature = errors.New("signature does not verify")
+
+func (k stationKey) Verify(_ context.Context, data, sig []byte) error {
+	sum := sha256.Sum256(data)
+	ok := false
+	switch pub := k.pub.(type) {
+	case ed25519.PublicKey:
+		ok = ed25519.Verify(pub, data, sig)
+	case *ecdsa.PublicKey:
+		ok = ecdsa.VerifyASN1(pub, sum[:], sig)
+	case *rsa.PublicKey:
+		ok = rsa.VerifyPKCS1v15(pub, crypto.SHA256, sum[:], sig) == nil
+	}
+	if !ok {
+		return errSignature
+	}
+	return nil
+}
+
+var _ dsse.SignerVerifier = stationKey{}
+
+// header returns the one tar header that a member of that name and size has.
+func header(name string, size int64, created time.Time) *tar.Header {
+	return &tar.Header{Typeflag: tar.TypeReg, Name: name, Size: size, Mode: 0o644, ModTime: created, Format: tar.FormatUSTAR}
+}
