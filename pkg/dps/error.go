@@ -13,23 +13,28 @@ type Code int
 
 // The codes in use. Where Azure's own is not known the value follows its pattern.
 const (
-	CodeBadRequest        Code = 400000
-	CodeInvalidArgument   Code = 400004
-	CodeBadCSR            Code = 400012
-	CodeNoHub             Code = 400208
-	CodeHubRefused        Code = 400209
-	CodeUnauthorized      Code = 401002
-	CodeNotFound          Code = 404000
-	CodeNoEnrollment      Code = 404201
-	CodeNoGroup           Code = 404202
-	CodeMethodNotAllowed  Code = 405000
-	CodeEnrollmentExists  Code = 409201
-	CodeGroupExists       Code = 409202
-	CodeETagMismatch      Code = 412001
-	CodeTooLarge          Code = 413000
-	CodeUnsupportedMedia  Code = 415000
-	CodeThrottled         Code = 429001
-	CodeInternal          Code = 500000
+	CodeBadRequest       Code = 400000
+	CodeInvalidArgument  Code = 400004
+	CodeBadCSR           Code = 400012
+	CodeNoHub            Code = 400208
+	CodeHubRefused       Code = 400209
+	CodeUnauthorized     Code = 401002
+	CodeNotFound         Code = 404000
+	CodeNoEnrollment     Code = 404201
+	CodeNoGroup          Code = 404202
+	CodeMethodNotAllowed Code = 405000
+	CodeEnrollmentExists Code = 409201
+	CodeGroupExists      Code = 409202
+	CodeETagMismatch     Code = 412001
+	CodeTooLarge         Code = 413000
+	CodeUnsupportedMedia Code = 415000
+	CodeThrottled        Code = 429001
+	CodeInternal         Code = 500000
+	// Ours: a bundle that is damaged, one that nobody trusted signed, one for another ID scope, one sealed to others.
+	CodeBundleCorrupt     Code = 400901
+	CodeBundleUntrusted   Code = 400902
+	CodeBundleScope       Code = 400903
+	CodeBundleSealed      Code = 400904
 	CodeServiceOverloaded Code = 503000
 )
 

@@ -15,6 +15,8 @@ type Request struct {
 	Proof          attest.Proof
 	// Body is the register body as received; empty is allowed. A status request has none.
 	Body []byte
+	// Repeat says that the transport marked the request as one that it sends again (MQTT's DUP).
+	Repeat bool
 	// Protocol is "https" or "mqtt", Remote the caller's address and ClientVersion what it says it is; all for the log.
 	Protocol      string
 	Remote        string

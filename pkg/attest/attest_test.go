@@ -1,0 +1,237 @@
+package attest_test
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"math/big"
+	"net/url"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/touchmark/touchmark/pkg/attest"
+)
+
+var key7 = []byte(strings.Repeat("\x07", 32))
+
+// Device API, section 8.3: signatures over sr as written. DPS-D 32, 34, 35, 40.
+func TestTokenVectors(t *testing.T) {
+	for sr, sig := range map[string]string{
+		"0ne00000001/registrations/Dev-1":     "sRiYI2AfAwMLMHPMA4nj2/xmW2GWQ32zzy4fH9ePgnY=",
+		"0ne00000001%2Fregistrations%2FDev-1": "ViB1ZQyJSZrkE4N9wayzWUWeNdKqTsTrF6YlfzAUhnY=",
+		"0ne00000001%2fregistrations%2fdev-1": "OZMZcqM6ktMXNrGsSSfdSypK3jfIFvWtweFAoKL89J0=",
+	} {
+		for _, form := range []string{
+			"SharedAccessSignature sr=%s&sig=%s&se=1700000000&skn=registration",
+			"sharedaccesssignature   sr=%s&sig=%s&se=1700000000",
+			"SharedAccessSignature sr=%s&sig=%s&foo=bar&se=1700000000&skn=",
+		} {
+			for _, s := range []string{sig, url.QueryEscape(sig), strings.ToLower(url.QueryEscape("+")) + "", strings.ReplaceAll(sig, "=", "")} {
+				if s == "%2b" {
+					continue
+				}
+				tok, err := attest.ParseToken(fmt.Sprintf(form, sr, s))
+				if err != nil {
+					t.Errorf("%s: %v", sr, err)
+					continue
+				}
+				if !tok.SignedBy(key7) || tok.SignedBy(key7[1:]) {
+					t.Errorf("%s: signature", sr)
+				}
+				if !tok.ForDevice("0NE00000001", "dev-1") || tok.ForDevice("0ne00000001", "dev-2") || tok.ForDevice("0ne00000002", "dev-1") {
+					t.Errorf("%s is for %q", sr, tok.Resource)
+				}
+			}
+		}
+	}
+	// DPS-D 33: signed over the decoded resource, written encoded.
+	h := hmac.New(sha256.New, key7)
+	fmt.Fprint(h, "a/registrations/b\n1700000000")
+	tok, err := attest.ParseToken("SharedAccessSignature sr=a%2Fregistrations%2Fb&se=1700000000&sig=" + url.QueryEscape(base64.StdEncoding.EncodeToString(h.Sum(nil))))
+	if err != nil || tok.SignedBy(key7) {
+		t.Errorf("signed over the decoded resource: %v", err)
+	}
+}
+
+// DPS-D 37.
+func TestExpiry(t *testing.T) {
+	tok, err := attest.ParseToken("SharedAccessSignature sr=a&se=1700000000&sig=" + strings.Repeat("A", 43))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for late, want := range map[time.Duration]bool{time.Minute: false, time.Hour: true, -24 * time.Hour: false} {
+		if got := tok.Expired(time.Unix(1700000000, 0).Add(late)); got != want {
+			t.Errorf("%v after its expiry: expired %v", late, got)
+		}
+	}
+}
+
+func TestMalformedTokens(t *testing.T) {
+	good := "sr=a&se=1&sig=" + strings.Repeat("A", 43)
+	for _, s := range []string{"", "Bearer x", "SharedAccessSignature", "SharedAccessSignature sr=a&se=1", "SharedAccessSignature " + good + "&sr=b",
+		"SharedAccessSignature sr=%zz&se=1&sig=" + strings.Repeat("A", 43), "SharedAccessSignature sr=a&se=-1&sig=" + strings.Repeat("A", 43),
+		"SharedAccessSignature sr=a&se=1&sig=AAAA", "SharedAccessSignature " + good + "&x=" + strings.Repeat("y", 3000)} {
+		if _, err := attest.ParseToken(s); !errors.Is(err, attest.ErrMalformed) {
+			t.Errorf("%.60q: %v", s, err)
+		}
+	}
+}
+
+// DPS-D 39, DPS-S 40.
+func TestDeriveKey(t *testing.T) {
+	group, _ := base64.StdEncoding.DecodeString("8isrFI1sGsIlvvFSSFRiMfCNzv21fjbE/+ah/lSh3lF8e2YG1Te7w1KpZhJFFXJrqYKi9yegxkqIChbqOS9Egw==")
+	for id, want := range map[string]string{
+		"sn-007-888-abc-mac-a1-b2-c3-d4-e5-f6": "Jsm0lyGpjaVYVP2g3FnmnmG9dI/9qU24wNoykUmermc=",
+		"dev-1":                                "p1YFPLQZuL5qaxFVrb3Uz4y0hleay+ET6RiT5xj6Jsw=",
+		"Dev-1":                                "F1mXZWHA8qWiusvDoMAQkOQozj2xIZxYw+EXfZAaWos=",
+	} {
+		if got := base64.StdEncoding.EncodeToString(attest.DeriveKey(group, id)); got != want {
+			t.Errorf("%s: %s", id, got)
+		}
+	}
+}
+
+type node struct {
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+}
+
+var now = time.Date(2026, 6, 1, 0, 0, 0, 0, time.UTC)
+
+func sign(t testing.TB, parent *node, cn string, edit func(*x509.Certificate)) *node {
+	t.Helper()
+	n := &node{}
+	var err error
+	if n.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+		t.Fatal(err)
+	}
+	c := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: cn}, NotBefore: now.Add(-time.Hour), NotAfter: now.Add(time.Hour),
+		BasicConstraintsValid: true, IsCA: true, MaxPathLen: -1, KeyUsage: x509.KeyUsageCertSign}
+	if edit != nil {
+		edit(c)
+	}
+	p, k := c, crypto.Signer(n.key)
+	if parent != nil {
+		p, k = parent.cert, parent.key
+	}
+	der, err := x509.CreateCertificate(rand.Reader, c, p, n.key.Public(), k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n.cert, err = x509.ParseCertificate(der); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func leaf(c *x509.Certificate) {
+	c.IsCA, c.KeyUsage, c.ExtKeyUsage = false, x509.KeyUsageDigitalSignature, []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
+}
+
+func groups(g map[string]*node) attest.Lookup[string] {
+	return func(child *x509.Certificate) ([]attest.Anchor[string], error) {
+		var out []attest.Anchor[string]
+		for name, n := range g {
+			if string(n.cert.RawSubject) == string(child.RawIssuer) {
+				out = append(out, attest.Anchor[string]{Certificate: n.cert, Group: name})
+			}
+		}
+		return out, nil
+	}
+}
+
+// Device API, section 7.3; DPS-D 42, 43, 45, 46, DPS-S 83, 85.
+func TestFindGroup(t *testing.T) {
+	root := sign(t, nil, "root", nil)
+	mid := sign(t, root, "mid", nil)
+	low := sign(t, mid, "low", nil)
+	dev := sign(t, low, "dev", leaf)
+	c := func(n ...*node) (out []*x509.Certificate) {
+		for _, x := range n {
+			out = append(out, x.cert)
+		}
+		return out
+	}
+	tight := sign(t, nil, "root", func(c *x509.Certificate) { c.MaxPathLen, c.MaxPathLenZero = 0, true })
+	tightMid := sign(t, tight, "tmid", nil)
+	old := sign(t, root, "old", func(c *x509.Certificate) { c.NotAfter = now.Add(-time.Minute) })
+	noCA := sign(t, root, "noca", leaf)
+	noSign := sign(t, root, "nosign", func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageCRLSign })
+	twin := sign(t, nil, "low", nil) // the same name, another key
+	for name, x := range map[string]struct {
+		presented []*x509.Certificate
+		groups    map[string]*node
+		want      string
+	}{
+		"issuer enrolled, leaf alone":       {c(dev), map[string]*node{"low": low}, "low"},
+		"root enrolled, intermediates sent": {c(dev, low, mid), map[string]*node{"root": root}, "root"},
+		"in any order, root sent too":       {c(dev, root, mid, low), map[string]*node{"root": root}, "root"},
+		"root enrolled, leaf alone":         {c(dev), map[string]*node{"root": root}, ""},
+		"first from the leaf decides":       {c(dev, low, mid), map[string]*node{"root": root, "mid": mid, "low": low}, "low"},
+		"of one name, the one that signed":  {c(dev), map[string]*node{"twin": twin, "low": low}, "low"},
+		"of one name, another key":          {c(dev), map[string]*node{"twin": twin}, ""},
+		"path length":                       {c(sign(t, tightMid, "dev", leaf), tightMid), map[string]*node{"tight": tight}, ""},
+		"expired intermediate":              {c(sign(t, old, "dev", leaf), old), map[string]*node{"root": root}, ""},
+		"expired anchor":                    {c(sign(t, old, "dev", leaf)), map[string]*node{"old": old}, ""},
+		"intermediate is no CA":             {c(sign(t, noCA, "dev", leaf), noCA), map[string]*node{"root": root}, ""},
+		"intermediate may not sign":         {c(sign(t, noSign, "dev", leaf), noSign), map[string]*node{"root": root}, ""},
+		"nothing presented":                 {nil, map[string]*node{"root": root}, ""},
+		"too many":                          {c(dev, low, mid, root, old, noCA, noSign, twin, tight, tightMid, dev), map[string]*node{"low": low}, ""},
+	} {
+		got, err := attest.FindGroup(x.presented, groups(x.groups), now)
+		if got != x.want || (err == nil) != (x.want != "") {
+			t.Errorf("%s: %q, %v", name, got, err)
+		}
+	}
+	for name, x := range map[string]struct {
+		id   string
+		at   time.Time
+		want error
+	}{"good": {"DEV", now, nil}, "name": {"other", now, attest.ErrCommonName}, "late": {"dev", now.Add(2 * time.Hour), attest.ErrValidity}, "early": {"dev", now.Add(-2 * time.Hour), attest.ErrValidity}} {
+		if err := attest.CheckLeaf(dev.cert, x.id, x.at); !errors.Is(err, x.want) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func FuzzParseToken(f *testing.F) {
+	f.Add("SharedAccessSignature sr=0ne00000001%2Fregistrations%2FDev-1&sig=ViB1ZQyJSZrkE4N9wayzWUWeNdKqTsTrF6YlfzAUhnY%3D&se=1700000000&skn=registration")
+	f.Add("SharedAccessSignature sr=a&sig=" + strings.Repeat("+", 43) + "&se=1")
+	f.Fuzz(func(t *testing.T, s string) {
+		tok, err := attest.ParseToken(s)
+		if err == nil && (tok.Expiry.IsZero() || len(s) > 2048) {
+			t.Fatal(s)
+		}
+		if err == nil {
+			tok.SignedBy(key7)
+			tok.ForDevice("a", "b")
+		}
+	})
+}
+
+// Certificates are hostile until judged: whatever parses must not upset the walk.
+func FuzzFindGroup(f *testing.F) {
+	root := sign(f, nil, "root", nil)
+	dev := sign(f, root, "dev", leaf)
+	f.Add(dev.cert.Raw, root.cert.Raw)
+	f.Fuzz(func(t *testing.T, a, b []byte) {
+		x, err1 := x509.ParseCertificate(a)
+		y, err2 := x509.ParseCertificate(b)
+		if err1 != nil || err2 != nil {
+			return
+		}
+		_ = attest.CheckLeaf(x, "dev", now)
+		if g, err := attest.FindGroup([]*x509.Certificate{x, y}, groups(map[string]*node{"root": root}), now); err == nil && (g != "root" || !x.Equal(dev.cert)) {
+			t.Fatalf("%q admits %q", g, x.Subject)
+		}
+	})
+}

@@ -1,0 +1,596 @@
+// Package sqlstore keeps what the registration service remembers in SQL.
+//
+// [Open] gives a store on SQLite: one file, written by one process. Its SQL stays inside what PostgreSQL speaks too.
+//
+// SQLite flushes once per commit, and a flush costs more than everything else in a transaction. So one goroutine writes, and
+// takes every update that waits into one transaction: the callers of a busy moment share a flush. An update that fails
+// before it wrote is left out; one that fails after it wrote is rolled back with the rest, which then run again without it.
+// Readers have connections of their own and do not wait for the writer.
+//
+// Symmetric keys and policies' keys are encrypted with AES-256-GCM under the data key; scope, kind and ID are authenticated
+// with them, so that a ciphertext serves in its own row only.
+package sqlstore
+
+import (
+	"context"
+	"crypto/aes"
+	"crypto/cipher"
+	"database/sql"
+	"embed"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"strings"
+	"sync"
+
+	"github.com/pressly/goose/v3"
+	"modernc.org/sqlite" // also registers the driver
+	sqlite3 "modernc.org/sqlite/lib"
+
+	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/registration"
+)
+
+//go:embed migrations/*.sql
+var migrations embed.FS
+
+// ErrFull says that the disk has no room left. What was acknowledged is safe.
+var ErrFull = errors.New("disk is full")
+
+// Config says where a store is.
+type Config struct {
+	// Path of the SQLite file; it is made when it is not there.
+	Path string
+	// DataKey encrypts secrets at rest: 32 octets.
+	DataKey []byte
+}
+
+const (
+	readers  = 4
+	maxBatch = 512
+)
+
+// Store implements [registration.Store].
+type Store struct {
+	write *sql.DB
+	read  *sql.DB
+	aead  cipher.AEAD
+	w     *statements
+	r     *statements
+
+	updates chan *update
+	stop    chan struct{}
+	once    sync.Once
+	stopped sync.WaitGroup
+}
+
+var _ registration.Store = (*Store)(nil)
+
+type update struct {
+	ctx  context.Context
+	f    func(registration.Tx) error
+	done chan error
+}
+
+// Open opens a store and brings its tables up to date.
+func Open(ctx context.Context, cfg Config) (*Store, error) {
+	block, err := aes.NewCipher(cfg.DataKey)
+	if err != nil || len(cfg.DataKey) != 32 {
+		return nil, errors.New("the store's data key must have 32 octets")
+	}
+	s := &Store{updates: make(chan *update, maxBatch), stop: make(chan struct{})}
+	if s.aead, err = cipher.NewGCMWithRandomNonce(block); err != nil {
+		return nil, err
+	}
+	name := "file:" + strings.NewReplacer("%", "%25", "?", "%3f", "#", "%23").Replace(cfg.Path) + "?_pragma=busy_timeout(10000)"
+	if s.write, err = sql.Open("sqlite", name+"&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=cache_size(-65536)&_txlock=immediate"); err != nil {
+		return nil, err
+	}
+	s.write.SetMaxOpenConns(1)
+	fail := func(err error) (*Store, error) {
+		return nil, errors.Join(fmt.Errorf("opening store %s: %w", cfg.Path, full(err)), s.closeDatabases())
+	}
+	dir, err := fs.Sub(migrations, "migrations")
+	if err != nil {
+		return fail(err)
+	}
+	provider, err := goose.NewProvider(goose.DialectSQLite3, s.write, dir)
+	if err != nil {
+		return fail(err)
+	}
+	if _, err := provider.Up(ctx); err != nil {
+		return fail(err)
+	}
+	if s.read, err = sql.Open("sqlite", name+"&_pragma=query_only(1)&_pragma=cache_size(-32768)"); err != nil {
+		return fail(err)
+	}
+	s.read.SetMaxOpenConns(readers)
+	s.read.SetMaxIdleConns(readers)
+	if s.w, err = prepare(ctx, s.write); err != nil {
+		return fail(err)
+	}
+	if s.r, err = prepare(ctx, s.read); err != nil {
+		return fail(err)
+	}
+	s.stopped.Add(1)
+	go s.writer()
+	return s, nil
+}
+
+// Close waits for the updates under way and closes the store.
+func (s *Store) Close() error {
+	s.once.Do(func() { close(s.stop) })
+	s.stopped.Wait()
+	return s.closeDatabases()
+}
+
+func (s *Store) closeDatabases() error {
+	var errs []error
+	for _, db := range []*sql.DB{s.read, s.write} {
+		if db != nil {
+			errs = append(errs, db.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// full marks SQLite's answer to a full disk.
+func full(err error) error {
+	var se *sqlite.Error
+	if errors.As(err, &se) && se.Code()&0xff == sqlite3.SQLITE_FULL {
+		return fmt.Errorf("%w: %w", ErrFull, err)
+	}
+	return err
+}
+
+// View implements [registration.Store].
+func (s *Store) View(ctx context.Context, f func(registration.Tx) error) error {
+	t, err := s.read.BeginTx(ctx, &sql.TxOptions{ReadOnly: true})
+	if err != nil {
+		return fmt.Errorf("reading the store: %w", err)
+	}
+	err = f(&tx{ctx: ctx, tx: t, s: s, st: s.r})
+	return errors.Join(err, ignoreDone(t.Rollback()))
+}
+
+func ignoreDone(err error) error {
+	if errors.Is(err, sql.ErrTxDone) {
+		return nil
+	}
+	return err
+}
+
+var errClosed = errors.New("store is closed")
+
+// Update implements [registration.Store].
+func (s *Store) Update(ctx context.Context, f func(registration.Tx) error) error {
+	u := &update{ctx: ctx, f: f, done: make(chan error, 1)}
+	select {
+	case s.updates <- u:
+	case <-s.stop:
+		return errClosed
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	// Once it is taken the answer is waited for: whether it was committed must not be left open.
+	select {
+	case err := <-u.done:
+		return err
+	case <-s.stop:
+		s.stopped.Wait() // the writer answers what it had taken before it ends
+		select {
+		case err := <-u.done:
+			return err
+		default:
+			return errClosed
+		}
+	}
+}
+
+// writer commits what waits, batch by batch.
+func (s *Store) writer() {
+	defer s.stopped.Done()
+	var batch []*update
+	for {
+		select {
+		case u := <-s.updates:
+			batch = append(batch[:0], u)
+		case <-s.stop:
+			return
+		}
+	more:
+		for len(batch) < maxBatch {
+			select {
+			case u := <-s.updates:
+				batch = append(batch, u)
+			default:
+				break more
+			}
+		}
+		s.commit(batch)
+	}
+}
+
+// commit runs a batch in one transaction and answers every caller. COMMIT returns when the write-ahead log is on disk, and
+// only then is anyone told: what was acknowledged survives the process and the power.
+func (s *Store) commit(batch []*update) {
+	for len(batch) > 0 {
+		done, failed, err := s.try(batch)
+		if failed == nil {
+			for _, u := range done {
+				u.done <- err
+			}
+			return
+		}
+		// It wrote and then failed: the transaction was rolled back, the others run again.
+		failed.done <- err
+		kept := make([]*update, 0, len(batch))
+		for _, u := range batch {
+			if u != failed && len(u.done) == 0 {
+				kept = append(kept, u)
+			}
+		}
+		batch = kept
+	}
+}
+
+// try runs a batch. It answers updates that failed without writing by itself. When one failed after writing it is returned
+// with its error, and nothing was committed; else the result of the commit holds for all that are done.
+func (s *Store) try(batch []*update) (done []*update, failed *update, err error) {
+	ctx := context.Background() // a caller who goes away must not take the others' transaction along
+	t, err := s.write.BeginTx(ctx, nil)
+	if err != nil {
+		return batch, nil, fmt.Errorf("writing the store: %w", full(err))
+	}
+	var refused []func()
+	for _, u := range batch {
+		x := &tx{ctx: ctx, tx: t, s: s, st: s.w, writable: true}
+		err := u.ctx.Err()
+		if err == nil {
+			err = u.f(x)
+		}
+		switch {
+		case err == nil:
+			done = append(done, u)
+		case x.dirty:
+			return nil, u, errors.Join(full(err), ignoreDone(t.Rollback()))
+		default:
+			refused = append(refused, func() { u.done <- err })
+		}
+	}
+	for _, answer := range refused {
+		answer()
+	}
+	if len(done) == 0 {
+		_ = t.Rollback()
+		return nil, nil, nil
+	}
+	if err := t.Commit(); err != nil {
+		return done, nil, fmt.Errorf("writing the store: %w", full(err))
+	}
+	return done, nil, nil
+}
+
+// statements are prepared once per database.
+type statements struct {
+	revision, bumpRevision                                                   *sql.Stmt
+	record, putRecord, deleteRecord, records, symmetric, bySubject           *sql.Stmt
+	certificateOwner, putCertificate, deleteCertificates                     *sql.Stmt
+	registration, insertRegistration, updateRegistration, deleteRegistration *sql.Stmt
+	registrations, device, putDevice, policy, putPolicy                      *sql.Stmt
+}
+
+const recordColumns = `SELECT kind, name, document, keys, symmetric, content, id FROM records `
+
+func prepare(ctx context.Context, db *sql.DB) (*statements, error) {
+	var st statements
+	var errs []error
+	for _, p := range []struct {
+		dst  **sql.Stmt
+		text string
+	}{
+		{&st.revision, `SELECT groups_revision FROM scopes WHERE scope = $1`},
+		{&st.bumpRevision, `INSERT INTO scopes (scope, groups_revision) VALUES ($1, 1) ON CONFLICT (scope) DO UPDATE SET groups_revision = scopes.groups_revision + 1`},
+		{&st.record, recordColumns + `WHERE scope = $1 AND kind = $2 AND id = $3`},
+		{&st.putRecord, `INSERT INTO records (scope, kind, id, name, document, keys, symmetric, content) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+			ON CONFLICT (scope, kind, id) DO UPDATE SET name = excluded.name, document = excluded.document, keys = excluded.keys,
+			symmetric = excluded.symmetric, content = excluded.content`},
+		{&st.deleteRecord, `DELETE FROM records WHERE scope = $1 AND kind = $2 AND id = $3`},
+		{&st.records, recordColumns + `WHERE scope = $1 AND kind = $2 AND id > $3 ORDER BY id LIMIT $4`},
+		{&st.symmetric, recordColumns + `WHERE scope = $1 AND symmetric = 1 ORDER BY id`},
+		{&st.bySubject, `SELECT DISTINCT id FROM certificates WHERE scope = $1 AND subject = $2 AND kind = 'group' ORDER BY id`},
+		{&st.certificateOwner, `SELECT kind, id FROM certificates WHERE scope = $1 AND fingerprint = $2`},
+		{&st.putCertificate, `INSERT INTO certificates (scope, fingerprint, subject, kind, id) VALUES ($1, $2, $3, $4, $5)`},
+		{&st.deleteCertificates, `DELETE FROM certificates WHERE scope = $1 AND kind = $2 AND id = $3`},
+		{&st.registration, `SELECT version, body FROM registrations WHERE scope = $1 AND id = $2`},
+		{&st.insertRegistration, `INSERT INTO registrations (scope, id, group_id, version, body) VALUES ($1, $2, $3, 1, $4) ON CONFLICT (scope, id) DO NOTHING`},
+		{&st.updateRegistration, `UPDATE registrations SET group_id = $3, version = version + 1, body = $4 WHERE scope = $1 AND id = $2 AND version = $5`},
+		{&st.deleteRegistration, `DELETE FROM registrations WHERE scope = $1 AND id = $2`},
+		{&st.registrations, `SELECT version, body FROM registrations WHERE scope = $1 AND group_id = $2 AND group_id <> '' AND id > $3 ORDER BY id LIMIT $4`},
+		{&st.device, `SELECT id, group_id, serial, key_hash FROM devices WHERE scope = $1 AND id = $2`},
+		{&st.putDevice, `INSERT INTO devices (scope, id, group_id, serial, key_hash) VALUES ($1, $2, $3, $4, $5)
+			ON CONFLICT (scope, id) DO UPDATE SET group_id = excluded.group_id, serial = excluded.serial, key_hash = excluded.key_hash`},
+		{&st.policy, `SELECT name, rights, primary_key, secondary_key FROM policies WHERE scope = $1 AND name = $2`},
+		{&st.putPolicy, `INSERT INTO policies (scope, name, rights, primary_key, secondary_key) VALUES ($1, $2, $3, $4, $5)
+			ON CONFLICT (scope, name) DO UPDATE SET rights = excluded.rights, primary_key = excluded.primary_key, secondary_key = excluded.secondary_key`},
+	} {
+		var err error
+		if *p.dst, err = db.PrepareContext(ctx, p.text); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", p.text, err))
+		}
+	}
+	return &st, errors.Join(errs...)
+}
+
+// tx implements [registration.Tx].
+type tx struct {
+	ctx      context.Context
+	tx       *sql.Tx
+	s        *Store
+	st       *statements
+	writable bool
+	dirty    bool // something was written
+}
+
+func (t *tx) row(st *sql.Stmt, args ...any) *sql.Row {
+	return t.tx.StmtContext(t.ctx, st).QueryRowContext(t.ctx, args...)
+}
+
+func (t *tx) exec(st *sql.Stmt, args ...any) (int64, error) {
+	if !t.writable {
+		return 0, errors.New("a View cannot write")
+	}
+	t.dirty = true
+	res, err := t.tx.StmtContext(t.ctx, st).ExecContext(t.ctx, args...)
+	if err != nil {
+		return 0, err
+	}
+	return res.RowsAffected()
+}
+
+func absent(err error) error {
+	if errors.Is(err, sql.ErrNoRows) {
+		return registration.ErrNotFound
+	}
+	return err
+}
+
+func (t *tx) seal(plain []byte, labels ...string) []byte {
+	return t.s.aead.Seal(nil, nil, plain, []byte(strings.Join(labels, "\x00")))
+}
+
+func (t *tx) unseal(sealed []byte, labels ...string) ([]byte, error) {
+	b, err := t.s.aead.Open(nil, nil, sealed, []byte(strings.Join(labels, "\x00")))
+	if err != nil {
+		return nil, fmt.Errorf("secret of %s in the store does not decrypt: it is damaged, or the data key is another one", strings.Join(labels, " "))
+	}
+	return b, nil
+}
+
+func (t *tx) GroupsRevision(scope string) (int64, error) {
+	var rev int64
+	err := t.row(t.st.revision, scope).Scan(&rev)
+	if errors.Is(err, sql.ErrNoRows) {
+		return 0, nil
+	}
+	return rev, err
+}
+
+func (t *tx) scanRecord(scope string, row interface{ Scan(...any) error }) (*registration.Record, error) {
+	r := &registration.Record{}
+	var keys []byte
+	var symmetric int64
+	var id string
+	if err := row.Scan(&r.Kind, &r.ID, &r.Document, &keys, &symmetric, &r.Content, &id); err != nil {
+		return nil, absent(err)
+	}
+	r.Symmetric = symmetric != 0
+	if keys != nil {
+		var err error
+		if r.Keys, err = t.unseal(keys, scope, string(r.Kind), id); err != nil {
+			return nil, err
+		}
+	}
+	return r, nil
+}
+
+func (t *tx) Record(scope string, kind registration.Kind, id string) (*registration.Record, error) {
+	return t.scanRecord(scope, t.row(t.st.record, scope, string(kind), id))
+}
+
+func (t *tx) PutRecord(scope string, r *registration.Record) error {
+	id := dps.Fold(r.ID)
+	for _, c := range r.Certificates { // before anything is written, so that a conflict costs nobody a rollback
+		var kind, owner string
+		err := t.row(t.st.certificateOwner, scope, c.Fingerprint[:]).Scan(&kind, &owner)
+		if err == nil && (kind != string(r.Kind) || owner != id) {
+			return registration.ErrConflict
+		}
+		if err != nil && !errors.Is(err, sql.ErrNoRows) {
+			return err
+		}
+	}
+	var keys any
+	if r.Keys != nil {
+		keys = t.seal(r.Keys, scope, string(r.Kind), id)
+	}
+	symmetric := 0
+	if r.Symmetric {
+		symmetric = 1
+	}
+	if _, err := t.exec(t.st.putRecord, scope, string(r.Kind), id, r.ID, r.Document, keys, symmetric, r.Content); err != nil {
+		return err
+	}
+	if _, err := t.exec(t.st.deleteCertificates, scope, string(r.Kind), id); err != nil {
+		return err
+	}
+	for _, c := range r.Certificates {
+		if _, err := t.exec(t.st.putCertificate, scope, c.Fingerprint[:], c.Subject[:], string(r.Kind), id); err != nil {
+			return err
+		}
+	}
+	return t.bump(scope, r.Kind)
+}
+
+// bump tells every service that the scope's groups have changed.
+func (t *tx) bump(scope string, kind registration.Kind) error {
+	if kind != registration.Group {
+		return nil
+	}
+	_, err := t.exec(t.st.bumpRevision, scope)
+	return err
+}
+
+func (t *tx) DeleteRecord(scope string, kind registration.Kind, id string) error {
+	n, err := t.exec(t.st.deleteRecord, scope, string(kind), id)
+	if err != nil {
+		return err
+	}
+	if n == 0 {
+		return registration.ErrNotFound
+	}
+	if _, err := t.exec(t.st.deleteCertificates, scope, string(kind), id); err != nil {
+		return err
+	}
+	return t.bump(scope, kind)
+}
+
+func (t *tx) list(scope string, st *sql.Stmt, args ...any) ([]*registration.Record, error) {
+	rows, err := t.tx.StmtContext(t.ctx, st).QueryContext(t.ctx, args...)
+	if err != nil {
+		return nil, err
+	}
+	var all []*registration.Record
+	for rows.Next() {
+		r, err := t.scanRecord(scope, rows)
+		if err != nil {
+			return nil, errors.Join(err, rows.Close())
+		}
+		all = append(all, r)
+	}
+	return all, rows.Err()
+}
+
+func (t *tx) Records(scope string, kind registration.Kind, after string, limit int) ([]*registration.Record, error) {
+	return t.list(scope, t.st.records, scope, string(kind), after, limit)
+}
+
+func (t *tx) SymmetricGroups(scope string) ([]*registration.Record, error) {
+	return t.list(scope, t.st.symmetric, scope)
+}
+
+func (t *tx) GroupsBySubject(scope string, subject [32]byte) ([]*registration.Record, error) {
+	rows, err := t.tx.StmtContext(t.ctx, t.st.bySubject).QueryContext(t.ctx, scope, subject[:])
+	if err != nil {
+		return nil, err
+	}
+	var ids []string
+	for rows.Next() {
+		var id string
+		if err := rows.Scan(&id); err != nil {
+			return nil, errors.Join(err, rows.Close())
+		}
+		ids = append(ids, id)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	var all []*registration.Record
+	for _, id := range ids {
+		r, err := t.Record(scope, registration.Group, id)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, r)
+	}
+	return all, nil
+}
+
+func scanRegistration(row interface{ Scan(...any) error }) (*registration.Registration, error) {
+	r := &registration.Registration{}
+	var body []byte
+	if err := row.Scan(&r.Version, &body); err != nil {
+		return nil, absent(err)
+	}
+	return r, json.Unmarshal(body, r)
+}
+
+func (t *tx) Registration(scope, id string) (*registration.Registration, error) {
+	return scanRegistration(t.row(t.st.registration, scope, id))
+}
+
+func (t *tx) PutRegistration(scope string, r *registration.Registration) error {
+	body, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	var n int64
+	if r.Version == 0 {
+		n, err = t.exec(t.st.insertRegistration, scope, r.ID, r.Group, body)
+	} else {
+		n, err = t.exec(t.st.updateRegistration, scope, r.ID, r.Group, body, r.Version)
+	}
+	if err == nil && n == 0 {
+		t.dirty = false // the statement changed nothing
+		return registration.ErrConflict
+	}
+	return err
+}
+
+func (t *tx) DeleteRegistration(scope, id string) error {
+	n, err := t.exec(t.st.deleteRegistration, scope, id)
+	if err == nil && n == 0 {
+		return registration.ErrNotFound
+	}
+	return err
+}
+
+func (t *tx) Registrations(scope, group, after string, limit int) ([]*registration.Registration, error) {
+	rows, err := t.tx.StmtContext(t.ctx, t.st.registrations).QueryContext(t.ctx, scope, group, after, limit)
+	if err != nil {
+		return nil, err
+	}
+	var all []*registration.Registration
+	for rows.Next() {
+		r, err := scanRegistration(rows)
+		if err != nil {
+			return nil, errors.Join(err, rows.Close())
+		}
+		all = append(all, r)
+	}
+	return all, rows.Err()
+}
+
+func (t *tx) Device(scope, id string) (*registration.Device, error) {
+	d := &registration.Device{}
+	err := t.row(t.st.device, scope, id).Scan(&d.ID, &d.Group, &d.Serial, &d.KeyHash)
+	if err != nil {
+		return nil, absent(err)
+	}
+	return d, nil
+}
+
+func (t *tx) PutDevice(scope string, d *registration.Device) error {
+	_, err := t.exec(t.st.putDevice, scope, d.ID, d.Group, d.Serial, d.KeyHash)
+	return err
+}
+
+func (t *tx) Policy(scope, name string) (*registration.Policy, error) {
+	p := &registration.Policy{}
+	var first, second []byte
+	if err := t.row(t.st.policy, scope, name).Scan(&p.Name, &p.Rights, &first, &second); err != nil {
+		return nil, absent(err)
+	}
+	var err error
+	if p.Primary, err = t.unseal(first, scope, "policy", name, "primary"); err != nil {
+		return nil, err
+	}
+	p.Secondary, err = t.unseal(second, scope, "policy", name, "secondary")
+	return p, err
+}
+
+func (t *tx) PutPolicy(scope string, p *registration.Policy) error {
+	_, err := t.exec(t.st.putPolicy, scope, p.Name, p.Rights, t.seal(p.Primary, scope, "policy", p.Name, "primary"), t.seal(p.Secondary, scope, "policy", p.Name, "secondary"))
+	return err
+}
