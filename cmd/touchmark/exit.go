@@ -1,0 +1,163 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/pkg/bundle"
+	"github.com/touchmark/touchmark/pkg/device"
+	"github.com/touchmark/touchmark/pkg/ledger"
+	"github.com/touchmark/touchmark/pkg/mint"
+	"github.com/touchmark/touchmark/pkg/stamp"
+)
+
+// The exit codes. Scripts build on them: they never change their meaning.
+const (
+	exitDone        = 0
+	exitFailed      = 1
+	exitUsage       = 2
+	exitPartial     = 3
+	exitRefused     = 4
+	exitUnverified  = 5
+	exitInterrupted = 130
+)
+
+var exitCodesTopic = &cobra.Command{
+	Use:   "exit-codes",
+	Short: "What the exit codes mean",
+	Long: `touchmark ends with one of these codes.
+
+    0  done
+    1  failed: nothing was done, or it is not known what was
+    2  wrong usage or configuration
+    3  done in part: the ledger or the output says what is left; the same command goes on from there
+    4  refused: a PIN, a passphrase, a permission or a credential
+    5  does not verify: a bundle, a ledger, a certificate
+  130  interrupted`,
+}
+
+var environmentTopic = &cobra.Command{
+	Use:   "environment",
+	Short: "The environment variables that touchmark reads",
+	Long: `touchmark reads these environment variables. Flags beat them, and they beat the configuration file.
+
+  TOUCHMARK_PIN_FILE         file that holds the user PIN of a PKCS#11 token
+  TOUCHMARK_PIN              the user PIN itself
+  TOUCHMARK_PASSPHRASE_FILE  file that holds the passphrase of a key-file store
+  TOUCHMARK_PASSPHRASE       the passphrase itself
+  TOUCHMARK_PKCS11_MODULE    PKCS#11 module to load where a key URI names none
+  TOUCHMARK_LINE             the line's directory, instead of --line
+  NO_COLOR                   no colour, whatever its value
+
+A PIN or passphrase is looked for in the key URI's pin-source first, then here, then asked for on the terminal.`,
+}
+
+// usageError is wrong usage or configuration.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }
+
+// refusedError is a person or a service saying no.
+type refusedError struct{ error }
+
+func (e refusedError) Unwrap() error { return e.error }
+
+// partialError is work that was done in part and can be taken up again.
+type partialError struct{ error }
+
+func (e partialError) Unwrap() error { return e.error }
+
+// hintError adds what would help.
+type hintError struct {
+	error
+	hint string
+}
+
+func (e hintError) Unwrap() error { return e.error }
+
+func hint(err error, format string, args ...any) error {
+	if err == nil {
+		return nil
+	}
+	return hintError{err, fmt.Sprintf(format, args...)}
+}
+
+// report prints an error for the person and returns the exit code. It is the only place that chooses either.
+func (a *app) report(ctx context.Context, err error) int {
+	if err == nil {
+		return exitDone
+	}
+	code, help := classify(ctx, err)
+	label := a.paint(a.err, "31", "error:")
+	for _, line := range strings.Split(strings.TrimSpace(err.Error()), "\n") {
+		fmt.Fprintf(a.err, "touchmark: %s %s\n", label, line)
+	}
+	if help != "" {
+		fmt.Fprintf(a.err, "touchmark: hint: %s\n", help)
+	}
+	if a.json {
+		_ = a.printJSON(map[string]any{"error": err.Error(), "exitCode": code})
+	}
+	return code
+}
+
+func classify(ctx context.Context, err error) (code int, help string) {
+	var h hintError
+	if errors.As(err, &h) {
+		help = h.hint
+	}
+	suggest := func(s string) {
+		if help == "" {
+			help = s
+		}
+	}
+	var usage usageError
+	var partial partialError
+	var refused refusedError
+	var denied *device.RefusedError
+	var profile *mint.ProfileError
+	var list *mint.ListError
+	var dup *ledger.DuplicateError
+	switch {
+	case errors.As(err, &partial):
+		if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+			suggest("run the same command again: it goes on where this one stopped")
+			return exitInterrupted, help
+		}
+		suggest("run the same command again once the cause is mended: it goes on where this one stopped")
+		return exitPartial, help
+	case ctx.Err() != nil && errors.Is(err, context.Canceled):
+		return exitInterrupted, help
+	case errors.As(err, &usage), errors.As(err, &profile), errors.As(err, &list):
+		return exitUsage, help
+	case strings.HasPrefix(err.Error(), "unknown command"), strings.HasPrefix(err.Error(), "required flag"):
+		return exitUsage, "touchmark --help shows the commands"
+	case errors.Is(err, hsm.ErrPINIncorrect):
+		suggest("it was tried once and will not be tried again by itself; check the pin-source, or unset it to be asked")
+		return exitRefused, help
+	case errors.Is(err, hsm.ErrPINLocked):
+		suggest("one more wrong PIN would lock the token, so none was tried; the token's tool can tell and reset the count")
+		return exitRefused, help
+	case errors.As(err, &refused), errors.As(err, &denied):
+		return exitRefused, help
+	case errors.Is(err, bundle.ErrUntrusted):
+		suggest("name the station's public key with --trust station.pem, if it is one that you trust")
+		return exitUnverified, help
+	case errors.Is(err, bundle.ErrCorrupt), errors.Is(err, ledger.ErrDamaged):
+		return exitUnverified, help
+	case errors.As(err, &dup):
+		suggest("touchmark ledger show --line DIR --serial " + dup.Unit.Serial + " tells more")
+	case errors.Is(err, ledger.ErrFull), errors.Is(err, stamp.ErrFull), errors.Is(err, mint.ErrNoSpace):
+		suggest("make room on the disk and run the same command again")
+	case errors.Is(err, ledger.ErrLocked):
+		suggest("another touchmark is at work on this line: wait for it, or stop it")
+	case errors.Is(err, hsm.ErrFull):
+		suggest("the token has no room for more keys: delete some, or make device keys in memory")
+	}
+	return exitFailed, help
+}

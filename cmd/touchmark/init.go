@@ -1,0 +1,287 @@
+package main
+
+import (
+	"context"
+	"crypto/x509/pkix"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+	"github.com/spf13/cobra"
+
+	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/hsm/keyfile"
+	"github.com/touchmark/touchmark/hsm/sealing"
+	"github.com/touchmark/touchmark/pkg/ca"
+	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/ledger"
+	"github.com/touchmark/touchmark/templates"
+)
+
+type initOptions struct {
+	dir, idScope, endpoint, keyURI, subject, name, prefix string
+}
+
+func newInit(a *app) *cobra.Command {
+	o := &initOptions{}
+	c := &cobra.Command{
+		Use:   "init DIR --id-scope SCOPE",
+		Short: "Make a line: its CA, its station key, its ledger and its profiles",
+		Long: `init makes the directory of a line: touchmark.toml, a root and an issuing CA, the station key that signs bundles and
+the ledger (public half in station.pem), a recipient key for files that are sealed to the line (recipient.txt), an empty
+ledger, and four profiles to start from.
+
+Keys are made where --key-uri says. By default that is a folder of encrypted key files in the line; for a factory it is
+a PKCS#11 token, which keys made there never leave.`,
+		Example: `  touchmark init line-3 --id-scope 0ne00112233
+  touchmark init line-3 --id-scope 0ne00112233 \
+      --key-uri 'pkcs11:token=line-3?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:/run/secrets/pin'`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			o.dir = args[0]
+			return a.runInit(cmd.Context(), o)
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&o.idScope, "id-scope", "", "ID scope that devices are stamped with (required)")
+	f.StringVar(&o.endpoint, "global-endpoint", dps.DefaultGlobalEndpoint, "host that devices find their registration service at")
+	f.StringVar(&o.keyURI, "key-uri", "file:"+keysDir, "where the line's keys are: file:DIR or pkcs11:…")
+	f.StringVar(&o.subject, "subject", "", "organization named in the CA certificates (default: the line's name)")
+	f.StringVar(&o.name, "name", "", "the line's name (default: the directory's)")
+	f.StringVar(&o.prefix, "key-prefix", "", "put this before the names of the line's keys, where lines share a token")
+	_ = c.MarkFlagRequired("id-scope")
+	return c
+}
+
+func (a *app) runInit(ctx context.Context, o *initOptions) (err error) {
+	dir, err := filepath.Abs(o.dir)
+	if err != nil {
+		return err
+	}
+	if o.name == "" {
+		o.name = filepath.Base(dir)
+	}
+	if !hsm.ValidName(o.name) || len(o.name) > 60 {
+		return usageError{fmt.Errorf("the line's name %q: want 1 to 60 letters, digits and -._ (say --name)", o.name)}
+	}
+	if o.subject == "" {
+		o.subject = o.name
+	}
+	if err := dps.CheckIDScope(o.idScope); err != nil {
+		return usageError{err}
+	}
+	if err := checkHost(o.endpoint); err != nil {
+		return usageError{fmt.Errorf("--global-endpoint: %w", err)}
+	}
+	if _, err := os.Lstat(dir); err == nil {
+		return hint(fmt.Errorf("%s exists already", dir), "a line is made once; choose another directory")
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+
+	// Everything is made in a directory beside its place and renamed there at the end: a line is there whole or not at all.
+	tmp, err := os.MkdirTemp(filepath.Dir(dir), "."+filepath.Base(dir)+".*")
+	if err != nil {
+		return err
+	}
+	made := &line{dir: tmp}
+	var store hsm.Store
+	var keys []string
+	defer func() {
+		if err == nil {
+			return
+		}
+		for _, name := range keys { // what was made in a token does not outlive the line that it was for
+			err = errors.Join(err, store.Delete(context.WithoutCancel(ctx), name))
+		}
+		if store != nil {
+			err = errors.Join(err, store.Close())
+		}
+		err = errors.Join(err, os.RemoveAll(tmp))
+	}()
+	made.Name, made.IDScope, made.GlobalEndpoint, made.Store = o.name, o.idScope, o.endpoint, o.keyURI
+	made.Keys.Root, made.Keys.Issuing = o.prefix+"root-ca", o.prefix+"issuing-ca"
+	made.Keys.Station, made.Keys.Recipient = o.prefix+"station", o.prefix+"recipient"
+	uri, err := hsm.ParseURI(o.keyURI)
+	if err != nil {
+		return usageError{err}
+	}
+	if uri.Scheme == hsm.SchemeFile {
+		if err := a.createKeyFiles(ctx, uri, tmp); err != nil {
+			return err
+		}
+	}
+	if store, err = a.openStore(ctx, o.keyURI, tmp); err != nil {
+		return err
+	}
+	make := func(name string, usage hsm.Usage) (hsm.Key, error) {
+		k, err := store.Generate(ctx, hsm.Spec{Name: name, Algorithm: hsm.ECP256, Usage: usage})
+		if err != nil {
+			err = fmt.Errorf("making key %q: %w", name, err)
+			if errors.Is(err, hsm.ErrExists) {
+				err = hint(err, "another line has its keys there: say --key-prefix NAME-")
+			}
+			return nil, err
+		}
+		keys = append(keys, name)
+		return k, nil
+	}
+	if err := a.makeAuthorities(made, make, o.subject); err != nil {
+		return err
+	}
+	k, err := make(made.Keys.Recipient, hsm.Agree)
+	if err != nil {
+		return err
+	}
+	agreement, err := hsm.AgreementKeyOf(k)
+	if err != nil {
+		return err
+	}
+	recipient, err := sealing.Recipient(agreement)
+	if err != nil {
+		return err
+	}
+	if k, err = make(made.Keys.Station, ""); err != nil {
+		return err
+	}
+	station, err := hsm.SigningKeyOf(k)
+	if err != nil {
+		return err
+	}
+	pub, err := publicPEM(station.Public())
+	if err != nil {
+		return err
+	}
+	config, err := toml.Marshal(made.lineConfig)
+	if err != nil {
+		return err
+	}
+	for name, content := range map[string][]byte{
+		stationFile: pub, recipientFile: []byte(recipient + "\n"),
+		lineFile: append([]byte("# A touchmark line. Relative paths count from this file's directory.\n\n"), config...),
+	} {
+		if err := writeFile(made.path(name), content, 0o644, false); err != nil {
+			return err
+		}
+	}
+	for _, sub := range []string{profilesDir, templatesDir} {
+		if err := os.Mkdir(made.path(sub), 0o755); err != nil {
+			return err
+		}
+	}
+	for name, text := range templates.Profiles() {
+		if err := writeFile(filepath.Join(made.path(profilesDir), name+".toml"), []byte(text), 0o644, false); err != nil {
+			return err
+		}
+	}
+	if err := ledger.Create(ctx, ledger.Config{Path: made.path(ledgerFile), Origin: made.origin(), Signer: station}); err != nil {
+		return err
+	}
+	if err := os.Chmod(tmp, 0o755); err != nil {
+		return err
+	}
+	if err := os.Rename(tmp, dir); err != nil {
+		return err
+	}
+	if err := syncDir(filepath.Dir(dir)); err != nil {
+		return err
+	}
+	closeErr := store.Close()
+	store, keys = nil, nil
+	if closeErr != nil {
+		return closeErr
+	}
+	if a.json {
+		return a.printJSON(map[string]any{"line": dir, "idScope": o.idScope, "station": filepath.Join(dir, stationFile), "recipient": recipient})
+	}
+	fmt.Fprintf(a.out, "Made line %s in %s\n\n", o.name, dir)
+	return a.table(nil, [][]string{
+		{"  station key", filepath.Join(dir, stationFile), "give it to whoever imports bundles"},
+		{"  recipient", recipient, "files for this line are sealed to it"},
+		{"  profiles", filepath.Join(dir, profilesDir), "what products look like"},
+	})
+}
+
+// createKeyFiles makes the folder of a key-file store, asking twice where it asks.
+func (a *app) createKeyFiles(ctx context.Context, uri hsm.URI, base string) error {
+	path := uri.Path
+	if !filepath.IsAbs(path) {
+		path = filepath.Join(base, path)
+	}
+	asked := false
+	pass, err := uri.ResolvePIN(ctx, hsm.PINConfig{Base: base, Env: a.env, Prompt: func(_ context.Context, what string) (hsm.Secret, error) {
+		asked = true
+		return a.askSecret("New " + what)
+	}})
+	if err != nil {
+		return err
+	}
+	defer pass.Wipe()
+	if asked {
+		again, err := a.askSecret("The same again")
+		if err != nil {
+			return err
+		}
+		if string(again) != string(pass) {
+			return refusedError{errors.New("the two passphrases differ")}
+		}
+	}
+	if len(pass) == 0 {
+		return refusedError{errors.New("the passphrase is empty")}
+	}
+	// The store is opened again right after this, and must not ask a third time.
+	if asked {
+		a.env = withEnv(a.env, "TOUCHMARK_PASSPHRASE", string(pass))
+	}
+	return keyfile.Create(path, pass)
+}
+
+func withEnv(env func(string) (string, bool), name, value string) func(string) (string, bool) {
+	return func(n string) (string, bool) {
+		if n == name {
+			return value, true
+		}
+		return env(n)
+	}
+}
+
+// makeAuthorities makes the root and the issuing CA of a line.
+func (a *app) makeAuthorities(l *line, make func(string, hsm.Usage) (hsm.Key, error), organization string) error {
+	k, err := make(l.Keys.Root, "")
+	if err != nil {
+		return err
+	}
+	rootKey, err := hsm.SigningKeyOf(k)
+	if err != nil {
+		return err
+	}
+	if k, err = make(l.Keys.Issuing, ""); err != nil {
+		return err
+	}
+	issuingKey, err := hsm.SigningKeyOf(k)
+	if err != nil {
+		return err
+	}
+	now := time.Now()
+	root, err := ca.NewRoot(ca.AuthorityConfig{
+		Subject: pkix.Name{Organization: []string{organization}, CommonName: l.Name + " Root CA"}, Signer: rootKey, Now: now, Validity: 30 * 365 * 24 * time.Hour,
+	})
+	if err != nil {
+		return fmt.Errorf("making the root CA: %w", err)
+	}
+	issuing, err := ca.NewIssuing(ca.AuthorityConfig{
+		Subject: pkix.Name{Organization: []string{organization}, CommonName: l.Name + " Issuing CA"}, Signer: issuingKey, Now: now, Validity: 20 * 365 * 24 * time.Hour,
+	}, root, rootKey)
+	if err != nil {
+		return fmt.Errorf("making the issuing CA: %w", err)
+	}
+	if err := writeFile(l.path(rootFile), ca.EncodeChain(root), 0o644, false); err != nil {
+		return err
+	}
+	// The root stands last: whoever needs the chain has it in one file, and stamps leave the root out.
+	return writeFile(l.path(issuingFile), ca.EncodeChain(issuing, root), 0o644, false)
+}

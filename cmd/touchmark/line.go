@@ -1,0 +1,333 @@
+package main
+
+import (
+	"context"
+	"crypto"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/pelletier/go-toml/v2"
+	"github.com/spf13/cobra"
+
+	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/hsm/keyfile"
+	"github.com/touchmark/touchmark/hsm/pkcs11"
+	"github.com/touchmark/touchmark/pkg/ca"
+	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/ledger"
+	"github.com/touchmark/touchmark/pkg/mint"
+	"github.com/touchmark/touchmark/templates"
+)
+
+// lineConfig is touchmark.toml, the configuration of a line. Its comments are the manual.
+type lineConfig struct {
+	// name of the line: it stands in the ledger's checkpoints and the certificates' names.
+	Name string `toml:"name"`
+	// id-scope and global-endpoint go into every stamp.
+	IDScope        string `toml:"id-scope"`
+	GlobalEndpoint string `toml:"global-endpoint"`
+	// store is the key URI of the line's keys: file:DIR, or pkcs11:token=…?module-path=…&pin-source=….
+	// Relative paths count from the line's directory.
+	Store string `toml:"store"`
+	// keys names the keys in the store.
+	Keys struct {
+		Root      string `toml:"root"`
+		Issuing   string `toml:"issuing"`
+		Station   string `toml:"station"`
+		Recipient string `toml:"recipient"`
+	} `toml:"keys"`
+}
+
+// The files of a line.
+const (
+	lineFile      = "touchmark.toml"
+	ledgerFile    = "ledger.db"
+	stationFile   = "station.pem"
+	recipientFile = "recipient.txt"
+	rootFile      = "root.pem"
+	issuingFile   = "issuing.pem"
+	profilesDir   = "profiles"
+	templatesDir  = "templates"
+	keysDir       = "keys"
+)
+
+// line is a line's directory, its configuration read.
+type line struct {
+	dir string
+	lineConfig
+}
+
+func (a *app) loadLine(dir string) (*line, error) {
+	if dir == "" {
+		dir = a.getenv("TOUCHMARK_LINE")
+	}
+	if dir == "" {
+		return nil, usageError{errors.New("which line? name its directory with --line, or in TOUCHMARK_LINE")}
+	}
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, err
+	}
+	path := filepath.Join(dir, lineFile)
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, hint(usageError{fmt.Errorf("%s is not a line: it has no %s", dir, lineFile)}, "touchmark init %s makes one", dir)
+	}
+	if err != nil {
+		return nil, err
+	}
+	l := &line{dir: dir}
+	err = toml.NewDecoder(strings.NewReader(string(b))).DisallowUnknownFields().Decode(&l.lineConfig)
+	var unknown *toml.StrictMissingError
+	var bad *toml.DecodeError
+	switch {
+	case errors.As(err, &unknown):
+		var all []string
+		for _, e := range unknown.Errors {
+			row, _ := e.Position()
+			all = append(all, fmt.Sprintf("%s, line %d: %s is not a setting", path, row, strings.Join(e.Key(), ".")))
+		}
+		return nil, usageError{errors.New(strings.Join(all, "\n"))}
+	case errors.As(err, &bad):
+		row, _ := bad.Position()
+		return nil, usageError{fmt.Errorf("%s, line %d: %s", path, row, strings.TrimPrefix(bad.Error(), "toml: "))}
+	case err != nil:
+		return nil, usageError{fmt.Errorf("%s: %w", path, err)}
+	}
+	var all []error
+	if err := dps.CheckIDScope(l.IDScope); err != nil {
+		all = append(all, fmt.Errorf("%s: id-scope: %w", path, err))
+	}
+	for name, v := range map[string]string{"name": l.Name, "global-endpoint": l.GlobalEndpoint, "store": l.Store,
+		"keys.root": l.Keys.Root, "keys.issuing": l.Keys.Issuing, "keys.station": l.Keys.Station, "keys.recipient": l.Keys.Recipient} {
+		if v == "" {
+			all = append(all, fmt.Errorf("%s: %s is missing", path, name))
+		}
+	}
+	if len(all) > 0 {
+		return nil, usageError{errors.Join(all...)}
+	}
+	return l, nil
+}
+
+func (l *line) path(name string) string { return filepath.Join(l.dir, name) }
+
+// openStore opens the key store that a URI names. Relative paths in it count from base.
+func (a *app) openStore(ctx context.Context, raw, base string) (hsm.Store, error) {
+	uri, err := hsm.ParseURI(raw)
+	if err != nil {
+		return nil, usageError{err}
+	}
+	for _, w := range uri.Warnings() {
+		a.note("warning: %s", w)
+	}
+	pin := func(ctx context.Context) (hsm.Secret, error) {
+		return uri.ResolvePIN(ctx, hsm.PINConfig{Base: base, Env: a.env, Prompt: func(_ context.Context, what string) (hsm.Secret, error) {
+			return a.askSecret(what)
+		}})
+	}
+	if uri.Scheme == hsm.SchemeFile {
+		dir := uri.Path
+		if !filepath.IsAbs(dir) {
+			dir = filepath.Join(base, dir)
+		}
+		return keyfile.Open(ctx, keyfile.Config{Dir: dir, Passphrase: pin})
+	}
+	return pkcs11.Open(ctx, pkcs11.Config{URI: uri, PIN: pin})
+}
+
+func (a *app) openLineStore(ctx context.Context, l *line) (hsm.Store, error) {
+	return a.openStore(ctx, l.Store, l.dir)
+}
+
+func openSigner(ctx context.Context, store hsm.Store, name string) (hsm.SigningKey, error) {
+	k, err := store.Open(ctx, name)
+	if err != nil {
+		return nil, fmt.Errorf("opening key %q: %w", name, err)
+	}
+	return hsm.SigningKeyOf(k)
+}
+
+// stationPublic reads the public half of the station key, which needs no PIN.
+func (l *line) stationPublic() (crypto.PublicKey, error) { return readPublicKey(l.path(stationFile)) }
+
+// origin names the line's ledger in its checkpoints.
+func (l *line) origin() string { return "touchmark/" + l.Name }
+
+func (l *line) openLedger(ctx context.Context, station crypto.Signer) (*ledger.Ledger, error) {
+	return ledger.Open(ctx, ledger.Config{Path: l.path(ledgerFile), Origin: l.origin(), Signer: station})
+}
+
+// profile loads a profile by name.
+func (l *line) profile(name string) (*mint.Profile, error) {
+	if !hsm.ValidName(name) {
+		return nil, usageError{fmt.Errorf("profile %q: want letters, digits and -._", name)}
+	}
+	f, err := os.Open(filepath.Join(l.path(profilesDir), name+".toml"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, usageError{fmt.Errorf("profile %q is not in %s (there are: %s)", name, l.path(profilesDir), strings.Join(l.profileNames(), ", "))}
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return mint.LoadProfile(name, f)
+}
+
+func (l *line) profileNames() []string {
+	entries, _ := os.ReadDir(l.path(profilesDir))
+	var names []string
+	for _, e := range entries {
+		if n, ok := strings.CutSuffix(e.Name(), ".toml"); ok && hsm.ValidName(n) {
+			names = append(names, n)
+		}
+	}
+	return names
+}
+
+// templateFS is where a line's own templates are; built-in ones are found without it.
+func (l *line) templateFS() fs.FS { return os.DirFS(l.path(templatesDir)) }
+
+// issuer opens the issuing CA.
+func (l *line) issuer(ctx context.Context, store hsm.Store) (*ca.Issuer, error) {
+	chain, err := readCertificates(l.path(issuingFile))
+	if err != nil {
+		return nil, err
+	}
+	key, err := openSigner(ctx, store, l.Keys.Issuing)
+	if err != nil {
+		return nil, err
+	}
+	return ca.NewIssuer(ca.Config{Signer: key, Certificate: chain[0], Chain: chain[1:]})
+}
+
+// prepare makes ready to issue leaves of a profile.
+func (l *line) prepare(issuer *ca.Issuer, p *mint.Profile) (*ca.Prepared, error) {
+	text, err := templates.Certificate(p.Certificate.Template, l.templateFS())
+	if err != nil {
+		return nil, usageError{fmt.Errorf("profile %s: %w", p.Name, err)}
+	}
+	return issuer.Prepare(p.CertificateProfile(text))
+}
+
+// stampTemplates resolves a profile's stamp files.
+func (l *line) stampTemplates(p *mint.Profile) ([]*templates.File, error) {
+	var out []*templates.File
+	for _, s := range p.Stamp.File {
+		t, err := templates.Parse(s.Template, l.templateFS())
+		if err != nil {
+			return nil, usageError{fmt.Errorf("profile %s: %w", p.Name, err)}
+		}
+		out = append(out, t)
+	}
+	return out, nil
+}
+
+// maxPEM bounds the small files that are read whole.
+const maxPEM = 1 << 20
+
+func readSmall(path string) ([]byte, error) {
+	st, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if st.Size() > maxPEM {
+		return nil, fmt.Errorf("%s is larger than %d octets", path, maxPEM)
+	}
+	return os.ReadFile(path)
+}
+
+func readCertificates(path string) ([]*x509.Certificate, error) {
+	b, err := readSmall(path)
+	if err != nil {
+		return nil, err
+	}
+	certs, err := ca.ParseChain(b)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return certs, nil
+}
+
+// readPublicKey reads a PEM public key, or the key of a PEM certificate.
+func readPublicKey(path string) (crypto.PublicKey, error) {
+	b, err := readSmall(path)
+	if err != nil {
+		return nil, err
+	}
+	block, _ := pem.Decode(b)
+	if block == nil {
+		return nil, usageError{fmt.Errorf("%s holds no PEM", path)}
+	}
+	switch block.Type {
+	case "PUBLIC KEY":
+		pub, err := x509.ParsePKIXPublicKey(block.Bytes)
+		if err != nil {
+			return nil, usageError{fmt.Errorf("%s: %w", path, err)}
+		}
+		return pub, nil
+	case "CERTIFICATE":
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, usageError{fmt.Errorf("%s: %w", path, err)}
+		}
+		return cert.PublicKey, nil
+	}
+	return nil, usageError{fmt.Errorf("%s holds a %s, want a PUBLIC KEY or a CERTIFICATE", path, block.Type)}
+}
+
+// writeFile puts a file in place whole: written beside it, flushed, renamed, the directory flushed. Without force nothing
+// is overwritten.
+func writeFile(path string, data []byte, mode fs.FileMode, force bool) (err error) {
+	dir := filepath.Dir(path)
+	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*")
+	if err != nil {
+		return err
+	}
+	tmp := f.Name()
+	defer func() {
+		if err != nil {
+			_ = os.Remove(tmp)
+		}
+	}()
+	if err := errors.Join(f.Chmod(mode), writeAll(f, data), f.Sync(), f.Close()); err != nil {
+		return fmt.Errorf("writing %s: %w", path, err)
+	}
+	if force {
+		err = os.Rename(tmp, path)
+	} else if err = os.Link(tmp, path); err == nil {
+		err = os.Remove(tmp)
+	}
+	if errors.Is(err, fs.ErrExist) {
+		return hint(fmt.Errorf("%s exists already", path), "say --force to overwrite it")
+	}
+	if err != nil {
+		return err
+	}
+	return syncDir(dir)
+}
+
+func writeAll(f *os.File, b []byte) error {
+	_, err := f.Write(b)
+	return err
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// lineFlag adds --line to a command.
+func lineFlag(c *cobra.Command, dst *string) {
+	c.Flags().StringVar(dst, "line", "", "the line's directory (default: $TOUCHMARK_LINE)")
+	_ = c.MarkFlagDirname("line")
+}

@@ -1,0 +1,139 @@
+// Command touchmark gives devices their identity on the factory line, carries the news of it out in a signed bundle, and
+// runs the registration service that welcomes them.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+
+	"github.com/spf13/cobra"
+)
+
+func main() {
+	os.Exit(run(context.Background(), os.Args[1:], stdio{in: os.Stdin, out: os.Stdout, err: os.Stderr, env: os.LookupEnv}))
+}
+
+// version is set by release builds; otherwise the build information says what there is to say.
+var version string
+
+func versionText() string {
+	if version != "" {
+		return version
+	}
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "(devel)"
+}
+
+// run is the whole program: it returns the exit code.
+func run(ctx context.Context, args []string, std stdio) int {
+	// The first signal asks everything to stop; a second one, with the handler gone, ends the process at once.
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	context.AfterFunc(ctx, stop)
+
+	app := &app{stdio: std}
+	root := newRoot(app)
+	root.SetArgs(args)
+	root.SetIn(std.in)
+	root.SetOut(std.out)
+	root.SetErr(std.err)
+	err := root.ExecuteContext(ctx)
+	return app.report(ctx, err)
+}
+
+// app is what every command is given: the streams and the flags that all of them have.
+type app struct {
+	stdio
+	json    bool
+	quiet   bool
+	noInput bool
+	color   string
+}
+
+func newRoot(a *app) *cobra.Command {
+	root := &cobra.Command{
+		Use:   "touchmark",
+		Short: "Device identities: minted on the factory line, welcomed in the field",
+		Long: `touchmark gives every device its identity on the factory line, carries the news of it out of the factory in one
+signed bundle, and welcomes the device when it first powers on.
+
+The journey:  init → mint → (bundle) → serve → import → register`,
+		Example: `  touchmark init line-3 --id-scope 0ne00112233
+  touchmark mint --line line-3 --profile x509-group --serials serials.csv --out stamps --bundle monday.tmb
+  touchmark serve --data service --hub hub-a.example.net`,
+		SilenceErrors:     true,
+		SilenceUsage:      true,
+		DisableAutoGenTag: true,
+		Args:              cobra.NoArgs,
+		RunE:              func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	f := root.PersistentFlags()
+	f.BoolVar(&a.json, "json", false, "print one JSON object, or one per line for lists")
+	f.BoolVar(&a.quiet, "quiet", false, "no progress on stderr")
+	f.BoolVar(&a.noInput, "no-input", false, "never ask on the terminal")
+	f.StringVar(&a.color, "color", "auto", "colour on a terminal: auto, always, never")
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return usageError{fmt.Errorf("%w\nusage: %s", err, cmd.UseLine())}
+	})
+	root.AddGroup(&cobra.Group{ID: "journey", Title: "The journey:"}, &cobra.Group{ID: "tools", Title: "The toolkit:"})
+	journey := []*cobra.Command{newInit(a), newMint(a), newServe(a), newImport(a), newRegister(a)}
+	tools := []*cobra.Command{newKey(a), newCA(a), newLedger(a), newBundle(a), newGroup(a)}
+	for _, c := range journey {
+		c.GroupID = "journey"
+		root.AddCommand(c)
+	}
+	for _, c := range tools {
+		c.GroupID = "tools"
+		root.AddCommand(c)
+	}
+	root.AddCommand(newVersion(a), newMan(a), exitCodesTopic, environmentTopic)
+	wrapUsage(root)
+	return root
+}
+
+// wrapUsage marks what cobra says about arguments as wrong usage.
+func wrapUsage(c *cobra.Command) {
+	if check := c.Args; check != nil {
+		c.Args = func(cmd *cobra.Command, args []string) error {
+			if err := check(cmd, args); err != nil {
+				return usageError{fmt.Errorf("%w\nusage: %s", err, cmd.UseLine())}
+			}
+			return nil
+		}
+	}
+	for _, sub := range c.Commands() {
+		wrapUsage(sub)
+	}
+}
+
+func newVersion(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "version", Short: "Print the version", Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			if a.json {
+				return a.printJSON(map[string]any{"version": versionText(), "pkcs11": cgoBuild})
+			}
+			_, err := fmt.Fprintln(a.out, "touchmark", versionText())
+			return err
+		},
+	}
+}
+
+// parent returns a command that only holds others.
+func parent(use, short string, subs ...*cobra.Command) *cobra.Command {
+	c := &cobra.Command{
+		Use: use, Short: short, Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return usageError{fmt.Errorf("which one?\n%s", cmd.UsageString())}
+		},
+	}
+	c.AddCommand(subs...)
+	return c
+}
+

@@ -1,0 +1,245 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"filippo.io/age"
+	"github.com/spf13/cobra"
+
+	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/hsm/sealing"
+	"github.com/touchmark/touchmark/pkg/bundle"
+	"github.com/touchmark/touchmark/pkg/ledger"
+	"github.com/touchmark/touchmark/pkg/mint"
+)
+
+type mintOptions struct {
+	line, profile, serials, out, bundle, recipient string
+	jobs                                           int
+}
+
+func newMint(a *app) *cobra.Command {
+	o := &mintOptions{}
+	c := &cobra.Command{
+		Use:   "mint --line DIR --profile NAME --serials FILE",
+		Short: "Make one identity per serial, stamp it, and put the news in a bundle",
+		Long: `mint reads a list of serials (CSV with a header, column "serial") and makes one identity for each: a key and certificate,
+or a derived key. It stamps them into a directory per device, reads each back, and writes a signed bundle for the service.
+
+Run it again after a crash, a full disk or a pulled token: the same profile and list are the same job, which goes on
+where it stopped. A serial never gets two identities.`,
+		Example: `  touchmark mint --line line-3 --profile x509-group --serials serials.csv --out stamps --bundle monday.tmb
+  generate-serials | touchmark mint --line line-3 --profile symmetric-group --serials - --bundle monday.tmb --json`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return a.runMint(cmd.Context(), o) },
+	}
+	f := c.Flags()
+	lineFlag(c, &o.line)
+	f.StringVar(&o.profile, "profile", "", "what to make: a profile of the line (required)")
+	f.StringVar(&o.serials, "serials", "", "the list of serials, a CSV file, or - for standard input (required)")
+	f.StringVar(&o.out, "out", "", "directory that stamps go to, a directory per device")
+	f.StringVar(&o.bundle, "bundle", "", "bundle to write")
+	f.StringVar(&o.recipient, "recipient", "", "age recipient that secrets in the bundle are sealed to (the service prints its own)")
+	f.IntVar(&o.jobs, "jobs", 0, "groups of devices to work on at once (default: one more than processors)")
+	_ = c.MarkFlagRequired("profile")
+	_ = c.MarkFlagRequired("serials")
+	_ = c.MarkFlagFilename("serials", "csv")
+	_ = c.MarkFlagDirname("out")
+	_ = c.RegisterFlagCompletionFunc("profile", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+		l, err := a.loadLine(o.line)
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		return l.profileNames(), cobra.ShellCompDirectiveNoFileComp
+	})
+	return c
+}
+
+// mintResult is what mint prints.
+type mintResult struct {
+	Profile string          `json:"profile"`
+	Devices int             `json:"devices"`
+	Minted  int             `json:"minted"`
+	Before  int             `json:"before"`
+	Voided  int             `json:"voided"`
+	Resumed bool            `json:"resumed"`
+	Out     string          `json:"out,omitempty"`
+	Bundle  *bundle.Summary `json:"bundle,omitempty"`
+	Path    string          `json:"bundleFile,omitempty"`
+	Seconds float64         `json:"seconds"`
+}
+
+func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
+	start := time.Now()
+	l, err := a.loadLine(o.line)
+	if err != nil {
+		return err
+	}
+	p, err := l.profile(o.profile)
+	if err != nil {
+		return err
+	}
+	list, err := a.readSerials(o.serials, p)
+	if err != nil {
+		return err
+	}
+	var recipients []age.Recipient
+	if o.recipient != "" {
+		r, err := sealing.ParseRecipient(strings.TrimSpace(o.recipient))
+		if err != nil {
+			return usageError{fmt.Errorf("--recipient: %w", err)}
+		}
+		recipients = append(recipients, r)
+	}
+	if p.HasSecrets() && o.bundle != "" && recipients == nil {
+		return hint(usageError{fmt.Errorf("the bundle of profile %s carries device keys: name whom they are for with --recipient", p.Name)},
+			"touchmark serve prints the service's own, and keeps it in recipient.txt of its data directory")
+	}
+	if o.out != "" {
+		if o.out, err = filepath.Abs(o.out); err != nil {
+			return err
+		}
+	}
+	store, err := a.openLineStore(ctx, l)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+	station, err := openSigner(ctx, store, l.Keys.Station)
+	if err != nil {
+		return err
+	}
+	led, err := l.openLedger(ctx, station)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, led.Close()) }()
+	cfg := mint.Config{
+		Ledger: led, Profile: p, List: list, Store: store, IDScope: l.IDScope, GlobalEndpoint: l.GlobalEndpoint, Out: o.out, Jobs: o.jobs,
+	}
+	if p.Attestation == mint.AttestationX509 {
+		issuer, err := l.issuer(ctx, store)
+		if err != nil {
+			return err
+		}
+		if cfg.Issuer, err = l.prepare(issuer, p); err != nil {
+			return err
+		}
+	} else if p.Enrollment == "group" {
+		k, err := store.Open(ctx, p.Key.GroupKey)
+		if errors.Is(err, hsm.ErrNotFound) {
+			return hint(fmt.Errorf("group key %q is not in the line's store: %w", p.Key.GroupKey, err),
+				"touchmark group key makes one in the service, touchmark key import brings it here")
+		}
+		if err != nil {
+			return err
+		}
+		if cfg.GroupKey, err = hsm.MACKeyOf(k); err != nil {
+			return err
+		}
+	}
+	if cfg.Templates, err = l.stampTemplates(p); err != nil {
+		return err
+	}
+	progress := a.newProgress("minting", len(list.Rows))
+	cfg.Progress = progress.step
+	defer progress.clear()
+	res := mintResult{Profile: p.Name, Devices: len(list.Rows), Out: o.out}
+	sink := func(*bundle.Entry) error { return nil }
+	var w *bundle.Writer
+	if o.bundle != "" {
+		// The bundle's content follows from the job alone, so it is written anew by whichever run finishes the job.
+		job, err := cfg.BeginJob(ctx)
+		if err != nil {
+			return err
+		}
+		if w, err = bundle.NewWriter(bundle.WriterConfig{
+			Path: o.bundle, Overwrite: true, IDScope: l.IDScope, Created: job.Started, Signer: station, Recipients: recipients,
+			Info: map[string]string{"line": l.Name, "profile": p.Name},
+		}); err != nil {
+			return err
+		}
+		defer w.Abort()
+		sink = w.Add
+	}
+	summary, err := mint.Run(ctx, cfg, sink)
+	res.Minted, res.Before, res.Voided, res.Resumed = summary.Minted, summary.Before, summary.Voided, summary.Resumed && summary.Before > 0
+	progress.clear()
+	if err != nil {
+		if counts, cerr := led.Counts(context.WithoutCancel(ctx)); cerr == nil && len(counts) > 0 {
+			return partialError{err}
+		}
+		return err
+	}
+	if w != nil {
+		sum, err := a.finishBundle(ctx, w, led)
+		if err != nil {
+			return partialError{err}
+		}
+		res.Bundle, res.Path = &sum, o.bundle
+		if err := mint.Seal(ctx, led, summary, sum.ID); err != nil {
+			return partialError{err}
+		}
+	}
+	res.Seconds = time.Since(start).Seconds()
+	if a.json {
+		return a.printJSON(res)
+	}
+	return a.printMint(&res)
+}
+
+func (a *app) finishBundle(ctx context.Context, w *bundle.Writer, led *ledger.Ledger) (bundle.Summary, error) {
+	checkpoint, err := led.Checkpoint(ctx)
+	if err != nil {
+		return bundle.Summary{}, err
+	}
+	w.SetCheckpoint(checkpoint)
+	return w.Close()
+}
+
+func (a *app) printMint(res *mintResult) error {
+	rows := [][]string{
+		{"Profile", res.Profile},
+		{"Devices", fmt.Sprint(res.Devices)},
+		{"  minted now", fmt.Sprint(res.Minted)},
+	}
+	if res.Before > 0 {
+		rows = append(rows, []string{"  minted before", fmt.Sprint(res.Before)})
+	}
+	if res.Voided > 0 {
+		rows = append(rows, []string{"  voided", fmt.Sprintf("%d (keys lost in a crash; their serials have new ones)", res.Voided)})
+	}
+	if res.Out != "" {
+		rows = append(rows, []string{"Stamps", res.Out})
+	}
+	if res.Path != "" {
+		rows = append(rows, []string{"Bundle", res.Path})
+	}
+	rows = append(rows, []string{"Time", fmt.Sprintf("%.1f s", res.Seconds)})
+	return a.table(nil, rows)
+}
+
+func (a *app) readSerials(path string, p *mint.Profile) (*mint.List, error) {
+	var in io.Reader = a.in
+	name := "standard input"
+	if path != "-" {
+		f, err := os.Open(path)
+		if err != nil {
+			return nil, usageError{fmt.Errorf("reading the serials: %w", err)}
+		}
+		defer f.Close()
+		in, name = f, path
+	}
+	list, err := mint.ReadList(name, in, p)
+	if err != nil {
+		return nil, usageError{err}
+	}
+	return list, nil
+}

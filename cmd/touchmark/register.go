@@ -1,0 +1,112 @@
+package main
+
+import (
+	"context"
+	"crypto"
+	"errors"
+	"fmt"
+	"net"
+
+	"github.com/spf13/cobra"
+
+	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/pkg/device"
+	"github.com/touchmark/touchmark/pkg/dps"
+)
+
+type registerOptions struct {
+	stamp, endpoint, protocol, ca string
+}
+
+func newRegister(a *app) *cobra.Command {
+	o := &registerOptions{}
+	c := &cobra.Command{
+		Use:   "register --stamp DIR",
+		Short: "Register as a stamped device would at its first power-on",
+		Long: `register reads a device's stamp, proves to the registration service that it is that device, and keeps the hub that it was
+assigned in assignment.json beside the stamp.`,
+		Example: `  touchmark register --stamp stamps/pump-0001
+  touchmark register --stamp stamps/pump-0001 --protocol mqtt --endpoint localhost:8883 --ca service/ca.pem`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return a.runRegister(cmd.Context(), o) },
+	}
+	f := c.Flags()
+	f.StringVar(&o.stamp, "stamp", "", "the device's directory (required)")
+	f.StringVar(&o.endpoint, "endpoint", "", "HOST:PORT, instead of the stamped global endpoint")
+	f.StringVar(&o.protocol, "protocol", "https", "https or mqtt")
+	f.StringVar(&o.ca, "ca", "", "PEM file with the CA of the service's certificate (default: the system's)")
+	_ = c.MarkFlagRequired("stamp")
+	_ = c.MarkFlagDirname("stamp")
+	_ = c.RegisterFlagCompletionFunc("protocol", cobra.FixedCompletions([]string{"https", "mqtt"}, cobra.ShellCompDirectiveNoFileComp))
+	return c
+}
+
+func (a *app) runRegister(ctx context.Context, o *registerOptions) (err error) {
+	if o.protocol != "https" && o.protocol != "mqtt" {
+		return usageError{fmt.Errorf("--protocol %s: want https or mqtt", o.protocol)}
+	}
+	if o.endpoint != "" {
+		if _, _, err := net.SplitHostPort(o.endpoint); err != nil {
+			return usageError{fmt.Errorf("--endpoint %s: want HOST:PORT", o.endpoint)}
+		}
+	}
+	roots, err := loadRoots(o.ca)
+	if err != nil {
+		return err
+	}
+	stamp, err := device.LoadStamp(o.stamp)
+	if err != nil {
+		return err
+	}
+	cfg := device.Config{Stamp: stamp, Endpoint: o.endpoint, Protocol: o.protocol, RootCAs: roots}
+	if stamp.KeyURI != "" {
+		signer, closeStore, err := a.openKeyURI(ctx, stamp.KeyURI, o.stamp)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, closeStore()) }()
+		cfg.Signer = signer
+	}
+	state, err := device.Register(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	if state.Status == dps.Assigned {
+		if err := device.SaveAssignment(o.stamp, state); err != nil {
+			return err
+		}
+	}
+	if a.json {
+		if err := a.printJSON(state); err != nil {
+			return err
+		}
+	} else if err := a.table(nil, [][]string{
+		{"Registration ID", state.RegistrationID},
+		{"Status", string(state.Status)},
+		{"Assigned hub", state.AssignedHub},
+		{"Device ID", state.DeviceID},
+	}); err != nil {
+		return err
+	}
+	if state.Status != dps.Assigned {
+		return refusedError{fmt.Errorf("the registration is %s: %d %s", state.Status, state.ErrorCode, state.ErrorMessage)}
+	}
+	return nil
+}
+
+// openKeyURI opens the one key that a URI names.
+func (a *app) openKeyURI(ctx context.Context, raw, base string) (crypto.Signer, func() error, error) {
+	uri, err := hsm.ParseURI(raw)
+	if err != nil {
+		return nil, nil, err
+	}
+	store, err := a.openStore(ctx, raw, base)
+	if err != nil {
+		return nil, nil, err
+	}
+	key, err := openSigner(ctx, store, uri.Object)
+	if err != nil {
+		return nil, nil, errors.Join(err, store.Close())
+	}
+	return key, store.Close, nil
+}

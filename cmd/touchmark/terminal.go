@@ -1,0 +1,153 @@
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"golang.org/x/term"
+)
+
+// The terminal's rules:
+//
+//   - stdout carries the result and only the result; stderr is for the person: progress, notes, errors, hints;
+//   - questions are asked on a terminal only, and never with --no-input;
+//   - colour needs a terminal and neither NO_COLOR nor TERM=dumb; nothing is said by colour alone;
+//   - a live line of progress needs a terminal; elsewhere a plain line comes now and then, and a closing one always.
+
+// stdio is the program's world: its streams and its environment.
+type stdio struct {
+	in  io.Reader
+	out io.Writer
+	err io.Writer
+	env func(string) (string, bool)
+}
+
+func (s *stdio) getenv(name string) string {
+	v, _ := s.env(name)
+	return v
+}
+
+func isTerminal(stream any) bool {
+	f, ok := stream.(*os.File)
+	return ok && term.IsTerminal(int(f.Fd()))
+}
+
+// colored reports whether escape sequences for colour may go to the stream.
+func (a *app) colored(stream any) bool {
+	switch a.color {
+	case "always":
+		return true
+	case "never":
+		return false
+	}
+	return isTerminal(stream) && a.getenv("NO_COLOR") == "" && a.getenv("TERM") != "dumb"
+}
+
+func (a *app) paint(stream any, code, text string) string {
+	if !a.colored(stream) {
+		return text
+	}
+	return "\x1b[" + code + "m" + text + "\x1b[0m"
+}
+
+// printJSON prints one JSON object on a line.
+func (a *app) printJSON(v any) error {
+	enc := json.NewEncoder(a.out)
+	enc.SetEscapeHTML(false)
+	return enc.Encode(v)
+}
+
+// note tells the person something on stderr.
+func (a *app) note(format string, args ...any) {
+	if !a.quiet {
+		fmt.Fprintf(a.err, "touchmark: "+format+"\n", args...)
+	}
+}
+
+// table prints rows under a header, aligned.
+func (a *app) table(header []string, rows [][]string) error {
+	w := tabwriter.NewWriter(a.out, 0, 4, 2, ' ', 0)
+	if header != nil {
+		fmt.Fprintln(w, strings.Join(header, "\t"))
+	}
+	for _, r := range rows {
+		fmt.Fprintln(w, strings.Join(r, "\t"))
+	}
+	return w.Flush()
+}
+
+// askSecret reads a PIN or passphrase from the terminal without showing it.
+func (a *app) askSecret(what string) ([]byte, error) {
+	f, ok := a.in.(*os.File)
+	if a.noInput || !ok || !term.IsTerminal(int(f.Fd())) {
+		return nil, fmt.Errorf("no terminal to ask for %s on", what)
+	}
+	fmt.Fprintf(a.err, "%s: ", what)
+	b, err := term.ReadPassword(int(f.Fd()))
+	fmt.Fprintln(a.err)
+	return b, err
+}
+
+// confirm makes sure of something that destroys: --yes, or the name typed back.
+func (a *app) confirm(yes bool, what, name string) error {
+	if yes {
+		return nil
+	}
+	if a.noInput || !isTerminal(a.in) {
+		return usageError{fmt.Errorf("%s cannot be undone: say --yes", what)}
+	}
+	fmt.Fprintf(a.err, "%s cannot be undone. Type %s to go on: ", what, name)
+	line, err := bufio.NewReader(a.in).ReadString('\n')
+	if err != nil || strings.TrimSpace(line) != name {
+		return refusedError{fmt.Errorf("%s: not confirmed", what)}
+	}
+	return nil
+}
+
+// progress shows how far long work is: one live line on a terminal, a plain line every few seconds elsewhere.
+type progress struct {
+	a     *app
+	doing string
+	total int
+	start time.Time
+	last  time.Time
+	live  bool
+	shown bool
+}
+
+func (a *app) newProgress(doing string, total int) *progress {
+	return &progress{a: a, doing: doing, total: total, start: time.Now(), last: time.Now(), live: isTerminal(a.err) && a.getenv("TERM") != "dumb"}
+}
+
+func (p *progress) step(done int) {
+	every := 5 * time.Second
+	if p.live {
+		every = 100 * time.Millisecond
+	}
+	now := time.Now()
+	if p.a.quiet || now.Sub(p.last) < every {
+		return
+	}
+	p.last = now
+	text := fmt.Sprintf("%s %d of %d, %.0f/s", p.doing, done, p.total, float64(done)/now.Sub(p.start).Seconds())
+	if p.live {
+		fmt.Fprintf(p.a.err, "\r\x1b[K%s", text)
+		p.shown = true
+	} else {
+		fmt.Fprintf(p.a.err, "touchmark: %s\n", text)
+	}
+}
+
+// clear takes the live line away, so that what follows starts on a clean one.
+func (p *progress) clear() {
+	if p.shown {
+		fmt.Fprint(p.a.err, "\r\x1b[K")
+		p.shown = false
+	}
+}

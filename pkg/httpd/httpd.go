@@ -1,0 +1,344 @@
+// Package httpd is the HTTPS door: the device API and the service API of Azure IoT Hub DPS on one port, and touchmark's own
+// calls for bundles and group keys.
+//
+// Handlers decode, call and encode; what may happen is decided behind [registration.Registrar] and in
+// [registration.Service]. Client certificates are asked for in the handshake and judged behind it, so that a refused device
+// reads 401 and not a broken connection (device API, section 7.2).
+package httpd
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/touchmark/touchmark/pkg/attest"
+	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/registration"
+)
+
+// Config is what a server needs.
+type Config struct {
+	// Registrar answers devices.
+	Registrar registration.Registrar
+	// Service answers operators; nil leaves the service API out.
+	Service *registration.Service
+	// Hosts are the names that service tokens may be for.
+	Hosts []string
+	// Import takes a bundle; nil leaves it out.
+	Import ImportFunc
+	// Recipient is whom secrets for the service are sealed to.
+	Recipient string
+	// TLS is made by [TLSConfig].
+	TLS *tls.Config
+	Log *slog.Logger
+	Now func() time.Time
+
+	// HandshakeTimeout, HeaderTimeout and IdleTimeout bound how long a connection may say nothing; zero means 10 s, 10 s
+	// and 2 minutes.
+	HandshakeTimeout, HeaderTimeout, IdleTimeout time.Duration
+	// MaxConnections bounds the open connections; zero means 20,000.
+	MaxConnections int
+}
+
+// Limits of a request.
+const (
+	maxHeader = 16 << 10
+	maxURL    = 2 << 10
+	drainTime = 10 * time.Second
+)
+
+// TLSConfig is how devices are met on every door: TLS 1.2 and 1.3, a client certificate asked for and not required, with
+// an empty list of authorities and no judgement in the handshake (device API, sections 7.2 and 14). Sessions are not
+// resumed: every connection proves itself.
+func TLSConfig(certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error), alpn ...string) *tls.Config {
+	return &tls.Config{
+		MinVersion: tls.VersionTLS12, GetCertificate: certificate, ClientAuth: tls.RequestClientCert, NextProtos: alpn, SessionTicketsDisabled: true,
+	}
+}
+
+// Server is the HTTPS door.
+type Server struct {
+	cfg Config
+}
+
+// New returns a server.
+func New(cfg Config) *Server {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	def := func(d *time.Duration, v time.Duration) {
+		if *d == 0 {
+			*d = v
+		}
+	}
+	def(&cfg.HandshakeTimeout, 10*time.Second)
+	def(&cfg.HeaderTimeout, 10*time.Second)
+	def(&cfg.IdleTimeout, 2*time.Minute)
+	if cfg.MaxConnections == 0 {
+		cfg.MaxConnections = 20_000
+	}
+	return &Server{cfg}
+}
+
+// Serve answers callers on a TCP listener until the context ends; then it answers those who are there, for a bounded time.
+func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+	srv := &http.Server{
+		Handler: s.Handler(), ReadHeaderTimeout: s.cfg.HeaderTimeout, IdleTimeout: s.cfg.IdleTimeout, MaxHeaderBytes: maxHeader,
+		ErrorLog:    slog.NewLogLogger(s.cfg.Log.Handler(), slog.LevelDebug),
+		BaseContext: func(net.Listener) context.Context { return context.WithoutCancel(ctx) },
+		// HTTP/2 has no place here: SDKs speak HTTP/1.1, and WebSockets will upgrade from it.
+		TLSNextProto: map[string]func(*http.Server, *tls.Conn, http.Handler){},
+	}
+	done := make(chan error, 1)
+	go func() {
+		<-ctx.Done()
+		stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTime)
+		defer cancel()
+		err := srv.Shutdown(stop)
+		if err != nil {
+			err = errors.Join(err, srv.Close())
+		}
+		done <- err
+	}()
+	err := srv.Serve(&tlsListener{Listener: l, cfg: s.cfg.TLS, timeout: s.cfg.HandshakeTimeout, slots: make(chan struct{}, s.cfg.MaxConnections)})
+	if errors.Is(err, http.ErrServerClosed) && ctx.Err() != nil {
+		return <-done
+	}
+	return err
+}
+
+// tlsListener bounds the open connections and gives each a deadline for its handshake; net/http then does the handshake in
+// the connection's own goroutine.
+type tlsListener struct {
+	net.Listener
+	cfg     *tls.Config
+	timeout time.Duration
+	slots   chan struct{}
+}
+
+func (l *tlsListener) Accept() (net.Conn, error) {
+	l.slots <- struct{}{}
+	c, err := l.Listener.Accept()
+	if err != nil {
+		<-l.slots
+		return nil, err
+	}
+	// net/http sets its own deadlines once it reads; until then this one holds, and ReadHeaderTimeout covers the handshake.
+	_ = c.SetDeadline(time.Now().Add(l.timeout))
+	return tls.Server(&slotConn{Conn: c, slots: l.slots}, l.cfg), nil
+}
+
+type slotConn struct {
+	net.Conn
+	once  sync.Once
+	slots chan struct{}
+}
+
+func (c *slotConn) Close() error {
+	c.once.Do(func() { <-c.slots })
+	return c.Conn.Close()
+}
+
+// Handler returns the routes: the service's by their first path segment, everything else a device's.
+func (s *Server) Handler() http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Strict-Transport-Security", "max-age=31536000; includeSubDomains")
+		if len(r.RequestURI) > maxURL {
+			s.fail(w, r, dps.NewError(dps.CodeBadRequest, "The URL is too long", nil))
+			return
+		}
+		// EscapedPath, split before it is decoded: an encoded slash is part of an ID and not a separator.
+		path := strings.TrimSuffix(strings.TrimPrefix(r.URL.EscapedPath(), "/"), "/")
+		segments := strings.Split(path, "/")
+		if len(segments) > 6 {
+			s.fail(w, r, notFound())
+			return
+		}
+		for i, seg := range segments {
+			decoded, err := unescape(seg)
+			if err != nil {
+				s.fail(w, r, dps.NewError(dps.CodeBadRequest, "The path is not properly encoded", err))
+				return
+			}
+			segments[i] = decoded
+		}
+		if s.cfg.Service != nil {
+			switch strings.ToLower(segments[0]) {
+			case "enrollments", "enrollmentgroups", "registrations", "touchmark":
+				s.service(w, r, segments)
+				return
+			}
+		}
+		s.device(w, r, segments)
+	})
+}
+
+// unescape decodes a path segment once. A "+" is a "+".
+func unescape(s string) (string, error) {
+	if !strings.Contains(s, "%") {
+		return s, nil
+	}
+	var b strings.Builder
+	for i := 0; i < len(s); i++ {
+		if s[i] != '%' {
+			b.WriteByte(s[i])
+			continue
+		}
+		if i+2 >= len(s) {
+			return "", errors.New("a % without two digits")
+		}
+		v, err := strconv.ParseUint(s[i+1:i+3], 16, 8)
+		if err != nil {
+			return "", err
+		}
+		b.WriteByte(byte(v))
+		i += 2
+	}
+	return b.String(), nil
+}
+
+func notFound() *dps.Error {
+	return dps.NewError(dps.CodeNotFound, "There is nothing at this path", nil)
+}
+
+// device serves the device API (device API, section 10.1).
+func (s *Server) device(w http.ResponseWriter, r *http.Request, seg []string) {
+	if len(seg) < 3 || !strings.EqualFold(seg[1], "registrations") || seg[0] == "" || seg[2] == "" {
+		s.fail(w, r, notFound())
+		return
+	}
+	var method string
+	switch {
+	case len(seg) == 3:
+		method = http.MethodPost
+	case len(seg) == 4 && strings.EqualFold(seg[3], "register"):
+		method = http.MethodPut
+	case len(seg) == 5 && strings.EqualFold(seg[3], "operations"):
+		method = http.MethodGet
+	default:
+		s.fail(w, r, notFound())
+		return
+	}
+	if r.Method != method {
+		w.Header().Set("Allow", method)
+		s.fail(w, r, dps.NewError(dps.CodeMethodNotAllowed, "Method not allowed", nil))
+		return
+	}
+	req := &registration.Request{
+		IDScope: seg[0], RegistrationID: seg[2], APIVersion: r.URL.Query().Get("api-version"),
+		Proof: attest.Proof{Token: r.Header.Get("Authorization")}, Protocol: "https", Remote: r.RemoteAddr, ClientVersion: r.UserAgent(),
+	}
+	if r.TLS != nil {
+		req.Proof.Certificates = r.TLS.PeerCertificates
+	}
+	if req.APIVersion == "" {
+		s.fail(w, r, dps.NewError(dps.CodeBadRequest, "api-version is missing", nil))
+		return
+	}
+	if method == http.MethodGet {
+		// The body of a status request is read away and ignored, whatever it holds.
+		if _, err := s.body(w, r, registration.MaxBody); err != nil {
+			s.fail(w, r, err)
+			return
+		}
+		st, err := s.cfg.Registrar.Status(r.Context(), req, seg[4])
+		if err != nil {
+			s.fail(w, r, err)
+			return
+		}
+		code := http.StatusOK
+		if !st.Status.Terminal() {
+			code = http.StatusAccepted
+			w.Header().Set("Retry-After", strconv.Itoa(dps.RetryAfter))
+		}
+		s.answer(w, code, st)
+		return
+	}
+	body, err := s.body(w, r, registration.MaxBody)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	req.Body = body
+	if method == http.MethodPost {
+		st, err := s.cfg.Registrar.Lookup(r.Context(), req)
+		if err != nil {
+			s.fail(w, r, err)
+			return
+		}
+		s.answer(w, http.StatusOK, st)
+		return
+	}
+	st, err := s.cfg.Registrar.Register(r.Context(), req)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	w.Header().Set("Retry-After", strconv.Itoa(dps.RetryAfter))
+	s.answer(w, http.StatusAccepted, st) // never 200: some SDKs take nothing else
+}
+
+// body reads a request's body, bounded in size and time.
+func (s *Server) body(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
+	if r.ContentLength == 0 {
+		return nil, nil
+	}
+	if r.ContentLength > limit {
+		return nil, dps.NewError(dps.CodeTooLarge, "Request body is too large", nil)
+	}
+	rc := http.NewResponseController(w)
+	_ = rc.SetReadDeadline(time.Now().Add(30 * time.Second))
+	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, limit))
+	_ = rc.SetReadDeadline(time.Time{})
+	var tooLarge *http.MaxBytesError
+	if errors.As(err, &tooLarge) {
+		return nil, dps.NewError(dps.CodeTooLarge, "Request body is too large", nil)
+	}
+	if err != nil {
+		return nil, dps.NewError(dps.CodeBadRequest, "Request body cannot be read", err)
+	}
+	return b, nil
+}
+
+// answer writes JSON with its length: some clients cannot read chunks.
+func (s *Server) answer(w http.ResponseWriter, status int, v any) {
+	b, err := dps.Marshal(v)
+	if err != nil {
+		s.cfg.Log.Error("encoding an answer", "cause", err)
+		status, b = http.StatusInternalServerError, []byte(`{"errorCode":500000,"message":"Internal error"}`)
+	}
+	h := w.Header()
+	h.Set("Content-Type", "application/json; charset=utf-8")
+	h.Set("Content-Length", strconv.Itoa(len(b)))
+	if h.Get("X-Ms-Request-Id") == "" {
+		h.Set("X-Ms-Request-Id", dps.NewUUID())
+	}
+	w.WriteHeader(status)
+	_, _ = w.Write(b) // the caller may be gone
+}
+
+// fail writes an error document. There is no WWW-Authenticate: HTTP stacks would act on it.
+func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
+	e := dps.AsError(err)
+	status := e.Code.Status()
+	if status == http.StatusTooManyRequests || status >= 500 {
+		w.Header().Set("Retry-After", strconv.Itoa(dps.RetryAfter))
+	}
+	if status >= 500 {
+		s.cfg.Log.Error("internal error", "path", r.URL.Path, "trackingId", e.TrackingID, "cause", e.Error(), "remote", r.RemoteAddr)
+	}
+	w.Header().Set("X-Ms-Request-Id", e.TrackingID)
+	w.Header().Set("X-Ms-Error-Code", strconv.Itoa(int(e.Code)))
+	s.answer(w, status, e)
+}
