@@ -208,12 +208,12 @@ func (l *line) issuer(ctx context.Context, store hsm.Store) (*ca.Issuer, error) 
 }
 
 // prepare makes ready to issue leaves of a profile.
-func (l *line) prepare(issuer *ca.Issuer, p *mint.Profile) (*ca.Prepared, error) {
+func (l *line) prepare(issuer *ca.Issuer, p *mint.Profile, columns []string) (*ca.Prepared, error) {
 	text, err := templates.Certificate(p.Certificate.Template, l.templateFS())
 	if err != nil {
 		return nil, usageError{fmt.Errorf("profile %s: %w", p.Name, err)}
 	}
-	return issuer.Prepare(p.CertificateProfile(text))
+	return issuer.Prepare(p.CertificateProfile(text, columns))
 }
 
 // stampTemplates resolves a profile's stamp files.

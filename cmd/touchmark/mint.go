@@ -129,7 +129,7 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 		if err != nil {
 			return err
 		}
-		if cfg.Issuer, err = l.prepare(issuer, p); err != nil {
+		if cfg.Issuer, err = l.prepare(issuer, p, list.Columns); err != nil {
 			return err
 		}
 	} else if p.Enrollment == "group" {
@@ -151,17 +151,18 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 	progress := a.newProgress("minting", len(list.Rows))
 	cfg.Progress = progress.step
 	defer progress.clear()
+	run, err := mint.Begin(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, run.Close()) }()
 	res := mintResult{Profile: p.Name, Devices: len(list.Rows), Out: o.out}
 	sink := func(*bundle.Entry) error { return nil }
 	var w *bundle.Writer
 	if o.bundle != "" {
 		// The bundle's content follows from the job alone, so it is written anew by whichever run finishes the job.
-		job, err := cfg.BeginJob(ctx)
-		if err != nil {
-			return err
-		}
 		if w, err = bundle.NewWriter(bundle.WriterConfig{
-			Path: o.bundle, Overwrite: true, IDScope: l.IDScope, Created: job.Started, Signer: station, Recipients: recipients,
+			Path: o.bundle, Overwrite: true, IDScope: l.IDScope, Created: run.Job().Started, Signer: station, Recipients: recipients,
 			Info: map[string]string{"line": l.Name, "profile": p.Name},
 		}); err != nil {
 			return err
@@ -169,7 +170,7 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 		defer w.Abort()
 		sink = w.Add
 	}
-	summary, err := mint.Run(ctx, cfg, sink)
+	summary, err := run.Mint(ctx, sink)
 	res.Minted, res.Before, res.Voided, res.Resumed = summary.Minted, summary.Before, summary.Voided, summary.Resumed && summary.Before > 0
 	progress.clear()
 	if err != nil {

@@ -4,8 +4,9 @@
 //
 //	manifest.json               canonical JSON (RFC 8785): what the bundle is, and every other member with its SHA-256
 //	manifest.dsse.json          DSSE envelope over the manifest, signed by the station key
-//	entries/000000.jsonl.zst …  the entries, JSON Lines under zstd, in chunks
-//	sealed/000000.jsonl.age …   keys of individual symmetric-key enrollments, JSON Lines under age
+//	entries/000000.jsonl.zst    a chunk of entries, JSON Lines under zstd
+//	sealed/000000.jsonl.age     the keys of its individual symmetric-key enrollments, JSON Lines under age, if it has any
+//	…                           and so on, chunk by chunk
 //	checkpoint.txt              the ledger's signed checkpoint, if there is one
 //
 // The signature covers the manifest and the manifest covers the rest, so a reader that has the first two members verifies
@@ -74,7 +75,7 @@ type Manifest struct {
 	Created string `json:"created"`
 	IDScope string `json:"idScope"`
 	Counts  Counts `json:"counts"`
-	// Entries and Sealed list the chunks in their order.
+	// Entries and Sealed list the chunks in their order. A sealed chunk has the number of the chunk of entries before it.
 	Entries    []Chunk           `json:"entries"`
 	Sealed     []Chunk           `json:"sealed,omitempty"`
 	Checkpoint *Chunk            `json:"checkpoint,omitempty"`

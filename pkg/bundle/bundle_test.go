@@ -129,7 +129,7 @@ func TestRoundTrip(t *testing.T) {
 	if err != nil || len(got) != len(entries) {
 		t.Fatalf("%d of %d entries, %v", len(got), len(entries), err)
 	}
-	for i, e := range got {
+	for i, e := range got { // without identities they come as they were added
 		if e.Serial != entries[i].Serial {
 			t.Fatalf("entry %d is %s, not %s", i, e.Serial, entries[i].Serial)
 		}

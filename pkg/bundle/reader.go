@@ -256,10 +256,15 @@ func parseManifest(raw []byte, m *Manifest) error {
 		}
 		entries += c.Count
 	}
+	at := 0
 	for i, c := range m.Sealed {
-		if c.Name != sealedChunkName(i) || c.Count < 1 || c.Size < 1 {
+		for at < len(m.Entries) && c.Name != sealedChunkName(at) {
+			at++
+		}
+		if at == len(m.Entries) || c.Count < 1 || c.Size < 1 {
 			return corrupt("manifest: sealed chunk %d", i)
 		}
+		at++
 		sealed += c.Count
 	}
 	if m.Checkpoint != nil && m.Checkpoint.Name != checkpointName {
@@ -288,8 +293,7 @@ func (b *Reader) chunk(c Chunk, limit int64) ([]byte, error) {
 // for what was changed, cut off or added, ErrSealed when identities were given and none opens the keys. A caller that
 // stops early has not verified the rest.
 //
-// Sealed keys stand behind the entries in the file. A reader with identities keeps the entries that wait for their key in
-// memory, which only individual symmetric-key enrollments do.
+// Where keys were opened, the individual symmetric-key enrollments of a chunk come behind its other entries.
 func (b *Reader) Entries() iter.Seq2[Entry, error] {
 	return func(yield func(Entry, error) bool) {
 		if b.started {
@@ -310,7 +314,12 @@ func (b *Reader) read(yield func(Entry) bool) error {
 	var waiting []Entry
 	var plain []byte
 	content := [sha256.Size]byte{}
-	for _, c := range b.manifest.Entries {
+	sealedChunks := b.manifest.Sealed
+	for i, c := range b.manifest.Entries {
+		var sealed *Chunk
+		if len(sealedChunks) > 0 && sealedChunks[0].Name == sealedChunkName(i) {
+			sealed, sealedChunks = &sealedChunks[0], sealedChunks[1:]
+		}
 		packed, err := b.chunk(c, maxChunk)
 		if err != nil {
 			return err
@@ -343,8 +352,7 @@ func (b *Reader) read(yield func(Entry) bool) error {
 					if a.SymmetricKey != nil {
 						return corrupt("%s, line %d: it has a key in the clear", c.Name, lines)
 					}
-					if len(b.cfg.Identities) > 0 && counts.Sealed < b.manifest.Counts.Sealed {
-						counts.Sealed++
+					if len(b.cfg.Identities) > 0 && sealed != nil {
 						waiting = append(waiting, e)
 						return nil
 					}
@@ -361,25 +369,15 @@ func (b *Reader) read(yield func(Entry) bool) error {
 		if lines != c.Count {
 			return corrupt("%s has %d entries, not %d", c.Name, lines, c.Count)
 		}
+		if sealed != nil {
+			if waiting, err = b.unseal(*sealed, waiting, yield); err != nil {
+				return err
+			}
+		}
 	}
 	counts.Sealed = b.manifest.Counts.Sealed
 	if counts != b.manifest.Counts || hex.EncodeToString(content[:]) != b.manifest.ID {
 		return corrupt("its entries are not the ones that the manifest counts")
-	}
-	for _, c := range b.manifest.Sealed {
-		sealed, err := b.chunk(c, maxChunk)
-		if err != nil {
-			return err
-		}
-		if len(b.cfg.Identities) == 0 {
-			continue
-		}
-		if waiting, err = b.unseal(c, sealed, waiting, yield); err != nil {
-			return err
-		}
-	}
-	if len(waiting) > 0 {
-		return corrupt("the key of %q is missing", waiting[0].Individual.RegistrationID)
 	}
 	if c := b.manifest.Checkpoint; c != nil {
 		var err error
@@ -390,8 +388,13 @@ func (b *Reader) read(yield func(Entry) bool) error {
 	return b.in.end()
 }
 
-// unseal opens a chunk of keys and gives each to the entry that waits for it; they come in the same order.
-func (b *Reader) unseal(c Chunk, sealed []byte, waiting []Entry, yield func(Entry) bool) ([]Entry, error) {
+// unseal reads a chunk of keys, and opens it where there are identities: each key goes to the entry that waits for it, in
+// the same order.
+func (b *Reader) unseal(c Chunk, waiting []Entry, yield func(Entry) bool) ([]Entry, error) {
+	sealed, err := b.chunk(c, maxChunk)
+	if err != nil || len(b.cfg.Identities) == 0 {
+		return nil, err
+	}
 	r, err := age.Decrypt(bytes.NewReader(sealed), b.cfg.Identities...)
 	if err != nil {
 		var none *age.NoIdentityMatchError
@@ -426,10 +429,10 @@ func (b *Reader) unseal(c Chunk, sealed []byte, waiting []Entry, yield func(Entr
 	if err != nil {
 		return nil, err
 	}
-	if lines != c.Count {
-		return nil, corrupt("%s has %d keys, not %d", c.Name, lines, c.Count)
+	if lines != c.Count || len(waiting) > 0 {
+		return nil, corrupt("%s has %d keys, not %d, and %d entries wait in vain", c.Name, lines, c.Count, len(waiting))
 	}
-	return waiting, nil
+	return waiting[:0], nil
 }
 
 func eachLine(b []byte, f func([]byte) error) error {

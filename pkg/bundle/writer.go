@@ -14,7 +14,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"time"
 
 	"filippo.io/age"
@@ -46,7 +45,6 @@ type Writer struct {
 	cfg      WriterConfig
 	manifest Manifest
 	spool    *os.File // finished chunks, one behind the other
-	spooled  int64
 	zstd     *zstd.Encoder
 	plain    []byte // the chunk being filled: JSON Lines
 	lines    int64
@@ -55,7 +53,7 @@ type Writer struct {
 	packed   []byte
 	content  [sha256.Size]byte // hash over all lines so far: the bundle's ID
 	check    []byte
-	offsets  map[string]int64 // where a chunk is in the spool
+	order    []Chunk // as they are in the spool
 	done     bool
 }
 
@@ -85,7 +83,7 @@ func NewWriter(cfg WriterConfig) (*Writer, error) {
 	if err != nil {
 		return nil, errors.Join(err, spool.Close())
 	}
-	w := &Writer{cfg: cfg, spool: spool, zstd: enc, offsets: make(map[string]int64)}
+	w := &Writer{cfg: cfg, spool: spool, zstd: enc}
 	w.manifest = Manifest{Version: formatVersion, Created: cfg.Created.UTC().Format(time.RFC3339), IDScope: cfg.IDScope, Info: cfg.Info, Entries: []Chunk{}}
 	return w, nil
 }
@@ -204,7 +202,7 @@ func (w *Writer) flush() error {
 	}
 	clear(w.sealed)
 	w.manifest.Counts.Sealed += w.sealedN
-	err = w.put(&w.manifest.Sealed, sealedChunkName(len(w.manifest.Sealed)), buf.Bytes(), w.sealedN)
+	err = w.put(&w.manifest.Sealed, sealedChunkName(len(w.manifest.Entries)-1), buf.Bytes(), w.sealedN)
 	w.sealed, w.sealedN = w.sealed[:0], 0
 	return err
 }
@@ -217,9 +215,8 @@ func (w *Writer) put(list *[]Chunk, name string, b []byte, count int64) error {
 		return fmt.Errorf("writing bundle: %w", err)
 	}
 	sum := sha256.Sum256(b)
-	*list = append(*list, Chunk{Name: name, Size: int64(len(b)), SHA256: hex.EncodeToString(sum[:]), Count: count})
-	w.offsets[name] = w.spooled
-	w.spooled += int64(len(b))
+	c := Chunk{Name: name, Size: int64(len(b)), SHA256: hex.EncodeToString(sum[:]), Count: count}
+	*list, w.order = append(*list, c), append(w.order, c)
 	return nil
 }
 
@@ -335,10 +332,12 @@ func (w *Writer) assemble(out io.Writer, manifest, signature []byte) error {
 	if err := member(signatureName, int64(len(signature)), bytes.NewReader(signature)); err != nil {
 		return err
 	}
-	for _, c := range slices.Concat(w.manifest.Entries, w.manifest.Sealed) {
-		if err := member(c.Name, c.Size, io.NewSectionReader(w.spool, w.offsets[c.Name], c.Size)); err != nil {
+	var offset int64
+	for _, c := range w.order {
+		if err := member(c.Name, c.Size, io.NewSectionReader(w.spool, offset, c.Size)); err != nil {
 			return err
 		}
+		offset += c.Size
 	}
 	if w.manifest.Checkpoint != nil {
 		if err := member(checkpointName, int64(len(w.check)), bytes.NewReader(w.check)); err != nil {

@@ -1,7 +1,7 @@
 // Package mint runs a list of serials through a profile: one device identity per serial, stamped, read back, written down,
 // and handed on as bundle entries.
 //
-// [Run] takes the list in groups. A group walks through its steps together, so that one flush of the ledger and one of the
+// [Run.Mint] takes the list in groups. A group walks through its steps together, so that one flush of the ledger and one of the
 // file system serve hundreds of devices, and several groups walk at once. Each step is durable in the ledger before the
 // next effect outside it:
 //
@@ -101,20 +101,37 @@ type Summary struct {
 	Units   []int64
 }
 
-// Run mints every row of the list and calls sink with each entry, in the order of the list, once the identity that it
-// tells of is durable. It returns with the first error, or when the context ends; what was done until then is in the
-// ledger, and the same call takes it up from there.
-func Run(ctx context.Context, cfg Config, sink func(*bundle.Entry) error) (Summary, error) {
+// Begin writes the job down, or finds it, and looks at what an earlier run left. Nothing is made yet. The caller closes the
+// run.
+func Begin(ctx context.Context, cfg Config) (*Run, error) {
 	r, err := newRun(ctx, cfg)
 	if err != nil {
-		return Summary{}, err
+		return nil, err
 	}
-	err = r.run(ctx, sink)
-	r.summary.Voided = int(r.voids.Load())
-	if r.out != nil {
-		err = errors.Join(err, r.out.Close())
+	return &Run{r}, nil
+}
+
+// A Run is a job being worked on.
+type Run struct{ r *run }
+
+// Job returns the job as the ledger has it.
+func (r *Run) Job() ledger.Job { return r.r.summary.Job }
+
+// Close gives the stamp target back.
+func (r *Run) Close() error {
+	if r.r.out == nil {
+		return nil
 	}
-	return r.summary, err
+	return r.r.out.Close()
+}
+
+// Mint mints every row of the list and calls sink with each entry, in the order of the list, once the identity that it
+// tells of is durable. It returns with the first error, or when the context ends; what was done until then is in the
+// ledger, and another run takes it up from there.
+func (r *Run) Mint(ctx context.Context, sink func(*bundle.Entry) error) (Summary, error) {
+	err := r.r.run(ctx, sink)
+	r.r.summary.Voided = int(r.r.voids.Load())
+	return r.r.summary, err
 }
 
 type run struct {

@@ -13,6 +13,7 @@ import (
 	"github.com/pelletier/go-toml/v2/unstable"
 
 	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/pkg/ca"
 	"github.com/touchmark/touchmark/pkg/dps"
 )
 
@@ -244,9 +245,15 @@ func (p *Profile) check(f *faults) {
 	}
 }
 
-// validity returns how long leaves are valid, and how far back they begin.
-func (p *Profile) validity() (valid, back time.Duration) {
-	return time.Duration(p.Certificate.Days) * 24 * time.Hour, time.Duration(*p.Certificate.BackdateMinutes) * time.Minute
+// CertificateProfile returns what leaves look like, given the text of the certificate template and the columns of the list.
+func (p *Profile) CertificateProfile(template string, columns []string) ca.Profile {
+	return ca.Profile{Template: template, Columns: columns,
+		Validity: time.Duration(p.Certificate.Days) * 24 * time.Hour, Backdate: time.Duration(*p.Certificate.BackdateMinutes) * time.Minute}
+}
+
+// HasSecrets reports whether the profile's bundles carry keys that must be sealed.
+func (p *Profile) HasSecrets() bool {
+	return p.Attestation == AttestationSymmetricKey && p.Enrollment == "individual"
 }
 
 // enrollmentBase returns what every enrollment of the profile has in common, without its attestation.
