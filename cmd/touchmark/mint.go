@@ -174,8 +174,8 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 	res.Minted, res.Before, res.Voided, res.Resumed = summary.Minted, summary.Before, summary.Voided, summary.Resumed && summary.Before > 0
 	progress.clear()
 	if err != nil {
-		if counts, cerr := led.Counts(context.WithoutCancel(ctx)); cerr == nil && len(counts) > 0 {
-			return partialError{err}
+		for range led.Units(context.WithoutCancel(ctx), run.Job().ID) {
+			return partialError{err} // something of this job is in the ledger
 		}
 		return err
 	}

@@ -469,7 +469,7 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 		}
 	}
 	if err := r.commit(ctx, fresh, ledger.Begun, func(u *unit, e *ledger.Event) { e.KeyHash, e.Data = u.keyHash, u.plan.Encode() }); err != nil {
-		return err
+		return r.unstage(fresh, err)
 	}
 	begun := only(units, ledger.Begun)
 	for _, u := range begun {
@@ -629,7 +629,25 @@ func (r *run) makeRandom(ctx context.Context, units []unit) error {
 			return err
 		}
 	}
-	return r.commit(ctx, fresh, ledger.Minted, func(u *unit, e *ledger.Event) { e.KeyHash = u.keyHash })
+	if err := r.commit(ctx, fresh, ledger.Minted, func(u *unit, e *ledger.Event) { e.KeyHash = u.keyHash }); err != nil {
+		return r.unstage(fresh, err)
+	}
+	return nil
+}
+
+// unstage throws away what was staged for units that the ledger refused. Where it is not known that it refused, the staged
+// keys stay for the next run to look at.
+func (r *run) unstage(units []*unit, cause error) error {
+	var dup *ledger.DuplicateError
+	if r.out == nil || !errors.As(cause, &dup) {
+		return cause
+	}
+	for _, u := range units {
+		if err := r.out.Discard(u.row.RegistrationID); err != nil {
+			return errors.Join(cause, err)
+		}
+	}
+	return cause
 }
 
 // stamp brings minted units to verified: everything staged and flushed, one rename each, flushed, read back.
