@@ -187,4 +187,3 @@ func exitsCmd(ts *testscript.TestScript, neg bool, args []string) {
 func saveCmd(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(strings.TrimSpace(ts.ReadFile("stdout"))+"\n"), 0o644))
 }
-

@@ -455,7 +455,7 @@ func (s *Store) openKey(h pkcs11.SessionHandle, name string) (hsm.Key, error) {
 		case 0:
 			continue
 		case 1:
-			return s.openObject(h, name, class, found[0])
+			return s.openObject(h, name, class, found[0], nil)
 		}
 		return nil, fmt.Errorf("%d keys on the token have that name: rename or delete all but one", len(found))
 	}
@@ -470,7 +470,31 @@ func (s *Store) attribute(h pkcs11.SessionHandle, o pkcs11.ObjectHandle, typ uin
 	return got[0].Value, nil
 }
 
-func (s *Store) openObject(h pkcs11.SessionHandle, name string, class uint, o pkcs11.ObjectHandle) (hsm.Key, error) {
+// publicIndex finds public key objects by name and ID.
+type publicIndex map[string][]pkcs11.ObjectHandle
+
+func indexKey(label, id []byte) string { return string(label) + "\x00" + string(id) }
+
+// indexPublics reads every public key object's name and ID, for those who would search for each otherwise.
+func (s *Store) indexPublics(h pkcs11.SessionHandle) (publicIndex, error) {
+	handles, err := s.find(h, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true))
+	if err != nil {
+		return nil, err
+	}
+	index := make(publicIndex, len(handles))
+	for _, o := range handles {
+		got, err := s.mod.ctx.GetAttributeValue(h, o, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_LABEL, nil), pkcs11.NewAttribute(pkcs11.CKA_ID, nil)})
+		if err != nil {
+			return nil, err
+		}
+		k := indexKey(got[0].Value, got[1].Value)
+		index[k] = append(index[k], o)
+	}
+	return index, nil
+}
+
+// openObject makes a Key of a private or secret key object. The index may be nil: then its public half is searched for.
+func (s *Store) openObject(h pkcs11.SessionHandle, name string, class uint, o pkcs11.ObjectHandle, index publicIndex) (hsm.Key, error) {
 	id, err := s.attribute(h, o, pkcs11.CKA_ID)
 	if err != nil {
 		return nil, err
@@ -491,9 +515,12 @@ func (s *Store) openObject(h pkcs11.SessionHandle, name string, class uint, o pk
 	if len(sign) != 1 || sign[0] != 1 {
 		spec.Usage = hsm.Agree
 	}
-	publics, err := s.find(h, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), pkcs11.NewAttribute(pkcs11.CKA_ID, id), pkcs11.NewAttribute(pkcs11.CKA_LABEL, name))
-	if err != nil {
-		return nil, err
+	publics := index[indexKey([]byte(name), id)]
+	if index == nil {
+		publics, err = s.find(h, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), pkcs11.NewAttribute(pkcs11.CKA_ID, id), pkcs11.NewAttribute(pkcs11.CKA_LABEL, name))
+		if err != nil {
+			return nil, err
+		}
 	}
 	if len(publics) != 1 {
 		return nil, fmt.Errorf("%d public keys belong to it, want one: %w", len(publics), hsm.ErrUnsupported)

@@ -495,6 +495,10 @@ func (s *Store) List(ctx context.Context, prefix string) ([]hsm.Key, error) {
 	var keys []hsm.Key
 	err := s.with(ctx, true, func(h pkcs11.SessionHandle) error {
 		keys = nil
+		index, err := s.indexPublics(h)
+		if err != nil {
+			return err
+		}
 		for _, class := range []uint{pkcs11.CKO_PRIVATE_KEY, pkcs11.CKO_SECRET_KEY} {
 			handles, err := s.find(h, pkcs11.NewAttribute(pkcs11.CKA_CLASS, class), pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true))
 			if err != nil {
@@ -509,7 +513,7 @@ func (s *Store) List(ctx context.Context, prefix string) ([]hsm.Key, error) {
 				if !strings.HasPrefix(name, prefix) || !hsm.ValidName(name) {
 					continue
 				}
-				k, err := s.openObject(h, name, class, o)
+				k, err := s.openObject(h, name, class, o, index)
 				if errors.Is(err, hsm.ErrUnsupported) {
 					continue // a key of a kind that touchmark does not use
 				}

@@ -313,6 +313,9 @@ func (p *prototype) name(cn string) ([]byte, error) {
 
 // Issue signs the leaf of a plan, once.
 func (r *Prepared) Issue(p Plan, pub crypto.PublicKey) ([]byte, error) {
+	if p.Unit.RegistrationID == "" || len(p.SerialNumber) != serialSize {
+		return nil, errors.New("issuing a certificate: the plan is not whole")
+	}
 	var der []byte
 	var err error
 	if r.proto != nil {

@@ -36,6 +36,7 @@ import (
 	"io"
 	"io/fs"
 	"runtime"
+	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
@@ -144,6 +145,10 @@ type run struct {
 	chain    []byte // PEM of the issuing certificates below the root
 	alg      hsm.Algorithm
 	voids    atomic.Int64
+
+	listOnce sync.Once // of the keys that earlier runs made in the token
+	listErr  error
+	inToken  map[string]hsm.Key
 }
 
 func newRun(ctx context.Context, cfg Config) (*run, error) {
@@ -446,7 +451,7 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 			return err
 		}
 		var err error
-		if u.plan, err = r.Issuer.Plan(ca.Unit{RegistrationID: u.row.RegistrationID, Serial: u.row.Serial, Columns: r.fields(u.row)}); err != nil {
+		if u.plan, err = r.Issuer.Plan(r.unitOf(u.row)); err != nil {
 			return fmt.Errorf("serial %s: %w", u.row.Serial, err)
 		}
 		if !inMemory {
@@ -495,7 +500,9 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 }
 
 // tokenKeyName names a device's key in the token.
-func tokenKeyName(registrationID string) string { return "device:" + dps.Fold(registrationID) }
+func tokenKeyName(registrationID string) string { return tokenKeyPrefix + dps.Fold(registrationID) }
+
+const tokenKeyPrefix = "device:"
 
 // tokenKey makes the unit's key in the token. The name is in the ledger already, so a run that dies right here finds the
 // key by it and makes no second one.
@@ -504,7 +511,7 @@ func (r *run) tokenKey(ctx context.Context, u *unit) error {
 	var k hsm.Key
 	err := hsm.ErrNotFound
 	if u.found {
-		k, err = r.Store.Open(ctx, name)
+		k, err = r.keyInToken(ctx, name)
 	}
 	if errors.Is(err, hsm.ErrNotFound) {
 		k, err = r.Store.Generate(ctx, hsm.Spec{Name: name, Algorithm: r.alg})
@@ -513,6 +520,35 @@ func (r *run) tokenKey(ctx context.Context, u *unit) error {
 		return fmt.Errorf("serial %s: key %q: %w", u.row.Serial, name, err)
 	}
 	return u.setTokenKey(k)
+}
+
+// keyInToken finds a key that an earlier run made. All of them are listed once: a search for each would cost the square of
+// their number.
+func (r *run) keyInToken(ctx context.Context, name string) (hsm.Key, error) {
+	r.listOnce.Do(func() {
+		lister, ok := r.Store.(hsm.Lister)
+		if !ok {
+			return // then each is searched for
+		}
+		var keys []hsm.Key
+		if keys, r.listErr = lister.List(ctx, tokenKeyPrefix); r.listErr != nil {
+			return
+		}
+		r.inToken = make(map[string]hsm.Key, len(keys))
+		for _, k := range keys {
+			r.inToken[k.Name()] = k
+		}
+	})
+	switch {
+	case r.listErr != nil:
+		return nil, r.listErr
+	case r.inToken == nil:
+		return r.Store.Open(ctx, name)
+	}
+	if k, ok := r.inToken[name]; ok {
+		return k, nil
+	}
+	return nil, fmt.Errorf("key %q: %w", name, hsm.ErrNotFound)
 }
 
 func (u *unit) setTokenKey(k hsm.Key) error {
@@ -773,6 +809,11 @@ func (r *run) fields(row *Row) map[string]string {
 	return m
 }
 
+// unitOf is what a certificate is made for.
+func (r *run) unitOf(row *Row) ca.Unit {
+	return ca.Unit{RegistrationID: row.RegistrationID, Serial: row.Serial, Columns: r.fields(row)}
+}
+
 // groupEntry tells the service of the issuing CA that vouches for the devices.
 func (r *run) groupEntry() *bundle.Entry {
 	e := r.base
@@ -878,6 +919,7 @@ func (r *run) prove(ctx context.Context, u *unit, have *ledger.Unit) error {
 			if u.plan, err = ca.DecodePlan(have.Data); err != nil {
 				return err
 			}
+			u.plan.Unit = r.unitOf(u.row)
 		} else {
 			u.cert = have.Data
 		}
@@ -889,7 +931,7 @@ func (r *run) prove(ctx context.Context, u *unit, have *ledger.Unit) error {
 		case u.state == ledger.Begun:
 			return nil // tokenKey looks for the key by its name
 		}
-		k, err := r.Store.Open(ctx, tokenKeyName(u.row.RegistrationID))
+		k, err := r.keyInToken(ctx, tokenKeyName(u.row.RegistrationID))
 		if err != nil {
 			return fmt.Errorf("%w: its certificate was signed: %w", ErrUnproven, err)
 		}

@@ -1,0 +1,276 @@
+package main
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/touchmark/touchmark/hsm/hsmtest"
+)
+
+var (
+	buildOnce sync.Once
+	buildPath string
+	buildErr  error
+)
+
+// program builds touchmark, once, as users have it: without the race detector and with PINs that take their time.
+func program(t *testing.T) string {
+	t.Helper()
+	buildOnce.Do(func() {
+		dir, err := os.MkdirTemp("", "touchmark-test")
+		if err != nil {
+			buildErr = err
+			return
+		}
+		buildPath = filepath.Join(dir, "touchmark")
+		out, err := exec.Command("go", "build", "-o", buildPath, ".").CombinedOutput()
+		if err != nil {
+			buildErr = fmt.Errorf("%w\n%s", err, out)
+		}
+	})
+	if buildErr != nil {
+		t.Fatal(buildErr)
+	}
+	return buildPath
+}
+
+// touchmark runs the program in a directory and returns its standard output.
+func touchmark(t *testing.T, dir string, args ...string) string {
+	t.Helper()
+	cmd := exec.Command(program(t), args...)
+	cmd.Dir = dir
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("touchmark %s: %v\n%s", strings.Join(args, " "), err, stderr.String())
+	}
+	return string(out)
+}
+
+const tokenProfile = `
+registration-id = "{serial|lower}"
+attestation = "x509"
+enrollment = "group"
+group = "token-devices"
+[key]
+made = "token"
+`
+
+// newTokenLine makes a line whose keys are in a fresh SoftHSM token.
+func newTokenLine(t *testing.T) (dir string) {
+	t.Helper()
+	uri := hsmtest.SoftHSM(t, "line-3")
+	dir = t.TempDir()
+	touchmark(t, dir, "init", "line", "--id-scope", "0ne00112233", "--key-uri", uri.String())
+	if err := os.WriteFile(filepath.Join(dir, "line", "profiles", "token.toml"), []byte(tokenProfile), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// Invariants 1 to 3: mint is killed at fifty random instants of a thousand serials. Resumed, it ends with a thousand
+// distinct registration IDs and keys, a ledger that verifies, whole stamps, and no key in the token that no device has.
+func TestMintSurvivesKill(t *testing.T) {
+	if testing.Short() {
+		t.Skip("kills a hundred processes")
+	}
+	const serials, kills = 1000, 50
+	for profile, longest := range map[string]time.Duration{"x509-group": 120 * time.Millisecond, "token": 450 * time.Millisecond} {
+		t.Run(profile, func(t *testing.T) {
+			dir := newTokenLine(t)
+			if err := os.WriteFile(filepath.Join(dir, "serials.csv"), serialList("SN", serials), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			args := []string{"mint", "--line", "line", "--profile", profile, "--serials", "serials.csv", "--out", "stamps", "--bundle", "b.tmb", "--jobs", "1", "--json"}
+			seed := uint64(time.Now().UnixNano())
+			t.Logf("seed %d", seed)
+			random := rand.New(rand.NewPCG(seed, 0))
+			killed := 0
+			for n := 0; n < kills; n++ {
+				cmd := exec.Command(program(t), args...)
+				cmd.Dir = dir
+				var stderr bytes.Buffer
+				cmd.Stderr = &stderr
+				if err := cmd.Start(); err != nil {
+					t.Fatal(err)
+				}
+				timer := time.AfterFunc(time.Duration(random.Int64N(int64(longest))), func() { _ = cmd.Process.Kill() })
+				err := cmd.Wait()
+				timer.Stop()
+				var exit *exec.ExitError
+				switch {
+				case err == nil:
+				case errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL:
+					killed++
+				default:
+					t.Fatalf("after kill %d: %v\n%s", n, err, stderr.String())
+				}
+			}
+			var res mintResult
+			if err := json.Unmarshal([]byte(touchmark(t, dir, args...)), &res); err != nil {
+				t.Fatal(err)
+			}
+			t.Logf("%d of %d runs were killed; the last one found %d identities, made %d", killed, kills, res.Before, res.Minted)
+			if res.Devices != serials || res.Before+res.Minted != serials {
+				t.Errorf("result %+v", res)
+			}
+			touchmark(t, dir, "ledger", "verify", "--line", "line")
+			touchmark(t, dir, "bundle", "verify", "b.tmb", "--trust", "line/station.pem")
+			ids, keys := map[string]bool{}, map[string]bool{}
+			for line := range strings.Lines(touchmark(t, dir, "ledger", "show", "--line", "line", "--json")) {
+				var u struct{ RegistrationID, KeyHash, State string }
+				if err := json.Unmarshal([]byte(line), &u); err != nil {
+					t.Fatal(err)
+				}
+				if u.State != "sealed" {
+					t.Errorf("%s is %s", u.RegistrationID, u.State)
+				}
+				ids[u.RegistrationID], keys[u.KeyHash] = true, true
+			}
+			if len(ids) != serials || len(keys) != serials {
+				t.Errorf("%d registration IDs, %d keys", len(ids), len(keys))
+			}
+			checkStamps(t, filepath.Join(dir, "stamps"), profile, keys)
+			inToken := 0
+			for line := range strings.Lines(touchmark(t, dir, "key", "list", "--line", "line", "--json")) {
+				if strings.Contains(line, `"name":"device:`) {
+					inToken++
+				}
+			}
+			if want := map[string]int{"token": serials}[profile]; inToken != want {
+				t.Errorf("%d device keys in the token, want %d", inToken, want)
+			}
+		})
+	}
+}
+
+// checkStamps holds each stamp against the keys of the ledger.
+func checkStamps(t *testing.T, stamps, profile string, keys map[string]bool) {
+	t.Helper()
+	entries, err := os.ReadDir(stamps)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		dir := filepath.Join(stamps, e.Name())
+		chain, err := os.ReadFile(filepath.Join(dir, "device-chain.pem"))
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		var leaf *x509.Certificate
+		if profile == "x509-group" {
+			key, err := os.ReadFile(filepath.Join(dir, "device-key.pem"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			pair, err := tls.X509KeyPair(chain, key)
+			if err != nil {
+				t.Errorf("%s: %v", dir, err)
+				continue
+			}
+			leaf = pair.Leaf
+		} else if certs, err := readCertificates(filepath.Join(dir, "device-chain.pem")); err != nil {
+			t.Error(err)
+			continue
+		} else {
+			leaf = certs[0]
+		}
+		sum := sha256.Sum256(leaf.RawSubjectPublicKeyInfo)
+		if leaf.Subject.CommonName != e.Name() || !keys[fmt.Sprintf("%x", sum)] {
+			t.Errorf("%s holds the certificate of %s, whose key the ledger does not know", dir, leaf.Subject.CommonName)
+		}
+	}
+	if len(entries) != 1000 {
+		t.Errorf("%d stamps", len(entries))
+	}
+}
+
+// Invariant 4: a disk that fills up in the middle loses nothing, and with room the same command finishes.
+func TestDiskFull(t *testing.T) {
+	if os.Geteuid() != 0 {
+		hsmtest.Require(t, "the right to mount a small file system (root)")
+	}
+	small := filepath.Join(t.TempDir(), "small")
+	if err := os.Mkdir(small, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount("tmpfs", small, "tmpfs", 0, "size=3m"); err != nil {
+		hsmtest.Require(t, "the right to mount a small file system: "+err.Error())
+	}
+	t.Cleanup(func() { _ = syscall.Unmount(small, syscall.MNT_DETACH) })
+	dir := newTokenLine(t)
+	if err := os.WriteFile(filepath.Join(dir, "serials.csv"), serialList("SN", 400), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	out := filepath.Join(small, "stamps")
+	args := []string{"mint", "--line", "line", "--profile", "x509-group", "--serials", "serials.csv", "--out", out, "--bundle", "b.tmb"}
+	mint := func() (int, string) {
+		cmd := exec.Command(program(t), args...)
+		cmd.Dir = dir
+		text, _ := cmd.CombinedOutput()
+		return cmd.ProcessState.ExitCode(), string(text)
+	}
+	// 400 stamps do not fit: refused before anything is made.
+	if code, text := mint(); code != 1 || !strings.Contains(text, "not enough free space") {
+		t.Errorf("exit code %d\n%s", code, text)
+	}
+	// With room by the look of it, which somebody else then takes: stopped in the middle.
+	remount := func(size string) {
+		if err := syscall.Mount("tmpfs", small, "tmpfs", syscall.MS_REMOUNT, "size="+size); err != nil {
+			t.Fatal(err)
+		}
+	}
+	remount("12m")
+	stop := make(chan struct{})
+	go func() {
+		defer close(stop)
+		for {
+			if staged, _ := filepath.Glob(filepath.Join(out, "*", "*")); len(staged) > 20 {
+				break
+			}
+			time.Sleep(time.Millisecond)
+		}
+		hog, err := os.Create(filepath.Join(small, "hog"))
+		if err != nil {
+			return
+		}
+		defer hog.Close()
+		for {
+			if _, err := hog.Write(make([]byte, 64<<10)); err != nil {
+				return
+			}
+		}
+	}()
+	code, text := mint()
+	<-stop
+	if code != exitPartial && code != exitFailed || !strings.Contains(text, "no space left") {
+		t.Errorf("exit code %d\n%s", code, text)
+	}
+	touchmark(t, dir, "ledger", "verify", "--line", "line")
+	if err := os.Remove(filepath.Join(small, "hog")); err != nil {
+		t.Fatal(err)
+	}
+	if code, text := mint(); code != 0 {
+		t.Fatalf("with room again: exit code %d\n%s", code, text)
+	}
+	touchmark(t, dir, "ledger", "verify", "--line", "line")
+	if stamps, _ := filepath.Glob(filepath.Join(out, "sn*", "device-key.pem")); len(stamps) != 400 {
+		t.Errorf("%d stamps", len(stamps))
+	}
+}
