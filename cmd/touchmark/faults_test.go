@@ -90,7 +90,7 @@ func TestMintSurvivesKill(t *testing.T) {
 		t.Skip("kills a hundred processes")
 	}
 	const serials, kills = 1000, 50
-	for profile, longest := range map[string]time.Duration{"x509-group": 120 * time.Millisecond, "token": 450 * time.Millisecond} {
+	for profile, longest := range map[string]time.Duration{"x509-group": 200 * time.Millisecond, "token": 200 * time.Millisecond} {
 		t.Run(profile, func(t *testing.T) {
 			dir := newTokenLine(t)
 			if err := os.WriteFile(filepath.Join(dir, "serials.csv"), serialList("SN", serials), 0o644); err != nil {

@@ -1,0 +1,144 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/touchmark/touchmark/hsm/hsmtest"
+)
+
+// nodeResult is what testdata/node/register.js prints.
+type nodeResult struct {
+	OK                            bool
+	Status, AssignedHub, DeviceID string
+	Name, Message                 string
+	Result                        json.RawMessage
+}
+
+// Azure's device SDK for Node, unmodified, registers devices from stamps that this program wrote: both attestations,
+// individual and group, over HTTPS on 443 and MQTT. And it is refused, cleanly, with a wrong key and with a foreign
+// certificate. DPS-D 96.
+func TestNodeSDK(t *testing.T) {
+	if _, err := exec.LookPath("node"); err != nil {
+		hsmtest.Require(t, "Node.js (apt-get install nodejs npm)")
+	}
+	node, err := filepath.Abs(filepath.Join("..", "..", "testdata", "node"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !exists(filepath.Join(node, "node_modules", "azure-iot-provisioning-device")) {
+		hsmtest.Require(t, "Azure's SDK for Node (npm ci --ignore-scripts in testdata/node)")
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:443")
+	if err != nil {
+		hsmtest.Require(t, "the right to listen on port 443, which the SDK fixes: "+err.Error())
+	}
+	_ = l.Close()
+
+	t.Setenv("TOUCHMARK_PASSPHRASE", "words for a test")
+	dir := t.TempDir()
+	cmd := exec.Command(program(t), "serve", "--data", "svc", "--https", "127.0.0.1:443", "--mqtt", "127.0.0.1:8883", "--hub", "hub-a.example.net", "--id-scope", "0ne00112233", "--json")
+	cmd.Dir = dir
+	var log syncBuffer
+	cmd.Stderr = &log
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Signal(os.Interrupt)
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("serve: %v", err)
+		}
+		if t.Failed() {
+			t.Log(log.String())
+		}
+	})
+	if _, err := bufio.NewReader(out).ReadString('\n'); err != nil {
+		t.Fatalf("serve did not start: %v\n%s", err, log.String())
+	}
+
+	touchmark(t, dir, "init", "line", "--id-scope", "0ne00112233")
+	to, err := os.ReadFile(filepath.Join(dir, "line", "recipient.txt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	touchmark(t, dir, "group", "key", "symmetric-devices", "--service", "svc/owner.connection", "--recipient", strings.TrimSpace(string(to)), "--out", "g.sealed")
+	touchmark(t, dir, "key", "import", "--line", "line", "--name", "group-key", "--in", "g.sealed")
+	service, err := os.ReadFile(filepath.Join(dir, "svc", "recipient.txt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, profile := range []string{"x509-group", "x509-individual", "symmetric-group", "symmetric-individual"} {
+		if err := os.WriteFile(filepath.Join(dir, profile+".csv"), serialList(profile, 2), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		touchmark(t, dir, "mint", "--line", "line", "--profile", profile, "--serials", profile+".csv", "--out", "stamps", "--bundle", profile+".tmb", "--recipient", strings.TrimSpace(string(service)))
+		touchmark(t, dir, "import", profile+".tmb", "--service", "svc/owner.connection", "--trust", "line/station.pem")
+	}
+	// A line that the service has never heard of makes devices of the same names.
+	touchmark(t, dir, "init", "foreign", "--id-scope", "0ne00112233")
+	touchmark(t, dir, "mint", "--line", "foreign", "--profile", "x509-group", "--serials", "x509-group.csv", "--out", "foreign-stamps")
+	// And a device has a wrong key.
+	wrong := filepath.Join(dir, "wrong-key")
+	if err := os.CopyFS(wrong, os.DirFS(filepath.Join(dir, "stamps", "symmetric-group000001"))); err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(filepath.Join(wrong, "provisioning.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b = bytes.Replace(b, []byte(`"symmetricKey":"`), []byte(`"symmetricKey":"AAAA`), 1)
+	if err := os.WriteFile(filepath.Join(wrong, "provisioning.json"), b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+
+	register := func(t *testing.T, stamp, protocol string) nodeResult {
+		t.Helper()
+		c := exec.Command("node", "register.js", stamp, protocol, "localhost")
+		c.Dir = node
+		c.Env = append(os.Environ(), "NODE_EXTRA_CA_CERTS="+filepath.Join(dir, "svc", "ca.pem"))
+		var stderr bytes.Buffer
+		c.Stderr = &stderr
+		out, err := c.Output()
+		var r nodeResult
+		if jerr := json.Unmarshal(out, &r); jerr != nil {
+			t.Fatalf("%v, %v: %s\n%s", err, jerr, out, stderr.String())
+		}
+		return r
+	}
+	for _, protocol := range []string{"https", "mqtt"} {
+		for _, profile := range []string{"x509-group", "x509-individual", "symmetric-group", "symmetric-individual"} {
+			t.Run(protocol+"/"+profile, func(t *testing.T) {
+				t.Parallel()
+				id := profile + "000000"
+				if protocol == "mqtt" {
+					id = profile + "000001"
+				}
+				r := register(t, filepath.Join(dir, "stamps", id), protocol)
+				if !r.OK || r.AssignedHub != "hub-a.example.net" || r.DeviceID != id {
+					t.Errorf("%+v", r)
+				}
+			})
+		}
+		for name, stamp := range map[string]string{"wrong key": wrong, "foreign certificate": filepath.Join(dir, "foreign-stamps", "x509-group000000")} {
+			t.Run(protocol+"/"+name, func(t *testing.T) {
+				t.Parallel()
+				r := register(t, stamp, protocol)
+				if r.OK || !strings.Contains(r.Name+r.Message+string(r.Result), "nauthorized") {
+					t.Errorf("%+v", r)
+				}
+			})
+		}
+	}
+}
