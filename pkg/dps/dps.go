@@ -30,7 +30,7 @@ func CheckRegistrationID(id string) error {
 	}
 	for i := 0; i < len(id); i++ {
 		if !idByte(id[i]) {
-			return fmt.Errorf("registration ID %q: character %d is not a letter, a digit or one of - . _ :", id, i+1)
+			return fmt.Errorf("registration ID %q: character %d is not one of letters, digits and -._: characters", id, i+1)
 		}
 	}
 	if c := id[len(id)-1]; c == '.' || c == '_' || c == ':' {

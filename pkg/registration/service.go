@@ -191,7 +191,7 @@ func (s *Service) decide(req *Request, body *dps.RegisterRequest, v *verdict, be
 		// There is no issuer for operational certificates; to assign without one would hide it (device API, section 15.2).
 		st.Status, st.ErrorCode, st.ErrorMessage = dps.Failed, int(dps.CodeBadRequest), "Certificate issuance is not configured"
 	case err != nil:
-		st.Status, st.ErrorCode, st.ErrorMessage = dps.Failed, int(dps.CodeNoHub), err.Error()
+		st.Status, st.ErrorCode, st.ErrorMessage = dps.Failed, int(dps.CodeNoHub), "No IoT hub could be chosen"
 	default:
 		st.Status, st.AssignedHub, st.DeviceID = dps.Assigned, hub, v.deviceID
 		if st.DeviceID == "" {
@@ -240,10 +240,12 @@ func (s *Service) allocate(req *Request, e *dps.Enrollment, before *Registration
 		}
 	}
 	if len(hubs) == 0 {
-		return "", errors.New("No IoT hub is linked that the enrollment allows")
+		return "", errNoHub
 	}
 	return rendezvous(dps.Fold(req.RegistrationID), hubs), nil
 }
+
+var errNoHub = errors.New("no hub is linked that the enrollment allows")
 
 // rendezvous picks the hub with the highest hash of hub and device: even, the same every time, and when a hub goes away
 // only its own devices move.
