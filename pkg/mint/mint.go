@@ -89,8 +89,12 @@ type Config struct {
 	Rand io.Reader
 }
 
-// groupSize is how many devices share a flush. Past a few hundred the gain per device is lost in the noise.
-const groupSize = 512
+// How many devices share a flush. Where files are written, past a few hundred the gain per device is lost in the noise.
+// Where only the ledger is, its pages count: the indexes of thousands of units share many of them, those of hundreds do not.
+const (
+	stampGroup  = 512
+	ledgerGroup = 4096
+)
 
 // A Summary says what a run did.
 type Summary struct {
@@ -299,9 +303,12 @@ func (r *run) run(ctx context.Context, sink func(*bundle.Entry) error) error {
 	slots := make(chan struct{}, r.jobs)
 	eg.Go(func() error {
 		defer close(order)
-		rows := r.List.Rows
+		rows, size := r.List.Rows, stampGroup
+		if r.out == nil && r.Profile.Key.Made != madeToken {
+			size = ledgerGroup
+		}
 		for len(rows) > 0 {
-			n := min(groupSize, len(rows))
+			n := min(size, len(rows))
 			g := &group{units: make([]unit, n), done: make(chan error, 1)}
 			for i := range g.units {
 				g.units[i].row = &rows[i]
@@ -563,7 +570,7 @@ func (u *unit) setTokenKey(k hsm.Key) error {
 
 // setKey fills in what follows from the signer: its PEM, its public half and that one's hash.
 func (u *unit) setKey() error {
-	der, err := x509.MarshalPKCS8PrivateKey(u.signer)
+	der, err := marshalPKCS8(u.signer)
 	if err != nil {
 		return err
 	}
@@ -575,7 +582,7 @@ func (u *unit) setKey() error {
 }
 
 func publicKeyHash(pub crypto.PublicKey) ([]byte, error) {
-	spki, err := x509.MarshalPKIXPublicKey(pub)
+	spki, err := marshalPKIX(pub)
 	if err != nil {
 		return nil, err
 	}
