@@ -80,6 +80,9 @@ func ParseURI(s string) (URI, error) {
 	if err == nil && u.Scheme == SchemePKCS11 && u.Token == "" && u.Serial == "" && u.Manufacturer == "" {
 		err = errors.New("it names no token: want token, serial or manufacturer (slot numbers change, labels do not)")
 	}
+	if err == nil && len(u.String()) > maxURI {
+		err = fmt.Errorf("it is longer than %d octets when properly encoded", maxURI)
+	}
 	if err == nil && u.Object != "" && !ValidName(u.Object) {
 		err = fmt.Errorf("object %q is not a key name", u.Object)
 	}
