@@ -1,24 +1,19 @@
 package attest_test
 
 import (
-	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/hmac"
-	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/base64"
 	"errors"
 	"fmt"
-	"math/big"
 	"net/url"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/touchmark/touchmark/pkg/attest"
+	"github.com/touchmark/touchmark/pkg/attest/attesttest"
 )
 
 var key7 = []byte(strings.Repeat("\x07", 32))
@@ -100,49 +95,14 @@ func TestDeriveKey(t *testing.T) {
 	}
 }
 
-type node struct {
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-}
+var now = attesttest.Now
 
-var now = time.Date(2026, 6, 1, 0, 0, 0, 0, time.UTC)
-
-func sign(t testing.TB, parent *node, cn string, edit func(*x509.Certificate)) *node {
-	t.Helper()
-	n := &node{}
-	var err error
-	if n.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
-		t.Fatal(err)
-	}
-	c := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: cn}, NotBefore: now.Add(-time.Hour), NotAfter: now.Add(time.Hour),
-		BasicConstraintsValid: true, IsCA: true, MaxPathLen: -1, KeyUsage: x509.KeyUsageCertSign}
-	if edit != nil {
-		edit(c)
-	}
-	p, k := c, crypto.Signer(n.key)
-	if parent != nil {
-		p, k = parent.cert, parent.key
-	}
-	der, err := x509.CreateCertificate(rand.Reader, c, p, n.key.Public(), k)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if n.cert, err = x509.ParseCertificate(der); err != nil {
-		t.Fatal(err)
-	}
-	return n
-}
-
-func leaf(c *x509.Certificate) {
-	c.IsCA, c.KeyUsage, c.ExtKeyUsage = false, x509.KeyUsageDigitalSignature, []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
-}
-
-func groups(g map[string]*node) attest.Lookup[string] {
+func groups(g map[string]*attesttest.Holder) attest.Lookup[string] {
 	return func(child *x509.Certificate) ([]attest.Anchor[string], error) {
 		var out []attest.Anchor[string]
 		for name, n := range g {
-			if string(n.cert.RawSubject) == string(child.RawIssuer) {
-				out = append(out, attest.Anchor[string]{Certificate: n.cert, Group: name})
+			if string(n.Certificate.RawSubject) == string(child.RawIssuer) {
+				out = append(out, attest.Anchor[string]{Certificate: n.Certificate, Group: name})
 			}
 		}
 		return out, nil
@@ -151,41 +111,41 @@ func groups(g map[string]*node) attest.Lookup[string] {
 
 // Device API, section 7.3; DPS-D 42, 43, 45, 46, DPS-S 83, 85.
 func TestFindGroup(t *testing.T) {
-	root := sign(t, nil, "root", nil)
-	mid := sign(t, root, "mid", nil)
-	low := sign(t, mid, "low", nil)
-	dev := sign(t, low, "dev", leaf)
-	c := func(n ...*node) (out []*x509.Certificate) {
+	root := attesttest.CA(t, nil, "root")
+	mid := attesttest.CA(t, root, "mid")
+	low := attesttest.CA(t, mid, "low")
+	dev := attesttest.Leaf(t, low, "dev")
+	c := func(n ...*attesttest.Holder) (out []*x509.Certificate) {
 		for _, x := range n {
-			out = append(out, x.cert)
+			out = append(out, x.Certificate)
 		}
 		return out
 	}
-	tight := sign(t, nil, "root", func(c *x509.Certificate) { c.MaxPathLen, c.MaxPathLenZero = 0, true })
-	tightMid := sign(t, tight, "tmid", nil)
-	old := sign(t, root, "old", func(c *x509.Certificate) { c.NotAfter = now.Add(-time.Minute) })
-	noCA := sign(t, root, "noca", leaf)
-	noSign := sign(t, root, "nosign", func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageCRLSign })
-	twin := sign(t, nil, "low", nil) // the same name, another key
+	tight := attesttest.CA(t, nil, "root", func(c *x509.Certificate) { c.MaxPathLen, c.MaxPathLenZero = 0, true })
+	tightMid := attesttest.CA(t, tight, "tmid")
+	old := attesttest.CA(t, root, "old", func(c *x509.Certificate) { c.NotAfter = now.Add(-time.Minute) })
+	noCA := attesttest.Leaf(t, root, "noca")
+	noSign := attesttest.CA(t, root, "nosign", func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageCRLSign })
+	twin := attesttest.CA(t, nil, "low") // the same name, another key
 	for name, x := range map[string]struct {
 		presented []*x509.Certificate
-		groups    map[string]*node
+		groups    map[string]*attesttest.Holder
 		want      string
 	}{
-		"issuer enrolled, leaf alone":       {c(dev), map[string]*node{"low": low}, "low"},
-		"root enrolled, intermediates sent": {c(dev, low, mid), map[string]*node{"root": root}, "root"},
-		"in any order, root sent too":       {c(dev, root, mid, low), map[string]*node{"root": root}, "root"},
-		"root enrolled, leaf alone":         {c(dev), map[string]*node{"root": root}, ""},
-		"first from the leaf decides":       {c(dev, low, mid), map[string]*node{"root": root, "mid": mid, "low": low}, "low"},
-		"of one name, the one that signed":  {c(dev), map[string]*node{"twin": twin, "low": low}, "low"},
-		"of one name, another key":          {c(dev), map[string]*node{"twin": twin}, ""},
-		"path length":                       {c(sign(t, tightMid, "dev", leaf), tightMid), map[string]*node{"tight": tight}, ""},
-		"expired intermediate":              {c(sign(t, old, "dev", leaf), old), map[string]*node{"root": root}, ""},
-		"expired anchor":                    {c(sign(t, old, "dev", leaf)), map[string]*node{"old": old}, ""},
-		"intermediate is no CA":             {c(sign(t, noCA, "dev", leaf), noCA), map[string]*node{"root": root}, ""},
-		"intermediate may not sign":         {c(sign(t, noSign, "dev", leaf), noSign), map[string]*node{"root": root}, ""},
-		"nothing presented":                 {nil, map[string]*node{"root": root}, ""},
-		"too many":                          {c(dev, low, mid, root, old, noCA, noSign, twin, tight, tightMid, dev), map[string]*node{"low": low}, ""},
+		"issuer enrolled, leaf alone":       {c(dev), map[string]*attesttest.Holder{"low": low}, "low"},
+		"root enrolled, intermediates sent": {c(dev, low, mid), map[string]*attesttest.Holder{"root": root}, "root"},
+		"in any order, root sent too":       {c(dev, root, mid, low), map[string]*attesttest.Holder{"root": root}, "root"},
+		"root enrolled, leaf alone":         {c(dev), map[string]*attesttest.Holder{"root": root}, ""},
+		"first from the leaf decides":       {c(dev, low, mid), map[string]*attesttest.Holder{"root": root, "mid": mid, "low": low}, "low"},
+		"of one name, the one that signed":  {c(dev), map[string]*attesttest.Holder{"twin": twin, "low": low}, "low"},
+		"of one name, another key":          {c(dev), map[string]*attesttest.Holder{"twin": twin}, ""},
+		"path length":                       {c(attesttest.Leaf(t, tightMid, "dev"), tightMid), map[string]*attesttest.Holder{"tight": tight}, ""},
+		"expired intermediate":              {c(attesttest.Leaf(t, old, "dev"), old), map[string]*attesttest.Holder{"root": root}, ""},
+		"expired anchor":                    {c(attesttest.Leaf(t, old, "dev")), map[string]*attesttest.Holder{"old": old}, ""},
+		"intermediate is no CA":             {c(attesttest.Leaf(t, noCA, "dev"), noCA), map[string]*attesttest.Holder{"root": root}, ""},
+		"intermediate may not sign":         {c(attesttest.Leaf(t, noSign, "dev"), noSign), map[string]*attesttest.Holder{"root": root}, ""},
+		"nothing presented":                 {nil, map[string]*attesttest.Holder{"root": root}, ""},
+		"too many":                          {c(dev, low, mid, root, old, noCA, noSign, twin, tight, tightMid, dev), map[string]*attesttest.Holder{"low": low}, ""},
 	} {
 		got, err := attest.FindGroup(x.presented, groups(x.groups), now)
 		if got != x.want || (err == nil) != (x.want != "") {
@@ -197,7 +157,7 @@ func TestFindGroup(t *testing.T) {
 		at   time.Time
 		want error
 	}{"good": {"DEV", now, nil}, "name": {"other", now, attest.ErrCommonName}, "late": {"dev", now.Add(2 * time.Hour), attest.ErrValidity}, "early": {"dev", now.Add(-2 * time.Hour), attest.ErrValidity}} {
-		if err := attest.CheckLeaf(dev.cert, x.id, x.at); !errors.Is(err, x.want) {
+		if err := attest.CheckLeaf(dev.Certificate, x.id, x.at); !errors.Is(err, x.want) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -220,9 +180,9 @@ func FuzzParseToken(f *testing.F) {
 
 // Certificates are hostile until judged: whatever parses must not upset the walk.
 func FuzzFindGroup(f *testing.F) {
-	root := sign(f, nil, "root", nil)
-	dev := sign(f, root, "dev", leaf)
-	f.Add(dev.cert.Raw, root.cert.Raw)
+	root := attesttest.CA(f, nil, "root")
+	dev := attesttest.Leaf(f, root, "dev")
+	f.Add(dev.Certificate.Raw, root.Certificate.Raw)
 	f.Fuzz(func(t *testing.T, a, b []byte) {
 		x, err1 := x509.ParseCertificate(a)
 		y, err2 := x509.ParseCertificate(b)
@@ -230,7 +190,7 @@ func FuzzFindGroup(f *testing.F) {
 			return
 		}
 		_ = attest.CheckLeaf(x, "dev", now)
-		if g, err := attest.FindGroup([]*x509.Certificate{x, y}, groups(map[string]*node{"root": root}), now); err == nil && (g != "root" || !x.Equal(dev.cert)) {
+		if g, err := attest.FindGroup([]*x509.Certificate{x, y}, groups(map[string]*attesttest.Holder{"root": root}), now); err == nil && (g != "root" || !x.Equal(dev.Certificate)) {
 			t.Fatalf("%q admits %q", g, x.Subject)
 		}
 	})

@@ -1,0 +1,434 @@
+package registrationtest
+
+import (
+	"bytes"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/touchmark/touchmark/pkg/attest"
+	"github.com/touchmark/touchmark/pkg/attest/attesttest"
+	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/registration"
+	"github.com/touchmark/touchmark/pkg/sqlstore"
+)
+
+// Names that the suite uses.
+const (
+	Scope      = "0ne00C0FFEE"
+	Host       = "dps.example.net"
+	hub        = "hub-a.example.net"
+	apiVersion = "2019-03-31"
+)
+
+// A Fixture is a service with enrollments of every kind that a door can meet, on a clock that stands at [attesttest.Now]
+// until it is moved.
+type Fixture struct {
+	Service   *registration.Service
+	GroupKey  []byte
+	OwnKey    []byte // of the individual enrollment "own-key"
+	OtherKey  []byte // its secondary key
+	Root, Mid *attesttest.Holder
+	Own       *attesttest.Holder // the self-signed certificate of the individual enrollment "own-cert"
+
+	offset atomic.Int64
+}
+
+// Now tells the fixture's time; Advance moves it.
+func (f *Fixture) Now() time.Time          { return attesttest.Now.Add(time.Duration(f.offset.Load())) }
+func (f *Fixture) Advance(d time.Duration) { f.offset.Add(int64(d)) }
+
+// NewFixture starts a service on a store of its own.
+func NewFixture(t testing.TB, hubs ...string) *Fixture {
+	t.Helper()
+	store, err := sqlstore.Open(t.Context(), sqlstore.Config{Path: filepath.Join(t.TempDir(), "service.db"), DataKey: bytes.Repeat([]byte{7}, 32)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = store.Close() })
+	f := &Fixture{GroupKey: bytes.Repeat([]byte("g"), 64), OwnKey: bytes.Repeat([]byte("k"), 32), OtherKey: bytes.Repeat([]byte("l"), 32)}
+	f.Service = registration.New(registration.Config{Store: store, Scope: Scope, Hubs: hubs, Now: f.Now})
+	f.Root = attesttest.CA(t, nil, "factory root")
+	f.Mid = attesttest.CA(t, f.Root, "line 3")
+	f.Own = attesttest.Leaf(t, nil, "own-cert")
+	f.Put(t, registration.Group, "keys", Symmetric(f.GroupKey, nil))
+	f.Put(t, registration.Group, "line", Signers(f.Root, nil))
+	f.Put(t, registration.Individual, "own-key", Symmetric(f.OwnKey, f.OtherKey))
+	f.Put(t, registration.Individual, "own-cert", dps.Enrollment{Attestation: &dps.Attestation{Type: dps.AttestationX509,
+		X509: &dps.X509Attestation{ClientCertificates: &dps.X509Certificates{Primary: &dps.X509Certificate{Certificate: f.Own.Base64()}}}}})
+	return f
+}
+
+// Put writes an enrollment over whatever is there.
+func (f *Fixture) Put(t testing.TB, kind registration.Kind, id string, e dps.Enrollment) {
+	t.Helper()
+	var doc any = dps.IndividualEnrollment{RegistrationID: id, Enrollment: e}
+	if kind == registration.Group {
+		doc = dps.EnrollmentGroup{EnrollmentGroupID: id, Enrollment: e}
+	}
+	b, err := json.Marshal(doc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	match := ""
+	if _, err := f.Service.GetEnrollment(t.Context(), kind, id); err == nil {
+		match = "*"
+	}
+	if _, err := f.Service.PutEnrollment(t.Context(), kind, id, b, match); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Symmetric is an enrollment by symmetric key.
+func Symmetric(primary, secondary []byte) dps.Enrollment {
+	if secondary == nil {
+		secondary = bytes.Repeat([]byte("s"), 32)
+	}
+	return dps.Enrollment{Attestation: &dps.Attestation{Type: dps.AttestationSymmetricKey, SymmetricKey: &dps.SymmetricKeyAttestation{
+		PrimaryKey: base64.StdEncoding.EncodeToString(primary), SecondaryKey: base64.StdEncoding.EncodeToString(secondary)}}}
+}
+
+// Signers is a group of the devices below a CA.
+func Signers(primary, secondary *attesttest.Holder) dps.Enrollment {
+	certs := &dps.X509Certificates{Primary: &dps.X509Certificate{Certificate: primary.Base64()}}
+	if secondary != nil {
+		certs.Secondary = &dps.X509Certificate{Certificate: secondary.Base64()}
+	}
+	return dps.Enrollment{Attestation: &dps.Attestation{Type: dps.AttestationX509, X509: &dps.X509Attestation{SigningCertificates: certs}}}
+}
+
+// A Device is what connects to a door: its names as it writes them, and its proof.
+type Device struct {
+	Scope, ID, APIVersion string
+	Token                 string
+	Certificate           *tls.Certificate
+}
+
+// ByKey is a device with a token signed by a key, good for an hour.
+func (f *Fixture) ByKey(id string, key []byte) Device {
+	return Device{Scope: Scope, ID: id, APIVersion: apiVersion, Token: attesttest.Token(key, Scope, id, f.Now().Add(time.Hour))}
+}
+
+// Derived is a device of the symmetric-key group.
+func (f *Fixture) Derived(id string) Device {
+	return f.ByKey(id, attest.DeriveKey(f.GroupKey, id))
+}
+
+// ByCertificate is a device with a certificate.
+func ByCertificate(id string, c *tls.Certificate) Device {
+	return Device{Scope: Scope, ID: id, APIVersion: apiVersion, Certificate: c}
+}
+
+// An Answer is what a door answered a device.
+type Answer struct {
+	Status int    // as in HTTP; 401 where the door refused the connection itself, and then there is no body
+	Hint   string // retry-after, empty where there was none
+	Body   []byte
+}
+
+// A Conn is a device's connection to a door. A Conn that was refused answers 401 to everything.
+type Conn interface {
+	Register(t testing.TB, body string) Answer
+	Status(t testing.TB, operation, body string) Answer
+}
+
+var (
+	dateForm      = regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{7}Z$`)
+	operationForm = regexp.MustCompile(`^[A-Za-z0-9.-]{1,55}$`)
+)
+
+// document decodes an answer and checks what holds for every one: DPS-D 1 to 5, 9, 14, 15, 17, 31.
+func document(t testing.TB, a Answer) map[string]any {
+	t.Helper()
+	var doc map[string]any
+	if err := json.Unmarshal(a.Body, &doc); err != nil {
+		t.Fatalf("answer %d %q: %v", a.Status, a.Body, err)
+	}
+	if bytes.Contains(a.Body, []byte("null")) || bytes.ContainsFunc(a.Body, func(r rune) bool { return r > '~' || r < ' ' }) || bytes.Contains(a.Body, []byte(`\u002`)) {
+		t.Errorf("answer %s has a null, something beyond ASCII or a needless escape", a.Body)
+	}
+	state, _ := doc["registrationState"].(map[string]any)
+	for _, o := range []map[string]any{doc, state} {
+		if o["message"] != nil && o["errorMessage"] != nil || o["code"] != nil && o["errorCode"] != nil {
+			t.Errorf("%s has both names of a member", a.Body)
+		}
+		for name, v := range o {
+			if strings.HasSuffix(name, "Utc") && !dateForm.MatchString(v.(string)) {
+				t.Errorf("%s is %v", name, v)
+			}
+		}
+	}
+	if a.Status >= 300 {
+		code, _ := doc["errorCode"].(float64)
+		if int(code)/1000 != a.Status || doc["trackingId"] == "" || doc["message"] == "" || doc["timestampUtc"] == nil {
+			t.Errorf("error %d has the document %s", a.Status, a.Body)
+		}
+		if (a.Hint != "") != (a.Status == 429 || a.Status >= 500) {
+			t.Errorf("error %d comes with the hint %q", a.Status, a.Hint)
+		}
+		return doc
+	}
+	if op, _ := doc["operationId"].(string); !operationForm.MatchString(op) {
+		t.Errorf("operation %q", op)
+	}
+	switch doc["status"] {
+	case "assigning":
+		if a.Hint != "3" || a.Status != 202 {
+			t.Errorf("an assigning answer is %d with the hint %q", a.Status, a.Hint)
+		}
+	case "assigned", "failed", "disabled":
+		if a.Hint != "" || a.Status != 200 || state["status"] != doc["status"] {
+			t.Errorf("answer %d with the hint %q: %s", a.Status, a.Hint, a.Body)
+		}
+	default:
+		t.Errorf("status %v", doc["status"])
+	}
+	return doc
+}
+
+// register has a device register and ask once, and returns the operation and its registrationState.
+func register(t testing.TB, c Conn, body string) (operation string, state map[string]any) {
+	t.Helper()
+	a := c.Register(t, body)
+	doc := document(t, a)
+	if a.Status != 202 || doc["registrationState"] != nil { // DPS-D 6
+		t.Fatalf("register: %d %s", a.Status, a.Body)
+	}
+	operation = doc["operationId"].(string)
+	a = c.Status(t, operation, "")
+	doc = document(t, a)
+	state, _ = doc["registrationState"].(map[string]any)
+	if a.Status != 200 || state == nil || doc["operationId"] != operation {
+		t.Fatalf("status: %d %s", a.Status, a.Body)
+	}
+	return operation, state
+}
+
+func assigned(t testing.TB, c Conn, id string) map[string]any {
+	t.Helper()
+	_, state := register(t, c, `{"registrationId":"`+id+`"}`)
+	if state["status"] != "assigned" || state["assignedHub"] != hub || state["deviceId"] != id || state["registrationId"] != id || state["etag"] == "" { // DPS-D 8
+		t.Fatalf("%s: %v", id, state)
+	}
+	return state
+}
+
+func refused(t testing.TB, c Conn, why string) {
+	t.Helper()
+	refusedWith(t, c.Register(t, ""), 401, why)
+}
+
+func refusedWith(t testing.TB, a Answer, status int, why string) {
+	t.Helper()
+	if a.Status != status {
+		t.Errorf("%s: answer %d %s", why, a.Status, a.Body)
+		return
+	}
+	if a.Body == nil && status == 401 {
+		return
+	}
+	// Device API, section 6.4: who is refused learns nothing more.
+	if doc := document(t, a); status == 401 && (doc["errorCode"] != 401002.0 || doc["message"] != "Unauthorized") {
+		t.Errorf("%s: %s", why, a.Body)
+	}
+}
+
+// Doors is the contract of a door as a test suite: what a device reads is the same whatever way it came. Serve starts a
+// door on a fixture's service and clock, and returns how devices connect to it.
+func Doors(t *testing.T, serve func(*testing.T, *Fixture) func(testing.TB, Device) Conn) {
+	start := func(t *testing.T, hubs ...string) (*Fixture, func(testing.TB, Device) Conn) {
+		f := NewFixture(t, hubs...)
+		return f, serve(t, f)
+	}
+	t.Run("keys", func(t *testing.T) { // DPS-D 11, 16, 19, 27, 39
+		f, dial := start(t, hub)
+		for _, key := range [][]byte{f.OwnKey, f.OtherKey} {
+			if s := assigned(t, dial(t, f.ByKey("own-key", key)), "own-key"); s["symmetricKey"] != nil || s["x509"] != nil {
+				t.Errorf("individual: %v", s)
+			}
+		}
+		c := dial(t, f.Derived("dev-1"))
+		first := assigned(t, c, "dev-1")
+		if g, _ := first["symmetricKey"].(map[string]any); g["enrollmentGroupId"] != "keys" || first["substatus"] != "initialAssignment" {
+			t.Errorf("group: %v", first)
+		}
+		f.Advance(time.Second)
+		again := assigned(t, c, "dev-1")
+		if again["substatus"] != "reprovisionedToInitialAssignment" || again["createdDateTimeUtc"] != first["createdDateTimeUtc"] ||
+			again["lastUpdatedDateTimeUtc"] == first["lastUpdatedDateTimeUtc"] || again["etag"] == first["etag"] {
+			t.Errorf("again: %v", again)
+		}
+		op, _ := register(t, c, `{"registrationId":"dev-1","payload":null}`)
+		if a, b := c.Status(t, op, ""), c.Status(t, op, ""); !bytes.Equal(a.Body, b.Body) {
+			t.Errorf("the same operation, told twice:\n%s\n%s", a.Body, b.Body)
+		}
+	})
+	t.Run("certificates", func(t *testing.T) { // DPS-D 10, 41, 42, 43
+		f, dial := start(t, hub)
+		dev := attesttest.Leaf(t, f.Mid, "dev-2")
+		for name, d := range map[string]Device{
+			"individual":          ByCertificate("own-cert", f.Own.TLS()),
+			"group":               ByCertificate("dev-2", dev.TLS(f.Mid)),
+			"group, reversed":     ByCertificate("dev-2", dev.TLS(f.Root, f.Mid)),
+			"group, leaf of root": ByCertificate("dev-3", attesttest.Leaf(t, f.Root, "dev-3").TLS()),
+		} {
+			s := assigned(t, dial(t, d), d.ID)
+			if x, ok := s["x509"].(map[string]any); !ok || len(x) != 0 || s["symmetricKey"] != nil {
+				t.Errorf("%s: %v", name, s)
+			}
+		}
+		refused(t, dial(t, ByCertificate("dev-2", dev.TLS())), "leaf without its intermediate")
+		f.Put(t, registration.Group, "line-3", Signers(f.Mid, nil))
+		assigned(t, dial(t, ByCertificate("dev-2", dev.TLS())), "dev-2")
+	})
+	t.Run("foreign certificates", func(t *testing.T) { // DPS-D 44, 46
+		f, dial := start(t, hub)
+		late := func(c *x509.Certificate) { c.NotAfter = attesttest.Now.Add(-time.Minute) }
+		twin := attesttest.CA(t, nil, "factory root")
+		for why, d := range map[string]Device{
+			"no proof at all":          {Scope: Scope, ID: "dev-1", APIVersion: apiVersion},
+			"another's name":           ByCertificate("dev-9", attesttest.Leaf(t, f.Root, "dev-2").TLS()),
+			"expired leaf":             ByCertificate("dev-2", attesttest.Leaf(t, f.Root, "dev-2", late).TLS()),
+			"expired intermediate":     ByCertificate("dev-2", attesttest.Leaf(t, attesttest.CA(t, f.Root, "old", late), "dev-2").TLS()),
+			"a CA of the same name":    ByCertificate("dev-2", attesttest.Leaf(t, twin, "dev-2").TLS(twin)),
+			"another leaf, enrolled":   ByCertificate("own-cert", attesttest.Leaf(t, nil, "own-cert").TLS()),
+			"of a group, but enrolled": ByCertificate("own-cert", attesttest.Leaf(t, f.Root, "own-cert").TLS()),
+			"certificate for a key":    ByCertificate("own-key", attesttest.Leaf(t, f.Root, "own-key").TLS()),
+			"key for a certificate":    f.Derived("own-cert"),
+		} {
+			refused(t, dial(t, d), why)
+		}
+	})
+	t.Run("foreign keys", func(t *testing.T) { // DPS-D 36, 37
+		f, dial := start(t, hub)
+		good := attest.DeriveKey(f.GroupKey, "dev-1")
+		token := func(scope, id string, in time.Duration) Device {
+			return Device{Scope: Scope, ID: "dev-1", APIVersion: apiVersion, Token: attesttest.Token(good, scope, id, f.Now().Add(in))}
+		}
+		for why, d := range map[string]Device{
+			"another key":       f.ByKey("dev-1", f.OwnKey),
+			"the group's key":   f.ByKey("dev-1", f.GroupKey),
+			"another device's":  f.ByKey("dev-1", attest.DeriveKey(f.GroupKey, "dev-2")),
+			"for another scope": token("0ne00000000", "dev-1", time.Hour),
+			"for another ID":    token(Scope, "dev-2", time.Hour),
+			"expired":           token(Scope, "dev-1", -time.Hour),
+			"no token":          {Scope: Scope, ID: "dev-1", APIVersion: apiVersion, Token: "SharedAccessSignature sr=x"},
+			"another scope":     {Scope: "0ne00000000", ID: "dev-1", APIVersion: apiVersion, Token: attesttest.Token(good, "0ne00000000", "dev-1", f.Now().Add(time.Hour))},
+		} {
+			refused(t, dial(t, d), why)
+		}
+		for _, in := range []time.Duration{-time.Minute, 24 * time.Hour} {
+			assigned(t, dial(t, token(Scope, "dev-1", in)), "dev-1")
+		}
+	})
+	t.Run("disabled", func(t *testing.T) { // DPS-D 13, 29, 45
+		f, dial := start(t, hub)
+		off := func(kind registration.Kind, id string, e dps.Enrollment) {
+			e.ProvisioningStatus = dps.EnrollmentDisabled
+			f.Put(t, kind, id, e)
+		}
+		off(registration.Individual, "own-key", Symmetric(f.OwnKey, f.OtherKey))
+		off(registration.Individual, "dev-2", Symmetric(f.OwnKey, nil))
+		off(registration.Group, "line-3", Signers(f.Mid, nil))
+		in2, in3 := attesttest.Leaf(t, f.Root, "dev-2"), attesttest.Leaf(t, f.Mid, "dev-3")
+		for _, d := range []Device{f.ByKey("own-key", f.OwnKey), ByCertificate("dev-2", in2.TLS())} {
+			if _, s := register(t, dial(t, d), ""); s["status"] != "disabled" || s["deviceId"] != nil || s["assignedHub"] != nil {
+				t.Errorf("%s: %v", d.ID, s)
+			}
+		}
+		refused(t, dial(t, f.ByKey("own-key", f.GroupKey)), "wrong key for a disabled enrollment")
+		refused(t, dial(t, ByCertificate("dev-3", in3.TLS(f.Mid))), "disabled group below an enabled one")
+	})
+	t.Run("no hub", func(t *testing.T) { // DPS-D 12, 30
+		f, dial := start(t)
+		_, s := register(t, dial(t, f.Derived("dev-1")), "")
+		if text, _ := s["errorMessage"].(string); s["status"] != "failed" || s["errorCode"] != 400208.0 || text == "" || s["assignedHub"] != nil {
+			t.Errorf("%v", s)
+		}
+	})
+	t.Run("bodies", func(t *testing.T) { // DPS-D 18 to 22, 24, 25
+		f, dial := start(t, hub)
+		d := f.Derived("dev-1")
+		for _, body := range []string{"", "{}", `{"registrationId" : "DEV-1"}` + "\n", `{"registrationId":"dev-1","payload":null,"what":{"is":["this"]}}`, `{"payload":"{\"a\":1}"}`} {
+			if _, s := register(t, dial(t, d), body); s["status"] != "assigned" {
+				t.Errorf("%s: %v", body, s)
+			}
+		}
+		for _, body := range []string{"{", "[]", `"x"`, `{"registrationId":1}`, `{"registrationId":"dev-2"}`, "\xff\xfe", `{"registrationId":"dev-1"} {}`} {
+			refusedWith(t, dial(t, d).Register(t, body), 400, body)
+		}
+		a := dial(t, d).Register(t, `{"registrationId":"dev-1","csr":"MIIB"}`)
+		if doc := document(t, a); a.Status != 400 || doc["errorCode"] != 400012.0 {
+			t.Errorf("CSR under an old version: %s", a.Body)
+		}
+		csr := d
+		csr.APIVersion = "2025-07-01-preview"
+		if _, s := register(t, dial(t, csr), `{"registrationId":"dev-1","csr":"MIIB"}`); s["status"] != "failed" {
+			t.Errorf("CSR, and nobody to sign it: %v", s)
+		}
+		refusedWith(t, dial(t, d).Register(t, `{"payload":"`+strings.Repeat("x", registration.MaxBody)+`"}`), 413, "64 KiB and more")
+		op, _ := register(t, dial(t, d), "")
+		for _, body := range []string{" ", "{}", `{"registrationId":"dev-1"}`, "{not JSON"} {
+			if a := dial(t, d).Status(t, op, body); a.Status != 200 {
+				t.Errorf("status with the body %q: %d %s", body, a.Status, a.Body)
+			}
+		}
+	})
+	t.Run("versions", func(t *testing.T) { // DPS-D 23, 40
+		f, dial := start(t, hub)
+		for _, v := range []string{"2018-11-01", "2019-03-31", "2021-06-01", "2021-10-01", "2025-07-01-preview"} {
+			d := f.Derived("dev-1")
+			d.APIVersion = v
+			assigned(t, dial(t, d), "dev-1")
+		}
+		d := f.Derived("dev-1")
+		d.Scope, d.ID = strings.ToLower(Scope), "DEV-1"
+		// The record is one, the device ID stays what it was, and the answer has the spelling of the request.
+		if _, s := register(t, dial(t, d), ""); s["status"] != "assigned" || s["deviceId"] != "dev-1" || s["registrationId"] != "DEV-1" {
+			t.Errorf("in another case: %v", s)
+		}
+	})
+	t.Run("operations", func(t *testing.T) { // DPS-D 26, 38
+		f, dial := start(t, hub)
+		d1, d2 := f.Derived("dev-1"), f.Derived("dev-2")
+		op, _ := register(t, dial(t, d1), "")
+		refusedWith(t, dial(t, d2).Status(t, op, ""), 404, "another device's operation")
+		refusedWith(t, dial(t, d1).Status(t, "5.0000000000000000.00000000-0000-0000-0000-000000000000", ""), 404, "unknown operation")
+		forged := f.ByKey("dev-1", f.OwnKey)
+		refusedWith(t, dial(t, forged).Status(t, op, ""), 401, "another proof")
+		c := dial(t, d1)
+		f.Advance(2 * time.Hour)
+		if a := c.Status(t, op, ""); a.Status != 200 {
+			t.Errorf("with the token that began it, expired since: %d %s", a.Status, a.Body)
+		}
+	})
+	t.Run("many at once", func(t *testing.T) { // DPS-D 28; invariant 3 under load
+		f, dial := start(t, hub)
+		var wg sync.WaitGroup
+		for i := range 64 {
+			id := fmt.Sprintf("dev-%d", i/2) // each comes twice
+			wg.Go(func() {
+				if _, s := register(t, dial(t, f.Derived(id)), ""); s["status"] != "assigned" {
+					t.Errorf("%s: %v", id, s)
+				}
+			})
+		}
+		wg.Wait()
+		page, _, err := f.Service.QueryRegistrations(t.Context(), "keys", "", 100)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(page) != 32 {
+			t.Errorf("%d registrations of 32 devices", len(page))
+		}
+	})
+}
