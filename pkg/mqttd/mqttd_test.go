@@ -1,0 +1,484 @@
+package mqttd_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/touchmark/touchmark/pkg/attest/attesttest"
+	"github.com/touchmark/touchmark/pkg/httpd"
+	"github.com/touchmark/touchmark/pkg/mqtt"
+	"github.com/touchmark/touchmark/pkg/mqttd"
+	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
+)
+
+const (
+	responses     = "$dps/registrations/res/#"
+	registerTopic = "$dps/registrations/PUT/iotdps-register/?$rid="
+	statusTopic   = "$dps/registrations/GET/iotdps-get-operationstatus/?$rid="
+)
+
+// door is a running MQTT door.
+type door struct {
+	*registrationtest.Fixture
+	addr  string
+	roots *x509.CertPool
+}
+
+func open(t testing.TB, f *registrationtest.Fixture, edit ...func(*mqttd.Config)) *door {
+	t.Helper()
+	server := attesttest.Leaf(t, nil, registrationtest.Host)
+	cfg := mqttd.Config{Registrar: f.Service, Now: f.Now, ResponseDelay: -1,
+		TLS: httpd.TLSConfig(func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return server.TLS(), nil })}
+	for _, e := range edit {
+		e(&cfg)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	done := make(chan error)
+	go func() { done <- mqttd.New(cfg).Serve(ctx, l) }()
+	t.Cleanup(func() {
+		stop()
+		if err := <-done; err != nil {
+			t.Errorf("serving: %v", err)
+		}
+	})
+	d := &door{Fixture: f, addr: l.Addr().String(), roots: x509.NewCertPool()}
+	d.roots.AddCert(server.Certificate)
+	return d
+}
+
+func newDoor(t testing.TB, edit ...func(*mqttd.Config)) *door {
+	t.Helper()
+	return open(t, registrationtest.NewFixture(t, "hub-a.example.net"), edit...)
+}
+
+// conn is one device's connection, spoken to in packets.
+type conn struct {
+	c      *tls.Conn
+	r      *bufio.Reader
+	closed bool // the door refused the CONNECT
+	rid    int
+}
+
+func (d *door) dial(t testing.TB, c *tls.Certificate) *conn {
+	t.Helper()
+	cfg := &tls.Config{RootCAs: d.roots, ServerName: registrationtest.Host, Time: d.Now}
+	if c != nil {
+		cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return c, nil }
+	}
+	tc, err := tls.Dial("tcp", d.addr, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = tc.Close() })
+	_ = tc.SetDeadline(time.Now().Add(30 * time.Second))
+	return &conn{c: tc, r: bufio.NewReader(tc)}
+}
+
+func (c *conn) write(t testing.TB, b []byte) {
+	t.Helper()
+	if _, err := c.c.Write(b); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// read returns the next packet, which must be of that type.
+func (c *conn) read(t testing.TB, want mqtt.Type) *mqtt.Packet {
+	t.Helper()
+	p, err := mqtt.Read(c.r, 1<<20)
+	if err != nil {
+		t.Fatalf("waiting for packet %d: %v", want, err)
+	}
+	if p.Type != want {
+		t.Fatalf("packet %d, want %d", p.Type, want)
+	}
+	return p
+}
+
+// gone checks that the door hung up, and that nothing came before that.
+func (c *conn) gone(t testing.TB, why string) {
+	t.Helper()
+	if p, err := mqtt.Read(c.r, 1<<20); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("%s: the connection is still there: %v, %v", why, p, err)
+	}
+}
+
+func username(d registrationtest.Device) string {
+	return d.Scope + "/registrations/" + d.ID + "/api-version=" + d.APIVersion + "&ClientVersion=a test/1.0 (raw; with, anything)"
+}
+
+// raw reads an acknowledgement of CONNECT octet by octet: DPS-D 63 wants session present 0.
+func (c *conn) connack(t testing.TB) (code byte) {
+	t.Helper()
+	var b [4]byte
+	if _, err := io.ReadFull(c.r, b[:]); err != nil {
+		t.Fatalf("waiting for CONNACK: %v", err)
+	}
+	if b[0] != 0x20 || b[1] != 2 || b[2] != 0 {
+		t.Fatalf("CONNACK % x", b)
+	}
+	return b[3]
+}
+
+func (d *door) connect(t testing.TB, device registrationtest.Device) *conn {
+	t.Helper()
+	c := d.dial(t, device.Certificate)
+	c.write(t, mqtt.AppendConnect(nil, device.ID, username(device), []byte(device.Token), 0))
+	if code := c.connack(t); code != 0 {
+		if code != 5 {
+			t.Fatalf("CONNACK %d", code)
+		}
+		c.closed = true
+		return c
+	}
+	c.write(t, mqtt.AppendSubscribe(nil, 1, responses, 1))
+	if p := c.read(t, mqtt.Suback); p.ID != 1 || !bytes.Equal(p.Codes, []byte{1}) {
+		t.Fatalf("SUBACK %+v", p)
+	}
+	return c
+}
+
+var topicForm = regexp.MustCompile(`^\$dps/registrations/res/(\d{3})/\?\$rid=([^&]*)(?:&retry-after=(\d+))?$`)
+
+// ask publishes a request and reads its answer: DPS-D 68, 69, 71.
+func (c *conn) ask(t testing.TB, topic, rid, rest, body string) registrationtest.Answer {
+	t.Helper()
+	if c.closed {
+		return registrationtest.Answer{Status: 401}
+	}
+	c.write(t, mqtt.AppendPublish(nil, topic+rid+rest, 1, 77, []byte(body)))
+	if p := c.read(t, mqtt.Puback); p.ID != 77 {
+		t.Fatalf("PUBACK %d", p.ID)
+	}
+	p := c.read(t, mqtt.Publish)
+	m := topicForm.FindStringSubmatch(p.Topic)
+	if m == nil || m[2] != rid || p.QoS != 1 || p.ID == 0 || p.Dup || p.Retain {
+		t.Fatalf("response %+v", p)
+	}
+	c.write(t, mqtt.AppendPuback(nil, p.ID))
+	status, _ := strconv.Atoi(m[1])
+	return registrationtest.Answer{Status: status, Hint: m[3], Body: p.Payload}
+}
+
+func (c *conn) next() string {
+	c.rid++
+	return strconv.Itoa(c.rid)
+}
+
+func (c *conn) Register(t testing.TB, body string) registrationtest.Answer {
+	return c.ask(t, registerTopic, c.next(), "", body)
+}
+
+func (c *conn) Status(t testing.TB, operation, body string) registrationtest.Answer {
+	return c.ask(t, statusTopic, c.next(), "&operationId="+operation, body)
+}
+
+func TestDoor(t *testing.T) {
+	registrationtest.Doors(t, func(t *testing.T, f *registrationtest.Fixture) func(testing.TB, registrationtest.Device) registrationtest.Conn {
+		d := open(t, f)
+		return func(t testing.TB, device registrationtest.Device) registrationtest.Conn { return d.connect(t, device) }
+	})
+}
+
+// DPS-D 65, 66, 77, and section 11.1.
+func TestConnect(t *testing.T) {
+	d := newDoor(t)
+	dev := d.Derived("dev-1")
+	packet := func(edit func(*registrationtest.Device), id string) []byte {
+		x := dev
+		if edit != nil {
+			edit(&x)
+		}
+		return mqtt.AppendConnect(nil, id, username(x), []byte(x.Token), 0)
+	}
+	user := func(s string) []byte { return mqtt.AppendConnect(nil, "dev-1", s, []byte(dev.Token), 0) }
+	level5 := bytes.Replace(packet(nil, "dev-1"), []byte("MQTT\x04"), []byte("MQTT\x05"), 1)
+	scope := registrationtest.Scope
+	for name, x := range map[string]struct {
+		packet []byte
+		code   byte
+	}{
+		"good":                  {packet(nil, "dev-1"), 0},
+		"another case":          {packet(nil, "DEV-1"), 0},
+		"session kept":          {clean(packet(nil, "dev-1")), 0},
+		"other client ID":       {packet(nil, "dev-2"), 5},
+		"no client ID":          {packet(nil, ""), 2},
+		"client ID with spaces": {packet(nil, "a b"), 2},
+		"MQTT 5":                {level5, 1},
+		"expired": {packet(func(x *registrationtest.Device) {
+			x.Token = attesttest.Token(d.GroupKey, scope, "dev-1", d.Now().Add(-time.Hour))
+		}, "dev-1"), 5},
+		"not a token":     {packet(func(x *registrationtest.Device) { x.Token = "secret" }, "dev-1"), 5},
+		"unknown key":     {packet(func(x *registrationtest.Device) { x.Token = d.ByKey("dev-1", d.OwnKey).Token }, "dev-1"), 0},
+		"short user name": {user(scope + "/registrations/dev-1"), 5},
+		"no version":      {user(scope + "/registrations/dev-1/ClientVersion=1"), 5},
+		"wrong word":      {user(scope + "/devices/dev-1/api-version=2019-03-31"), 5},
+		"empty user name": {user(""), 5},
+		"question mark":   {user(scope + "/registrations/dev-1/?api-version=2019-03-31&x=y"), 0},
+		"version last":    {user(scope + "/registrations/dev-1/ClientVersion=1/2 (3)&api-version=2019-03-31"), 0},
+		"long user name":  {user(scope + "/registrations/dev-1/api-version=2019-03-31&ClientVersion=" + strings.Repeat("x", 1000)), 5},
+	} {
+		c := d.dial(t, nil)
+		c.write(t, x.packet)
+		if code := c.connack(t); code != x.code {
+			t.Errorf("%s: CONNACK %d, want %d", name, code, x.code)
+		} else if code != 0 {
+			c.gone(t, name)
+		}
+	}
+	c := d.connect(t, d.ByKey("dev-1", d.OwnKey))
+	if a := c.Register(t, ""); a.Status != 401 {
+		t.Errorf("unknown key: %d", a.Status)
+	}
+}
+
+// clean clears the flag of a clean session.
+func clean(connect []byte) []byte {
+	i := bytes.Index(connect, []byte("MQTT\x04")) + 5
+	connect[i] &^= 2
+	return connect
+}
+
+// DPS-D 67, 69, 70, 71, 75: subscriptions, request IDs, and QoS 0.
+func TestSubscribe(t *testing.T) {
+	d := newDoor(t)
+	for qos, want := range []byte{0, 1, 1} {
+		c := d.connect(t, d.Derived("dev-1"))
+		c.write(t, mqtt.AppendSubscribe(nil, 9, responses, byte(qos)))
+		if p := c.read(t, mqtt.Suback); p.ID != 9 || !bytes.Equal(p.Codes, []byte{want}) {
+			t.Errorf("QoS %d: SUBACK %+v", qos, p)
+		}
+		c.write(t, mqtt.AppendPublish(nil, registerTopic+"1", 0, 0, nil))
+		if p := c.read(t, mqtt.Publish); p.QoS != want || p.ID == 0 == (want == 1) {
+			t.Errorf("QoS %d: response %+v", qos, p)
+		}
+		c.write(t, []byte{0xa2, byte(4 + len(responses)), 0, 10, 0, byte(len(responses))})
+		c.write(t, []byte(responses))
+		if p := c.read(t, mqtt.Unsuback); p.ID != 10 {
+			t.Errorf("UNSUBACK %+v", p)
+		}
+		c.write(t, mqtt.AppendDisconnect(nil))
+		c.gone(t, "after DISCONNECT")
+	}
+	c := d.connect(t, d.Derived("dev-1"))
+	for _, rid := range []string{"1", "1", "6f9619ff-8b86-d011-b42d-00cf4fc964ff", "", "a%20b"} {
+		for range 2 {
+			if a := c.ask(t, registerTopic, rid, "", ""); a.Status != 202 {
+				t.Errorf("$rid %q: %d", rid, a.Status)
+			}
+		}
+	}
+	// The operation before the request ID, and unknown parameters.
+	a := c.ask(t, "$dps/registrations/GET/iotdps-get-operationstatus/?operationId=x&y=z&$rid=", "7", "", "")
+	if a.Status != 404 {
+		t.Errorf("unknown operation: %d %s", a.Status, a.Body)
+	}
+}
+
+// A subscription to anything else is refused, and the connection ends soon: some devices do not read the code.
+func TestForeignFilter(t *testing.T) {
+	d := newDoor(t, func(c *mqttd.Config) { c.Second = 100 * time.Millisecond })
+	for _, filter := range []string{"#", "$dps/registrations/res/+", "$dps/registrations/res/202/#"} {
+		c := d.dial(t, nil)
+		dev := d.Derived("dev-1")
+		c.write(t, mqtt.AppendConnect(nil, "dev-1", username(dev), []byte(dev.Token), 0))
+		c.connack(t)
+		c.write(t, mqtt.AppendSubscribe(nil, 1, filter, 1))
+		if p := c.read(t, mqtt.Suback); !bytes.Equal(p.Codes, []byte{0x80}) {
+			t.Errorf("%s: SUBACK % x", filter, p.Codes)
+		}
+		c.gone(t, filter)
+	}
+}
+
+// DPS-D 73, 74: everything in one segment, before anything was answered; and a publish before the subscription.
+func TestPipelined(t *testing.T) {
+	d := newDoor(t)
+	for name, subscribeFirst := range map[string]bool{"in order": true, "published first": false} {
+		dev := d.Derived("dev-1")
+		c := d.dial(t, nil)
+		b := mqtt.AppendConnect(nil, "dev-1", username(dev), []byte(dev.Token), 0)
+		sub := mqtt.AppendSubscribe(nil, 1, responses, 1)
+		pub := mqtt.AppendPublish(nil, registerTopic+"1", 1, 2, nil)
+		if subscribeFirst {
+			b = append(append(b, sub...), pub...)
+		} else {
+			b = append(append(b, pub...), sub...)
+		}
+		c.write(t, b)
+		if code := c.connack(t); code != 0 {
+			t.Fatalf("%s: CONNACK %d", name, code)
+		}
+		order := []mqtt.Type{mqtt.Suback, mqtt.Puback, mqtt.Publish}
+		if !subscribeFirst {
+			order = []mqtt.Type{mqtt.Puback, mqtt.Suback, mqtt.Publish}
+		}
+		for _, want := range order {
+			c.read(t, want)
+		}
+	}
+}
+
+// Device API, section 6.2: a repeated register does not begin a second operation.
+func TestDuplicate(t *testing.T) {
+	d := newDoor(t)
+	c := d.connect(t, d.Derived("dev-1"))
+	first := c.Register(t, "")
+	pub := mqtt.AppendPublish(nil, registerTopic+"1", 1, 5, nil)
+	pub[0] |= 8 // DUP
+	c.write(t, pub)
+	c.read(t, mqtt.Puback)
+	if p := c.read(t, mqtt.Publish); !bytes.Equal(p.Payload, first.Body) {
+		t.Errorf("%s, and again %s", first.Body, p.Payload)
+	}
+	if next := c.Register(t, ""); bytes.Equal(next.Body, first.Body) {
+		t.Error("a new request got the old operation")
+	}
+}
+
+// DPS-D 72: not before 50 ms, for the SDK that would miss it.
+func TestResponseDelay(t *testing.T) {
+	d := newDoor(t, func(c *mqttd.Config) { c.ResponseDelay = 0 })
+	c := d.connect(t, d.Derived("dev-1"))
+	c.write(t, mqtt.AppendPublish(nil, registerTopic+"1", 1, 2, nil))
+	c.read(t, mqtt.Puback)
+	start := time.Now()
+	c.read(t, mqtt.Publish)
+	if took := time.Since(start); took < 50*time.Millisecond {
+		t.Errorf("the response came after %v", took)
+	}
+}
+
+// DPS-D 76: the answer fits the buffers of small devices.
+func TestSize(t *testing.T) {
+	d := open(t, registrationtest.NewFixture(t, strings.Repeat("h", 25)))
+	id := strings.Repeat("d", 20)
+	c := d.connect(t, registrationtest.ByCertificate(id, attesttest.Leaf(t, d.Root, id).TLS()))
+	a := c.Register(t, "")
+	op := regexp.MustCompile(`"operationId":"([^"]+)"`).FindSubmatch(a.Body)[1]
+	if topic := len(statusTopic) + len("1&operationId=") + len(op); topic > 127 {
+		t.Errorf("the status topic has %d octets", topic)
+	}
+	a = c.Status(t, string(op), "")
+	if size := len(a.Body) + len("$dps/registrations/res/200/?$rid=1"); size > 640 {
+		t.Errorf("topic and body have %d octets: %s", size, a.Body)
+	}
+}
+
+// DPS-D 64: silence, with and without a keep-alive. A second has 20 ms here.
+func TestKeepAlive(t *testing.T) {
+	t.Parallel()
+	const second = 20 * time.Millisecond
+	d := newDoor(t, func(c *mqttd.Config) { c.Second = second })
+	dev := d.Derived("dev-1")
+	connect := func(keepAlive uint16) *conn {
+		c := d.dial(t, nil)
+		c.write(t, mqtt.AppendConnect(nil, "dev-1", username(dev), []byte(dev.Token), keepAlive))
+		c.connack(t)
+		return c
+	}
+	quiet, strict, pinging := connect(0), connect(10), connect(10)
+	start := time.Now()
+	for range 6 {
+		time.Sleep(10 * second)
+		pinging.write(t, []byte{0xc0, 0})
+		pinging.read(t, mqtt.Pingresp)
+	}
+	quiet.write(t, []byte{0xc0, 0})
+	quiet.read(t, mqtt.Pingresp)
+	strict.gone(t, "keep-alive of 10 s, 60 s of silence")
+	// And nobody stays for ever.
+	quiet.gone(t, "ten minutes")
+	if took := time.Since(start); took < 500*second {
+		t.Errorf("the conversation was cut after %v", took/second*time.Second)
+	}
+}
+
+// What is not the protocol ends the connection: nothing of it reaches memory beyond its limit, and the next device is
+// served.
+func TestHostilePackets(t *testing.T) {
+	d := newDoor(t)
+	for name, b := range map[string][]byte{
+		"second CONNECT":          mqtt.AppendConnect(nil, "dev-1", "x", nil, 0),
+		"QoS 2":                   mqtt.AppendPublish(nil, registerTopic+"1", 2, 3, nil),
+		"QoS 3":                   {0x36, 2, 0, 0},
+		"a server's packet":       {0x20, 2, 0, 0},
+		"a reserved type":         {0xf0, 0},
+		"256 MiB announced":       {0x30, 0xff, 0xff, 0xff, 0x7f},
+		"a length of five octets": {0x30, 0xff, 0xff, 0xff, 0xff, 0xff},
+		"topic beyond its packet": {0x30, 3, 0xff, 0xff, 'a'},
+		"subscribe to nothing":    {0x82, 2, 0, 1},
+	} {
+		c := d.connect(t, d.Derived("dev-1"))
+		c.write(t, b)
+		c.gone(t, name)
+	}
+	c := d.connect(t, d.Derived("dev-1"))
+	c.write(t, mqtt.AppendPublish(nil, "devices/dev-1/messages", 1, 3, nil))
+	c.read(t, mqtt.Puback)
+	c.gone(t, "another topic")
+	c = d.dial(t, nil)
+	c.write(t, mqtt.AppendSubscribe(nil, 1, responses, 1))
+	c.gone(t, "no CONNECT")
+	if a := d.connect(t, d.Derived("dev-1")).Register(t, ""); a.Status != 202 {
+		t.Errorf("the next device: %d %s", a.Status, a.Body)
+	}
+}
+
+// Half-open connections are cut, and one address cannot take all places.
+func TestHalfOpen(t *testing.T) {
+	d := newDoor(t, func(c *mqttd.Config) { c.Second, c.MaxPerAddress = 30*time.Millisecond, 4 })
+	silent, err := net.Dial("tcp", d.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	half, err := net.Dial("tcp", d.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer half.Close()
+	_, _ = half.Write([]byte("\x16\x03\x01\x02"))
+	mute, slow := d.dial(t, nil), d.dial(t, nil)
+	slow.write(t, []byte{0x10, 0x7f, 0, 4})
+	over, err := net.Dial("tcp", d.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer over.Close()
+	for name, x := range map[string]net.Conn{"one too many": over, "silent": silent, "half a handshake": half, "no CONNECT": mute.c, "half a CONNECT": slow.c} {
+		_ = x.SetReadDeadline(time.Now().Add(10 * time.Second))
+		if _, err := io.ReadAll(x); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("%s: still open", name)
+		}
+	}
+	if a := d.connect(t, d.Derived("dev-1")).Register(t, ""); a.Status != 202 {
+		t.Errorf("the device behind them: %d %s", a.Status, a.Body)
+	}
+}
+
+// After a refusal the connection is closed a moment later (section 11.1).
+func TestLinger(t *testing.T) {
+	d := newDoor(t, func(c *mqttd.Config) { c.Second = 50 * time.Millisecond })
+	c := d.connect(t, d.ByKey("dev-1", d.OwnKey))
+	if a := c.Register(t, ""); a.Status != 401 {
+		t.Fatal(fmt.Sprint(a.Status))
+	}
+	c.gone(t, "after 401")
+}
