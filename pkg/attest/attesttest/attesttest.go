@@ -81,15 +81,16 @@ func (h *Holder) TLS(chain ...*Holder) *tls.Certificate {
 
 // Token signs a device's token, as SDKs write it.
 func Token(key []byte, scope, id string, expiry time.Time) string {
-	return sign(key, url.QueryEscape(scope+"/registrations/"+id), expiry, "registration")
+	return SignToken(key, url.QueryEscape(scope+"/registrations/"+id), "registration", expiry)
 }
 
 // ServiceToken signs a token of a shared access policy.
 func ServiceToken(key []byte, host, policy string, expiry time.Time) string {
-	return sign(key, url.QueryEscape(host), expiry, policy)
+	return SignToken(key, url.QueryEscape(host), policy, expiry)
 }
 
-func sign(key []byte, resource string, expiry time.Time, skn string) string {
+// SignToken signs a token over a resource as it is written.
+func SignToken(key []byte, resource, skn string, expiry time.Time) string {
 	h := hmac.New(sha256.New, key)
 	fmt.Fprintf(h, "%s\n%d", resource, expiry.Unix())
 	return fmt.Sprintf("SharedAccessSignature sr=%s&sig=%s&se=%d&skn=%s", resource, url.QueryEscape(base64.StdEncoding.EncodeToString(h.Sum(nil))), expiry.Unix(), skn)

@@ -40,6 +40,7 @@ type Fixture struct {
 	Root, Mid *attesttest.Holder
 	Own       *attesttest.Holder // the self-signed certificate of the individual enrollment "own-cert"
 
+	store  registration.Store
 	offset atomic.Int64
 }
 
@@ -55,7 +56,7 @@ func NewFixture(t testing.TB, hubs ...string) *Fixture {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = store.Close() })
-	f := &Fixture{GroupKey: bytes.Repeat([]byte("g"), 64), OwnKey: bytes.Repeat([]byte("k"), 32), OtherKey: bytes.Repeat([]byte("l"), 32)}
+	f := &Fixture{store: store, GroupKey: bytes.Repeat([]byte("g"), 64), OwnKey: bytes.Repeat([]byte("k"), 32), OtherKey: bytes.Repeat([]byte("l"), 32)}
 	f.Service = registration.New(registration.Config{Store: store, Scope: Scope, Hubs: hubs, Now: f.Now})
 	f.Root = attesttest.CA(t, nil, "factory root")
 	f.Mid = attesttest.CA(t, f.Root, "line 3")
@@ -66,6 +67,13 @@ func NewFixture(t testing.TB, hubs ...string) *Fixture {
 	f.Put(t, registration.Individual, "own-cert", dps.Enrollment{Attestation: &dps.Attestation{Type: dps.AttestationX509,
 		X509: &dps.X509Attestation{ClientCertificates: &dps.X509Certificates{Primary: &dps.X509Certificate{Certificate: f.Own.Base64()}}}}})
 	return f
+}
+
+// Policy makes, or replaces, a shared access policy with these keys.
+func (f *Fixture) Policy(t testing.TB, name, rights string, primary, secondary []byte) {
+	t.Helper()
+	p := &registration.Policy{Name: name, Rights: rights, Primary: primary, Secondary: secondary}
+	update(t, f.store, func(tx registration.Tx) error { return tx.PutPolicy(strings.ToLower(Scope), p) })
 }
 
 // Put writes an enrollment over whatever is there.

@@ -21,14 +21,14 @@ func Run(t *testing.T, open func(t *testing.T) registration.Store) {
 	}
 }
 
-func update(t *testing.T, s registration.Store, f func(registration.Tx) error) {
+func update(t testing.TB, s registration.Store, f func(registration.Tx) error) {
 	t.Helper()
 	if err := s.Update(t.Context(), f); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func view(t *testing.T, s registration.Store, f func(registration.Tx) error) {
+func view(t testing.TB, s registration.Store, f func(registration.Tx) error) {
 	t.Helper()
 	if err := s.View(t.Context(), f); err != nil {
 		t.Fatal(err)

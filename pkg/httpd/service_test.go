@@ -1,0 +1,416 @@
+package httpd_test
+
+import (
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"net/http"
+	"net/url"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/touchmark/touchmark/pkg/attest/attesttest"
+	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/registration"
+	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
+)
+
+const ownerRights = "ServiceConfig, DeviceConnect, EnrollmentWrite"
+
+var (
+	ownerKey  = []byte(strings.Repeat("o", 64))
+	secondKey = []byte(strings.Repeat("p", 64))
+)
+
+// operator is a client of the service API with the owner's policy.
+type operator struct {
+	*conn
+	token string
+}
+
+func newOperator(t testing.TB) (*door, *operator) {
+	t.Helper()
+	d := newDoor(t)
+	d.Policy(t, "owner", ownerRights, ownerKey, secondKey)
+	return d, d.operator(t, ownerKey, "owner")
+}
+
+func (d *door) operator(t testing.TB, key []byte, policy string) *operator {
+	t.Helper()
+	return &operator{d.dial(t, registrationtest.Device{}), attesttest.ServiceToken(key, registrationtest.Host, policy, d.Now().Add(time.Hour))}
+}
+
+// call makes a call; the path has no api-version.
+func (o *operator) call(t testing.TB, method, path, body string, header ...string) (*http.Response, []byte) {
+	t.Helper()
+	return o.do(t, method, path+"?api-version=2021-10-01", body, append(header, "Authorization: "+o.token)...)
+}
+
+// want makes a call that must be answered with a status, and for errors with a code.
+func (o *operator) want(t testing.TB, status int, code dps.Code, method, path, body string, header ...string) map[string]any {
+	t.Helper()
+	res, b := o.call(t, method, path, body, header...)
+	var doc map[string]any
+	if len(b) > 0 && b[0] == '{' {
+		if err := json.Unmarshal(b, &doc); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, _ := doc["errorCode"].(float64)
+	if res.StatusCode != status || dps.Code(got) != code {
+		t.Fatalf("%s %s %.200s: %d %s", method, path, body, res.StatusCode, b)
+	}
+	for _, name := range []string{"trackingId", "message", "timestampUtc"} { // DPS-S 1
+		if code != 0 && doc[name] == nil {
+			t.Errorf("%s %s: %s has no %s", method, path, b, name)
+		}
+	}
+	return doc
+}
+
+const newKeys = `"attestation":{"type":"symmetricKey","symmetricKey":{"primaryKey":null}}`
+
+func individual(id, rest string) string { return `{"registrationId":"` + id + `",` + rest + `}` }
+
+// DPS-S 1 to 4, 6 to 10.
+func TestServiceTransport(t *testing.T) {
+	_, o := newOperator(t)
+	res, b := o.do(t, "GET", "/enrollments/own-key", "", "Authorization: "+o.token)
+	if res.StatusCode != 400 || !strings.Contains(string(b), `"errorCode":400000`) {
+		t.Errorf("no api-version: %d %s", res.StatusCode, b)
+	}
+	ids := map[string]bool{}
+	for _, v := range []string{"2019-03-31", "2021-06-01", "2021-10-01"} {
+		for _, path := range []string{"/enrollments/own-key", "/ENROLLMENTS/own-key", "/enrollmentgroups/keys", "/EnrollmentGroups/keys"} {
+			res, b := o.do(t, "GET", path+"?api-version="+v, "", "Authorization: "+o.token, "X-What: ever")
+			id := res.Header.Get("X-Ms-Request-Id")
+			if res.StatusCode != 200 || ids[id] {
+				t.Errorf("%s with %s: %d %s, request ID %s", path, v, res.StatusCode, b, id)
+			}
+			ids[id] = true
+		}
+	}
+	for _, path := range []string{"/enrollments/own-key/attestationmechanism", "/enrollmentgroups/keys/AttestationMechanism"} {
+		for _, body := range []string{"", "{}"} {
+			o.want(t, 200, 0, "POST", path, body)
+		}
+	}
+	o.want(t, 400, dps.CodeInvalidArgument, "PUT", "/enrollments/x", "{not JSON")
+	o.want(t, 405, dps.CodeMethodNotAllowed, "PATCH", "/enrollments/own-key", "")
+	o.want(t, 404, dps.CodeNotFound, "GET", "/enrollments/own-key/what/is/this", "")
+	o.want(t, 413, dps.CodeTooLarge, "PUT", "/enrollments/x", `{"a":"`+strings.Repeat("x", 1<<20)+`"}`)
+}
+
+// DPS-S 11 to 25, 28.
+func TestServiceWrites(t *testing.T) {
+	d, o := newOperator(t)
+	made := o.want(t, 200, 0, "PUT", "/enrollments/dev-1", individual("dev-1", newKeys+`,"unknown":{"member":1}`))
+	tag, _ := made["etag"].(string)
+	if tag == "" || made["createdDateTimeUtc"] != made["lastUpdatedDateTimeUtc"] || made["registrationState"] != nil {
+		t.Errorf("created: %v", made)
+	}
+	if when, _ := made["createdDateTimeUtc"].(string); !regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,7})?Z$`).MatchString(when) {
+		t.Errorf("created at %s", when)
+	}
+	o.want(t, 409, dps.CodeEnrollmentExists, "PUT", "/enrollments/DEV-1", individual("DEV-1", newKeys))
+	o.want(t, 409, dps.CodeGroupExists, "PUT", "/enrollmentGroups/keys", `{"enrollmentGroupId":"keys",`+newKeys+`}`)
+	d.Advance(time.Second)
+	next := o.want(t, 200, 0, "PUT", "/enrollments/dev-1", individual("dev-1", newKeys), "If-Match: *")
+	if next["etag"] == tag || next["createdDateTimeUtc"] != made["createdDateTimeUtc"] || next["lastUpdatedDateTimeUtc"] == made["lastUpdatedDateTimeUtc"] {
+		t.Errorf("replaced: %v", next)
+	}
+	o.want(t, 412, dps.CodeETagMismatch, "PUT", "/enrollments/dev-1", individual("dev-1", newKeys+`,"deviceId":"other"`), "If-Match: "+tag)
+	for _, form := range []string{"%s", `"%s"`} {
+		next = o.want(t, 200, 0, "PUT", "/enrollments/dev-1", individual("dev-1", newKeys), "If-Match: "+fmt.Sprintf(form, next["etag"]))
+	}
+	got := o.want(t, 200, 0, "GET", "/enrollments/DEV-1", "")
+	if state, _ := got["registrationState"].(map[string]any); state["status"] != "unassigned" || got["deviceId"] != nil || got["reprovisionPolicy"] != nil {
+		t.Errorf("got: %v", got)
+	}
+	// What GET answered may be PUT back as it is: DPS-S 23.
+	echo, _ := json.Marshal(got)
+	o.want(t, 200, 0, "PUT", "/enrollments/dev-1", string(echo), "If-Match: *")
+	o.want(t, 404, dps.CodeNoEnrollment, "PUT", "/enrollments/nobody", individual("nobody", newKeys), "If-Match: *")
+	for id, body := range map[string]string{
+		"dev-2": individual("dev-3", newKeys), strings.Repeat("a", 129): individual(strings.Repeat("a", 129), newKeys), "a%20b": individual("a b", newKeys), "a.": individual("a.", newKeys),
+	} {
+		o.want(t, 400, dps.CodeInvalidArgument, "PUT", "/enrollments/"+id, body)
+	}
+	o.want(t, 412, dps.CodeETagMismatch, "DELETE", "/enrollments/dev-1", "", "If-Match: "+tag)
+	if res, b := o.call(t, "DELETE", "/enrollments/dev-1", ""); res.StatusCode != 204 || len(b) != 0 {
+		t.Errorf("deleted: %d %s", res.StatusCode, b)
+	}
+	o.want(t, 404, dps.CodeNoEnrollment, "DELETE", "/enrollments/dev-1", "")
+	o.want(t, 404, dps.CodeNoEnrollment, "GET", "/enrollments/dev-1", "")
+	o.want(t, 404, dps.CodeNoGroup, "GET", "/enrollmentGroups/nobody", "")
+	for _, rest := range []string{`"iotHubs":["h.example.net"],` + newKeys, `"allocationPolicy":"static","iotHubs":["a","b"],` + newKeys, `"attestation":{"type":"none"}`, `"a":1`} {
+		o.want(t, 400, dps.CodeInvalidArgument, "PUT", "/enrollments/x", individual("x", rest))
+	}
+	// DPS-S 27: the twin comes back as it went in.
+	twin := `{"tags":{"version":1,"count":[1,{"a":null}]},"properties":{"desired":{"version":"x","n":1.50,"big":123456789012345678901}}}`
+	o.want(t, 200, 0, "PUT", "/enrollments/t", individual("t", newKeys+`,"initialTwin":`+twin))
+	if _, b := o.call(t, "GET", "/enrollments/t", ""); !strings.Contains(string(b), `"desired":{"version":"x","n":1.50,"big":123456789012345678901}`) {
+		t.Errorf("twin: %s", b)
+	}
+}
+
+// DPS-S 29 to 32.
+func TestServiceKeys(t *testing.T) {
+	_, o := newOperator(t)
+	for _, x := range []struct{ path, id string }{{"/enrollments/k", "registrationId"}, {"/enrollmentGroups/k", "enrollmentGroupId"}} {
+		made := o.want(t, 200, 0, "PUT", x.path, `{"`+x.id+`":"k",`+newKeys+`}`)
+		keys := made["attestation"].(map[string]any)["symmetricKey"].(map[string]any)
+		first, _ := base64.StdEncoding.DecodeString(keys["primaryKey"].(string))
+		second, _ := base64.StdEncoding.DecodeString(keys["secondaryKey"].(string))
+		if len(first) != 64 || len(second) != 64 || string(first) == string(second) {
+			t.Errorf("keys made: %v", keys)
+		}
+		got := o.want(t, 200, 0, "GET", x.path, "")["attestation"].(map[string]any)
+		if got["type"] != "symmetricKey" || len(got) != 1 {
+			t.Errorf("attestation shown: %v", got)
+		}
+		if _, b := o.call(t, "POST", strings.TrimSuffix(x.path, "/k")+"/query", `{"query":"SELECT *"}`); strings.Contains(string(b), "Key\":\"") {
+			t.Errorf("a query shows keys: %s", b)
+		}
+		mechanism := o.want(t, 200, 0, "POST", x.path+"/attestationmechanism", "")
+		if m := mechanism["symmetricKey"].(map[string]any); m["primaryKey"] != keys["primaryKey"] || m["secondaryKey"] != keys["secondaryKey"] {
+			t.Errorf("mechanism: %v", mechanism)
+		}
+	}
+	for size, ok := range map[int]bool{15: false, 16: true, 64: true, 65: false} {
+		body := individual("s", `"attestation":{"type":"symmetricKey","symmetricKey":{"primaryKey":"`+base64.StdEncoding.EncodeToString(make([]byte, size))+`"}}`)
+		if res, b := o.call(t, "PUT", fmt.Sprintf("/enrollments/s%d", size), strings.Replace(body, `"s"`, fmt.Sprintf(`"s%d"`, size), 1)); (res.StatusCode == 200) != ok {
+			t.Errorf("a key of %d octets: %d %s", size, res.StatusCode, b)
+		}
+	}
+	o.want(t, 400, dps.CodeInvalidArgument, "PUT", "/enrollments/s", individual("s", `"attestation":{"type":"symmetricKey","symmetricKey":{"primaryKey":"~~~"}}`))
+}
+
+// DPS-S 33 to 38.
+func TestServiceCertificates(t *testing.T) {
+	d, o := newOperator(t)
+	leaf := attesttest.Leaf(t, d.Root, "c")
+	asPEM, _ := json.Marshal(string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: leaf.Certificate.Raw})))
+	x509 := func(certs string) string {
+		return individual("c", `"attestation":{"type":"x509","x509":{"clientCertificates":`+certs+`}}`)
+	}
+	info := func(doc map[string]any, slot string) map[string]any {
+		certs := doc["attestation"].(map[string]any)["x509"].(map[string]any)["clientCertificates"].(map[string]any)
+		s, _ := certs[slot].(map[string]any)
+		if s["certificate"] != nil {
+			t.Errorf("an answer has a certificate: %v", certs)
+		}
+		m, _ := s["info"].(map[string]any)
+		return m
+	}
+	first := o.want(t, 200, 0, "PUT", "/enrollments/c", x509(`{"primary":{"certificate":`+string(asPEM)+`}}`))
+	again := o.want(t, 200, 0, "PUT", "/enrollments/c", x509(`{"primary":{"certificate":"`+leaf.Base64()+`"}}`), "If-Match: *")
+	a, b := info(first, "primary"), info(again, "primary")
+	sum := sha256.Sum256(leaf.Certificate.Raw)
+	if fmt.Sprint(a) != fmt.Sprint(b) || fmt.Sprint(a) != fmt.Sprint(info(first, "secondary")) || len(a) != 8 || !strings.EqualFold(a["sha256Thumbprint"].(string), fmt.Sprintf("%x", sum)) {
+		t.Errorf("info: %v\n%v", a, b)
+	}
+	got := o.want(t, 200, 0, "GET", "/enrollments/c", "")
+	echo, _ := json.Marshal(got)
+	o.want(t, 200, 0, "PUT", "/enrollments/c", string(echo), "If-Match: *")
+	if _, s := d.dial(t, registrationtest.ByCertificate("c", leaf.TLS())).do(t, "PUT", "/"+registrationtest.Scope+"/registrations/c/register?api-version=2021-10-01", ""); !strings.Contains(string(s), "assigning") {
+		t.Errorf("after what GET answered was PUT back: %s", s)
+	}
+	secondary, _ := json.Marshal(info(got, "secondary"))
+	only := o.want(t, 200, 0, "PUT", "/enrollments/c", x509(`{"primary":null,"secondary":{"info":`+string(secondary)+`}}`), "If-Match: *")
+	if info(only, "primary") != nil || info(only, "secondary") == nil {
+		t.Errorf("without its primary: %v", only)
+	}
+	for why, body := range map[string]string{
+		"nothing":        x509(`{}`),
+		"not a cert":     x509(`{"primary":{"certificate":"AAAA"}}`),
+		"other info":     x509(`{"primary":{"info":{"sha256Thumbprint":"00"}}}`),
+		"two members":    individual("c", `"attestation":{"type":"x509","x509":{"clientCertificates":{"primary":{"certificate":"`+leaf.Base64()+`"}},"signingCertificates":{"primary":{"certificate":"`+leaf.Base64()+`"}}}}`),
+		"a group's":      individual("c", `"attestation":{"type":"x509","x509":{"signingCertificates":{"primary":{"certificate":"`+leaf.Base64()+`"}}}}`),
+		"another's leaf": individual("c", `"attestation":{"type":"x509","x509":{"clientCertificates":{"primary":{"certificate":"`+d.Own.Base64()+`"}}}}`),
+	} {
+		res, b := o.call(t, "PUT", "/enrollments/c", body, "If-Match: *")
+		if res.StatusCode != 400 {
+			t.Errorf("%s: %d %s", why, res.StatusCode, b)
+		}
+	}
+	o.want(t, 400, dps.CodeInvalidArgument, "PUT", "/enrollmentGroups/tpm", `{"enrollmentGroupId":"tpm","attestation":{"type":"tpm","tpm":{"endorsementKey":"AAAA"}}}`)
+}
+
+// DPS-S 41 to 49.
+func TestServiceQueries(t *testing.T) {
+	d, o := newOperator(t)
+	for i := range 150 {
+		d.Put(t, registration.Individual, fmt.Sprintf("q-%03d", i), registrationtest.Symmetric(d.OwnKey, nil))
+	}
+	pages := func(path, size string) (sizes []int, seen map[string]bool) {
+		seen = map[string]bool{}
+		next := ""
+		for {
+			header := []string{"X-What: ever"}
+			if size != "" {
+				header = append(header, "x-ms-max-item-count: "+size)
+			}
+			if next != "" {
+				header = append(header, "x-ms-continuation: "+next)
+			}
+			res, b := o.call(t, "POST", path, `{"query":"SELECT * FROM enrollments"}`, header...)
+			var rows []map[string]any
+			if err := json.Unmarshal(b, &rows); err != nil {
+				t.Fatalf("%d %s", res.StatusCode, b)
+			}
+			for _, r := range rows {
+				if r["registrationState"] != nil { // DPS-S 25
+					t.Errorf("a row has a registrationState: %v", r)
+				}
+				id := fmt.Sprint(r["registrationId"], r["enrollmentGroupId"])
+				if seen[id] {
+					t.Errorf("%s came twice", id)
+				}
+				seen[id] = true
+			}
+			sizes = append(sizes, len(rows))
+			// Paging goes on while records come and go: DPS-S 47.
+			if path == "/enrollments/query" && len(sizes) == 1 && size == "50" {
+				d.Put(t, registration.Individual, "a-new-one", registrationtest.Symmetric(d.OwnKey, nil))
+				o.want(t, 204, 0, "DELETE", "/enrollments/own-cert", "")
+			}
+			if _, ok := res.Header["X-Ms-Continuation"]; !ok {
+				return sizes, seen
+			}
+			if next = res.Header.Get("X-Ms-Continuation"); next == "" {
+				t.Fatal("an empty continuation header")
+			}
+		}
+	}
+	sizes, seen := pages("/enrollments/query", "50")
+	if fmt.Sprint(sizes) != "[50 50 50 2]" || len(seen) != 152 {
+		t.Errorf("pages of 50: %v, %d records", sizes, len(seen))
+	}
+	if sizes, _ = pages("/enrollments/query", ""); fmt.Sprint(sizes) != "[100 52]" {
+		t.Errorf("pages of no size: %v", sizes)
+	}
+	for _, query := range []string{`{"query":"SELECT *"}`, `{"query":"select * from enrollments"}`, `{"query":""}`, `{"query":"SELECT * FROM bogus"}`} {
+		res, b := o.call(t, "POST", "/enrollments/query", query, "x-ms-max-item-count: 1000")
+		if res.Header.Get("X-Ms-Item-Type") != "Enrollment" || strings.Count(string(b), `"registrationId":`) != 152 {
+			t.Errorf("%s: %s, %d records", query, res.Header.Get("X-Ms-Item-Type"), strings.Count(string(b), `"registrationId":`))
+		}
+	}
+	if res, b := o.call(t, "POST", "/enrollmentgroups/query", `{}`); res.Header.Get("X-Ms-Item-Type") != "EnrollmentGroup" || strings.Count(string(b), "enrollmentGroupId") != 2 {
+		t.Errorf("groups: %v %s", res.Header, b)
+	}
+	res, b := o.call(t, "POST", "/registrations/keys/query", "")
+	if res.Header.Get("X-Ms-Item-Type") != "DeviceRegistration" || string(b) != "[]" {
+		t.Errorf("no registrations: %s", b)
+	}
+	for _, id := range []string{"dev-1", "dev-2"} {
+		d.dial(t, d.Derived(id)).Register(t, "")
+	}
+	c := attesttest.Leaf(t, d.Root, "dev-3")
+	d.dial(t, registrationtest.ByCertificate("dev-3", c.TLS())).Register(t, "")
+	if _, b := o.call(t, "POST", "/registrations/keys/query", ""); strings.Count(string(b), `"deviceId"`) != 2 || strings.Contains(string(b), "dev-3") {
+		t.Errorf("registrations of a group: %s", b)
+	}
+	o.want(t, 400, dps.CodeInvalidArgument, "POST", "/enrollments/query", "{}", "x-ms-continuation: bm8=")
+	o.want(t, 400, dps.CodeInvalidArgument, "POST", "/enrollments/query", "{}", "x-ms-max-item-count: -1")
+	o.want(t, 200, 0, "GET", "/registrations/dev-3", "")
+	o.want(t, 204, 0, "DELETE", "/registrations/dev-3", "")
+	o.want(t, 404, dps.CodeNoGroup, "GET", "/registrations/dev-3", "")
+}
+
+// DPS-S 55 to 63.
+func TestServiceAuthorization(t *testing.T) {
+	d, o := newOperator(t)
+	status := func(token string) int {
+		x := *o
+		x.token = token
+		res, b := x.call(t, "GET", "/enrollments/own-key", "")
+		if res.StatusCode == 401 && (!strings.Contains(string(b), `"errorCode":401002`) || !strings.Contains(string(b), `"message":"Unauthorized"`)) {
+			t.Errorf("a refusal tells more: %s", b)
+		}
+		return res.StatusCode
+	}
+	hour := d.Now().Add(time.Hour)
+	sign := func(resource string) string { return attesttest.ServiceToken(ownerKey, resource, "owner", hour) }
+	good := sign(registrationtest.Host)
+	for name, x := range map[string]struct {
+		token string
+		want  int
+	}{
+		"good":                 {good, 200},
+		"second key":           {attesttest.ServiceToken(secondKey, registrationtest.Host, "owner", hour), 200},
+		"upper case":           {sign(strings.ToUpper(registrationtest.Host)), 200},
+		"with a path":          {sign(registrationtest.Host + "/enrollments"), 200},
+		"with another path":    {sign(registrationtest.Host + "/enrollmentGroups"), 401},
+		"half a segment":       {sign(registrationtest.Host + "/enroll"), 401},
+		"another host":         {sign("dps.example.org"), 401},
+		"begins like ours":     {sign(registrationtest.Host + ".evil.example"), 401},
+		"no such policy":       {attesttest.ServiceToken(ownerKey, registrationtest.Host, "nobody", hour), 401},
+		"another key":          {attesttest.ServiceToken([]byte("x"), registrationtest.Host, "owner", hour), 401},
+		"changed expiry":       {strings.Replace(good, fmt.Sprint(hour.Unix()), fmt.Sprint(hour.Unix()+1), 1), 401},
+		"expired":              {attesttest.ServiceToken(ownerKey, registrationtest.Host, "owner", d.Now().Add(-time.Hour)), 401},
+		"just expired":         {attesttest.ServiceToken(ownerKey, registrationtest.Host, "owner", d.Now().Add(-time.Minute)), 200},
+		"a device's":           {d.Derived("dev-1").Token, 401},
+		"none":                 {"", 401},
+		"another scheme":       {"Bearer x", 401},
+		"fields in order":      {reorder(good), 200},
+		"with unknown fields":  {good + "&x=y", 200},
+		"the owner of nothing": {strings.Replace(good, "skn=owner", "skn=", 1), 401},
+	} {
+		if got := status(x.token); got != x.want {
+			t.Errorf("%s: %d, want %d", name, got, x.want)
+		}
+	}
+	// DPS-S 57: keys roll.
+	d.Policy(t, "owner", ownerRights, secondKey, []byte(strings.Repeat("q", 64)))
+	if got := status(good); got != 401 {
+		t.Errorf("a key that was rolled away: %d", got)
+	}
+	d.Policy(t, "owner", ownerRights, ownerKey, secondKey)
+
+	// DPS-S 60 to 62: what each right is good for.
+	calls := []struct{ method, path, body string }{
+		{"GET", "/enrollments/own-key", ""}, {"POST", "/enrollmentGroups/query", "{}"}, {"PUT", "/enrollments/own-key", individual("own-key", newKeys)},
+		{"DELETE", "/enrollments/nobody", ""}, {"POST", "/enrollments/own-key/attestationmechanism", ""}, {"GET", "/registrations/nobody", ""},
+		{"POST", "/registrations/keys/query", ""}, {"DELETE", "/registrations/nobody", ""}, {"POST", "/touchmark/groupKeys/keys", "{}"},
+	}
+	for rights, want := range map[string]string{
+		ownerRights: "+++++++++", "EnrollmentRead": "++-------", "RegistrationStatusRead": "-----++--", "RegistrationStatusWrite": "-------+-", "ServiceConfig, DeviceConnect": "---------",
+	} {
+		d.Policy(t, "p", rights, ownerKey, secondKey)
+		x := d.operator(t, ownerKey, "p")
+		got := ""
+		for _, c := range calls {
+			if res, _ := x.call(t, c.method, c.path, c.body); res.StatusCode == 401 {
+				got += "-"
+			} else {
+				got += "+"
+			}
+		}
+		if got != want {
+			t.Errorf("%s: %s, want %s", rights, got, want)
+		}
+	}
+}
+
+// reorder turns a token's fields round.
+func reorder(token string) string {
+	fields := strings.Split(strings.TrimPrefix(token, "SharedAccessSignature "), "&")
+	for i := range len(fields) / 2 {
+		fields[i], fields[len(fields)-1-i] = fields[len(fields)-1-i], fields[i]
+	}
+	return "SharedAccessSignature " + strings.Join(fields, "&")
+}
+
+// Service API, section 2.2: the vector, and a host that is signed raw, encoded, and lower-cased.
+func TestServiceTokenForms(t *testing.T) {
+	for _, resource := range []string{registrationtest.Host, url.QueryEscape(registrationtest.Host + "/"), strings.ToLower(url.QueryEscape(registrationtest.Host + "/"))} {
+		d, o := newOperator(t)
+		o.token = attesttest.SignToken(ownerKey, resource, "owner", d.Now().Add(time.Hour))
+		o.want(t, 200, 0, "GET", "/enrollments/own-key", "")
+	}
+}
