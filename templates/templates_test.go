@@ -4,6 +4,7 @@ import (
 	"strings"
 	"testing"
 	"testing/fstest"
+	"unicode/utf8"
 
 	"github.com/pelletier/go-toml/v2"
 
@@ -85,4 +86,34 @@ func TestOwnTemplates(t *testing.T) {
 	if len(templates.Profiles()) != 4 {
 		t.Errorf("profiles: %v", templates.Profiles())
 	}
+}
+
+// A value stays a value: whatever a column or an ID holds, the document reads back with it and with nothing else.
+func FuzzRender(f *testing.F) {
+	file, err := templates.Parse("iot-identity-service.toml", nil)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add("pump-1", "a2V5")
+	f.Add("\"\n[evil]\nx=\"", "\\u0022\x00\u2028")
+	f.Fuzz(func(t *testing.T, id, key string) {
+		if !utf8.ValidString(id) || !utf8.ValidString(key) {
+			return // TOML cannot hold it, and no ID or key is like that
+		}
+		out, err := file.Render(nil, templates.Device{IDScope: "0ne1", GlobalEndpoint: "h", RegistrationID: id, Attestation: "symmetricKey", SymmetricKey: key})
+		if err != nil {
+			return
+		}
+		var doc struct {
+			Provisioning struct {
+				Attestation struct {
+					RegistrationID string                 `toml:"registration_id"`
+					SymmetricKey   struct{ Value string } `toml:"symmetric_key"`
+				}
+			}
+		}
+		if err := toml.Unmarshal(out, &doc); err != nil || doc.Provisioning.Attestation.RegistrationID != id || doc.Provisioning.Attestation.SymmetricKey.Value != key {
+			t.Fatalf("%q, %q: %v\n%s", id, key, err, out)
+		}
+	})
 }

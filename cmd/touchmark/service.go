@@ -42,22 +42,10 @@ func (a *app) openService(path, caFile string) (*service, error) {
 	if err != nil {
 		return nil, usageError{fmt.Errorf("reading the connection string: %w", err)}
 	}
-	s := &service{}
-	for part := range strings.SplitSeq(strings.TrimSpace(string(b)), ";") {
-		name, value, _ := strings.Cut(part, "=")
-		switch strings.ToLower(name) {
-		case "hostname":
-			s.host = value
-		case "sharedaccesskeyname":
-			s.policy = value
-		case "sharedaccesskey":
-			if s.key, err = base64.StdEncoding.DecodeString(value); err != nil {
-				return nil, usageError{fmt.Errorf("%s: SharedAccessKey is not base64", path)}
-			}
-		}
-	}
-	if s.host == "" || s.policy == "" || len(s.key) == 0 {
-		return nil, usageError{fmt.Errorf("%s is no connection string: want HostName=…;SharedAccessKeyName=…;SharedAccessKey=…", path)}
+	s, err := parseConnectionString(string(b))
+	clear(b)
+	if err != nil {
+		return nil, usageError{fmt.Errorf("%s: %w", path, err)}
 	}
 	if beside := filepath.Join(filepath.Dir(path), "ca.pem"); caFile == "" && exists(beside) {
 		caFile = beside
@@ -72,6 +60,39 @@ func (a *app) openService(path, caFile string) (*service, error) {
 		TLSHandshakeTimeout:   10 * time.Second,
 		ResponseHeaderTimeout: 30 * time.Minute, // an import answers when it is durable
 	}}
+	return s, nil
+}
+
+// parseConnectionString reads HostName=…;SharedAccessKeyName=…;SharedAccessKey=…. Its errors do not show the text, which
+// holds a key.
+func parseConnectionString(text string) (*service, error) {
+	s := &service{}
+	for part := range strings.SplitSeq(strings.TrimSpace(text), ";") {
+		name, value, _ := strings.Cut(part, "=")
+		switch strings.ToLower(name) {
+		case "hostname":
+			s.host = value
+		case "sharedaccesskeyname":
+			s.policy = value
+		case "sharedaccesskey":
+			var err error
+			if s.key, err = base64.StdEncoding.DecodeString(value); err != nil {
+				return nil, errors.New("SharedAccessKey is not base64")
+			}
+		}
+	}
+	if s.host == "" || s.policy == "" || len(s.key) == 0 {
+		return nil, errors.New("no connection string: want HostName=…;SharedAccessKeyName=…;SharedAccessKey=…")
+	}
+	host, _, err := net.SplitHostPort(s.host)
+	if err != nil {
+		host = s.host
+	}
+	if net.ParseIP(host) == nil {
+		if err := checkHost(host); err != nil {
+			return nil, fmt.Errorf("HostName: %w", err)
+		}
+	}
 	return s, nil
 }
 

@@ -23,7 +23,7 @@ func pass(s string) func(context.Context) (hsm.Secret, error) {
 	return func(context.Context) (hsm.Secret, error) { return hsm.Secret(s), nil }
 }
 
-func create(t *testing.T) string {
+func create(t testing.TB) string {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "keys")
 	if err := keyfile.Create(dir, hsm.Secret("words")); err != nil {
@@ -32,7 +32,7 @@ func create(t *testing.T) string {
 	return dir
 }
 
-func open(t *testing.T, dir string) *keyfile.Store {
+func open(t testing.TB, dir string) *keyfile.Store {
 	t.Helper()
 	s, err := keyfile.Open(t.Context(), keyfile.Config{Dir: dir, Passphrase: pass("words")})
 	if err != nil {
@@ -108,4 +108,33 @@ func TestKeyFiles(t *testing.T) {
 	if _, err := s.Open(t.Context(), "other"); err == nil {
 		t.Error("a copied key file serves under another name")
 	}
+}
+
+// A key file is bytes from a disk: what opens is a key of that name that works, whatever was changed in it.
+func FuzzOpen(f *testing.F) {
+	dir := create(f)
+	s := open(f, dir)
+	if _, err := s.Generate(f.Context(), hsm.Spec{Name: "k", Algorithm: hsm.ECP256}); err != nil {
+		f.Fatal(err)
+	}
+	path := filepath.Join(dir, "k.key")
+	good, err := os.ReadFile(path)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(good)
+	f.Add(bytes.ToUpper(good))
+	f.Add([]byte(`{"version":1,"name":"k","sealed":"AAAA"}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if err := os.WriteFile(path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		k, err := s.Open(t.Context(), "k")
+		if err != nil {
+			return
+		}
+		if _, err := hsm.SigningKeyOf(k); err != nil || k.Name() != "k" || k.Algorithm() != hsm.ECP256 {
+			t.Fatalf("%q opens as %q, %s", b, k.Name(), k.Algorithm())
+		}
+	})
 }

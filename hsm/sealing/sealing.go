@@ -45,7 +45,11 @@ func ParseRecipient(s string) (age.Recipient, error) {
 		return nil, errors.New("recipient is longer than 4096 characters")
 	}
 	if strings.HasPrefix(s, "age1tag") {
-		return tag.ParseRecipient(s)
+		r, err := tag.ParseRecipient(s)
+		if err != nil {
+			return nil, err // and not r, a nil pointer that is no nil interface
+		}
+		return r, nil
 	}
 	all, err := age.ParseRecipients(strings.NewReader(s))
 	if err != nil {

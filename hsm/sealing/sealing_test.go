@@ -20,21 +20,21 @@ import (
 
 func pass(context.Context) (hsm.Secret, error) { return hsm.Secret(hsmtest.PIN), nil }
 
-func files(t *testing.T) hsm.Store {
+func files(t testing.TB) hsm.Store {
 	t.Helper()
 	keyfile.TestWorkFactor(10)
 	dir := filepath.Join(t.TempDir(), "keys")
 	if err := keyfile.Create(dir, hsm.Secret(hsmtest.PIN)); err != nil {
 		t.Fatal(err)
 	}
-	s, err := keyfile.Open(t.Context(), keyfile.Config{Dir: dir, Passphrase: pass})
+	s, err := keyfile.Open(context.Background(), keyfile.Config{Dir: dir, Passphrase: pass})
 	if err != nil {
 		t.Fatal(err)
 	}
 	return s
 }
 
-func agreement(t *testing.T, s hsm.Store, name string) hsm.AgreementKey {
+func agreement(t testing.TB, s hsm.Store, name string) hsm.AgreementKey {
 	t.Helper()
 	k, err := s.Generate(t.Context(), hsm.Spec{Name: name, Algorithm: hsm.ECP256, Usage: hsm.Agree})
 	if err != nil {
