@@ -1,0 +1,63 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// The README's journey works as pasted, in ten lines, and once more. Only the ports are other ones, since somebody may have
+// those.
+func TestReadme(t *testing.T) {
+	root, err := filepath.Abs("../..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(filepath.Join(root, "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(b), "## The journey")
+	_, rest, _ = strings.Cut(rest, "```sh\n")
+	script, _, ok := strings.Cut(rest, "```")
+	if n := strings.Count(script, "\n"); !ok || n != 10 {
+		t.Fatalf("the journey has %d lines", n)
+	}
+	for _, port := range []string{"127.0.0.1:8443", "127.0.0.1:8883"} {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		script = strings.ReplaceAll(script, port, l.Addr().String())
+		_ = l.Close()
+	}
+	home := t.TempDir()
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	again := script[strings.Index(script, "./touchmark mint"):]
+	cmd := exec.CommandContext(ctx, "bash", "-c", "set -e\ntrap 'kill %1' EXIT\n"+script+again)
+	cmd.Dir, cmd.Env, cmd.WaitDelay = root, append(os.Environ(), "HOME="+home), 5*time.Second
+	for _, name := range []string{"GOPATH", "GOMODCACHE", "GOCACHE"} { // they hang on HOME
+		v, err := exec.Command("go", "env", name).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd.Env = append(cmd.Env, name+"="+string(bytes.TrimSpace(v)))
+	}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, stamp := range []string{"pump-001", "pump-002"} {
+		a, err := os.ReadFile(filepath.Join(home, "touchmark-demo/stamps", stamp, "assignment.json"))
+		if err != nil || !bytes.Contains(a, []byte("hub-a.example.net")) {
+			t.Errorf("%s: %s, %v\n%s", stamp, a, err, out)
+		}
+	}
+}
