@@ -71,6 +71,9 @@ func ParseURI(s string) (URI, error) {
 		if u.Path, err = unescape(strings.TrimPrefix(path, "//")); err == nil && u.Path == "" {
 			err = errors.New("it names no directory")
 		}
+		if strings.HasPrefix(u.Path, "//") { // the same directory, and it prints as itself
+			u.Path = "/" + strings.TrimLeft(u.Path, "/")
+		}
 	default:
 		return u, fmt.Errorf("key URI scheme %q is not known: want pkcs11 or file", scheme)
 	}

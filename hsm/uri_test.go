@@ -129,6 +129,7 @@ func FuzzParseURI(f *testing.F) {
 	f.Add("pkcs11:token=line%203;object=k;id=%01?module-path=/m.so&pin-source=file:pin")
 	f.Add("file:keys?object=a")
 	f.Add("pkcs11:token=a?pin-value=1")
+	f.Add("file:////var//keys")
 	f.Add("file:" + strings.Repeat("\xca", 1400)) // longer once it is encoded
 	f.Fuzz(func(t *testing.T, s string) {
 		u, err := hsm.ParseURI(s)
