@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/hsm/hsmtest"
 )
 
@@ -74,7 +75,11 @@ made = "token"
 // newTokenLine makes a line whose keys are in a fresh SoftHSM token.
 func newTokenLine(t *testing.T) (dir string) {
 	t.Helper()
-	uri := hsmtest.SoftHSM(t, "line-3")
+	return newLine(t, hsmtest.SoftHSM(t, "line-3"))
+}
+
+func newLine(t *testing.T, uri hsm.URI) (dir string) {
+	t.Helper()
 	dir = t.TempDir()
 	touchmark(t, dir, "init", "line", "--id-scope", "0ne00112233", "--key-uri", uri.String())
 	if err := os.WriteFile(filepath.Join(dir, "line", "profiles", "token.toml"), []byte(tokenProfile), 0o644); err != nil {
@@ -201,8 +206,9 @@ func checkStamps(t *testing.T, stamps, profile string, keys map[string]bool) {
 	}
 }
 
-// Invariant 4: a disk that fills up in the middle loses nothing, and with room the same command finishes.
-func TestDiskFull(t *testing.T) {
+// smallDisk mounts a file system of that size.
+func smallDisk(t *testing.T, size string) string {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		hsmtest.Require(t, "the right to mount a small file system (root)")
 	}
@@ -210,22 +216,32 @@ func TestDiskFull(t *testing.T) {
 	if err := os.Mkdir(small, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := syscall.Mount("tmpfs", small, "tmpfs", 0, "size=3m"); err != nil {
+	if err := syscall.Mount("tmpfs", small, "tmpfs", 0, "size="+size); err != nil {
 		hsmtest.Require(t, "the right to mount a small file system: "+err.Error())
 	}
 	t.Cleanup(func() { _ = syscall.Unmount(small, syscall.MNT_DETACH) })
+	return small
+}
+
+// attempt runs the program and returns its exit code and all that it printed.
+func attempt(t *testing.T, dir string, args ...string) (int, string) {
+	t.Helper()
+	cmd := exec.Command(program(t), args...)
+	cmd.Dir = dir
+	text, _ := cmd.CombinedOutput()
+	return cmd.ProcessState.ExitCode(), string(text)
+}
+
+// Invariant 4: a disk that fills up in the middle loses nothing, and with room the same command finishes.
+func TestDiskFull(t *testing.T) {
+	small := smallDisk(t, "3m")
 	dir := newTokenLine(t)
 	if err := os.WriteFile(filepath.Join(dir, "serials.csv"), serialList("SN", 400), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	out := filepath.Join(small, "stamps")
 	args := []string{"mint", "--line", "line", "--profile", "x509-group", "--serials", "serials.csv", "--out", out, "--bundle", "b.tmb"}
-	mint := func() (int, string) {
-		cmd := exec.Command(program(t), args...)
-		cmd.Dir = dir
-		text, _ := cmd.CombinedOutput()
-		return cmd.ProcessState.ExitCode(), string(text)
-	}
+	mint := func() (int, string) { return attempt(t, dir, args...) }
 	// 400 stamps do not fit: refused before anything is made.
 	if code, text := mint(); code != 1 || !strings.Contains(text, "not enough free space") {
 		t.Errorf("exit code %d\n%s", code, text)
@@ -272,5 +288,70 @@ func TestDiskFull(t *testing.T) {
 	touchmark(t, dir, "ledger", "verify", "--line", "line")
 	if stamps, _ := filepath.Glob(filepath.Join(out, "sn*", "device-key.pem")); len(stamps) != 400 {
 		t.Errorf("%d stamps", len(stamps))
+	}
+}
+
+// A token that has no room for another key stops work with a clear error; with room, the same command finishes, and the
+// token holds one key for each device.
+func TestTokenFull(t *testing.T) {
+	small := smallDisk(t, "600k")
+	dir := newLine(t, hsmtest.SoftHSMIn(t, small, "line-3"))
+	if err := os.WriteFile(filepath.Join(dir, "serials.csv"), serialList("SN", 300), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"mint", "--line", "line", "--profile", "token", "--serials", "serials.csv", "--out", "stamps", "--bundle", "b.tmb"}
+	code, text := attempt(t, dir, args...)
+	if code != exitPartial || !strings.Contains(text, "it may be full") {
+		t.Errorf("exit code %d\n%s", code, text)
+	}
+	touchmark(t, dir, "ledger", "verify", "--line", "line")
+	if err := syscall.Mount("tmpfs", small, "tmpfs", syscall.MS_REMOUNT, "size=60m"); err != nil {
+		t.Fatal(err)
+	}
+	if code, text := attempt(t, dir, args...); code != 0 {
+		t.Fatalf("with room again: exit code %d\n%s", code, text)
+	}
+	touchmark(t, dir, "ledger", "verify", "--line", "line")
+	if n := strings.Count(touchmark(t, dir, "key", "list", "--line", "line", "--json"), `"name":"device:`); n != 300 {
+		t.Errorf("%d device keys in the token", n)
+	}
+}
+
+// Invariant 1: two of everything at once. Of two mints on one line, one works and the other says who has the ledger; of two
+// mints on two lines with one output directory, neither writes over the other's stamps.
+func TestTwoAtOnce(t *testing.T) {
+	uri := hsmtest.SoftHSM(t, "line-3")
+	dir := newLine(t, uri)
+	if err := os.WriteFile(filepath.Join(dir, "serials.csv"), serialList("SN", 2000), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"mint", "--line", "line", "--profile", "x509-group", "--serials", "serials.csv", "--out", "stamps", "--bundle", "b.tmb"}
+	var codes [4]int
+	var texts [4]string
+	var wg sync.WaitGroup
+	for i := range codes {
+		wg.Go(func() { codes[i], texts[i] = attempt(t, dir, args...) })
+	}
+	wg.Wait()
+	done := 0
+	for i, code := range codes {
+		switch {
+		case code == 0:
+			done++
+		case code != exitFailed || !strings.Contains(texts[i], "in use by another process"):
+			t.Errorf("exit code %d\n%s", code, texts[i])
+		}
+	}
+	if done == 0 {
+		t.Errorf("nobody got the ledger: %q", texts)
+	}
+	touchmark(t, dir, "ledger", "verify", "--line", "line")
+	if n := strings.Count(touchmark(t, dir, "ledger", "show", "--line", "line", "--json"), `"state":"sealed"`); n != 2000 {
+		t.Errorf("%d units", n)
+	}
+	touchmark(t, dir, "init", "other", "--id-scope", "0ne00112233", "--key-uri", uri.String(), "--key-prefix", "other-")
+	args[2] = "other"
+	if code, text := attempt(t, dir, args...); code == 0 || !strings.Contains(text, "exists already") {
+		t.Errorf("over another line's stamps: exit code %d\n%s", code, text)
 	}
 }

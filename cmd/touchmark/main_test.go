@@ -20,12 +20,24 @@ import (
 
 // The scripts run the program itself, in a process of its own each time. Passphrases are stretched less, to save hours.
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){
+	testscript.Main(tests{m}, map[string]func(){
 		"touchmark": func() {
 			keyfile.TestWorkFactor(10)
 			os.Exit(run(context.Background(), os.Args[1:], stdio{in: os.Stdin, out: os.Stdout, err: os.Stderr, env: os.LookupEnv}))
 		},
 	})
+}
+
+// tests removes what the tests share when they are through.
+type tests struct{ m *testing.M }
+
+func (t tests) Run() int {
+	defer func() {
+		if buildPath != "" {
+			_ = os.RemoveAll(filepath.Dir(buildPath))
+		}
+	}()
+	return t.m.Run()
 }
 
 func TestScripts(t *testing.T) {

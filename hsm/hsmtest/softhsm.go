@@ -50,8 +50,13 @@ func memoryDir(t testing.TB) string {
 // where its tokens are when its library is initialized, so a test closes its stores before the next one begins.
 func SoftHSM(t testing.TB, labels ...string) hsm.URI {
 	t.Helper()
+	return SoftHSMIn(t, memoryDir(t), labels...)
+}
+
+// SoftHSMIn makes tokens in a directory of the caller's.
+func SoftHSMIn(t testing.TB, dir string, labels ...string) hsm.URI {
+	t.Helper()
 	module := SoftHSMModule(t)
-	dir := memoryDir(t)
 	conf := filepath.Join(dir, "softhsm2.conf")
 	tokens := filepath.Join(dir, "tokens")
 	if err := os.Mkdir(tokens, 0o700); err != nil {

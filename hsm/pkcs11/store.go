@@ -376,13 +376,16 @@ func (s *Store) unreserve(name string) {
 	delete(s.labels, name)
 }
 
-// noRoom marks a full token's answers.
-func noRoom(err error) error {
+// notMade says why a token would not make a key.
+func notMade(err error) error {
 	if errors.Is(err, pkcs11.Error(pkcs11.CKR_DEVICE_MEMORY)) || errors.Is(err, pkcs11.Error(pkcs11.CKR_HOST_MEMORY)) {
 		return fmt.Errorf("%w: %w", hsm.ErrFull, err)
 	}
 	if errors.Is(err, pkcs11.Error(pkcs11.CKR_MECHANISM_INVALID)) || errors.Is(err, pkcs11.Error(pkcs11.CKR_CURVE_NOT_SUPPORTED)) {
 		return fmt.Errorf("%w: %w", hsm.ErrUnsupported, err)
+	}
+	if errors.Is(err, pkcs11.Error(pkcs11.CKR_FUNCTION_FAILED)) || errors.Is(err, pkcs11.Error(pkcs11.CKR_GENERAL_ERROR)) {
+		return fmt.Errorf("%w: the token gives no reason: it may be full, or the disk that it is on", err)
 	}
 	return err
 }
@@ -421,7 +424,7 @@ func (s *Store) create(ctx context.Context, spec hsm.Spec, do func(pkcs11.Sessio
 	make := func(h pkcs11.SessionHandle) error {
 		priv, pub, err := do(h, spec, id)
 		if err != nil {
-			return noRoom(err)
+			return notMade(err)
 		}
 		k, err = s.keyFrom(h, spec, id, priv, pub)
 		return err

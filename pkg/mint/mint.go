@@ -524,7 +524,7 @@ func (r *run) tokenKey(ctx context.Context, u *unit) error {
 		k, err = r.Store.Generate(ctx, hsm.Spec{Name: name, Algorithm: r.alg})
 	}
 	if err != nil {
-		return fmt.Errorf("serial %s: key %q: %w", u.row.Serial, name, err)
+		return fmt.Errorf("serial %s: %w", u.row.Serial, err)
 	}
 	return u.setTokenKey(k)
 }
