@@ -57,7 +57,7 @@ func NewFixture(t testing.TB, hubs ...string) *Fixture {
 	}
 	t.Cleanup(func() { _ = store.Close() })
 	f := &Fixture{store: store, GroupKey: bytes.Repeat([]byte("g"), 64), OwnKey: bytes.Repeat([]byte("k"), 32), OtherKey: bytes.Repeat([]byte("l"), 32)}
-	f.Service = registration.New(registration.Config{Store: store, Scope: Scope, Hubs: hubs, Now: f.Now})
+	f.Service = f.Replica(hubs...)
 	f.Root = attesttest.CA(t, nil, "factory root")
 	f.Mid = attesttest.CA(t, f.Root, "line 3")
 	f.Own = attesttest.Leaf(t, nil, "own-cert")
@@ -67,6 +67,11 @@ func NewFixture(t testing.TB, hubs ...string) *Fixture {
 	f.Put(t, registration.Individual, "own-cert", dps.Enrollment{Attestation: &dps.Attestation{Type: dps.AttestationX509,
 		X509: &dps.X509Attestation{ClientCertificates: &dps.X509Certificates{Primary: &dps.X509Certificate{Certificate: f.Own.Base64()}}}}})
 	return f
+}
+
+// Replica returns another service on the same store.
+func (f *Fixture) Replica(hubs ...string) *registration.Service {
+	return registration.New(registration.Config{Store: f.store, Scope: Scope, Hubs: hubs, Now: f.Now})
 }
 
 // Policy makes, or replaces, a shared access policy with these keys.
@@ -83,6 +88,12 @@ func (f *Fixture) Put(t testing.TB, kind registration.Kind, id string, e dps.Enr
 	if kind == registration.Group {
 		doc = dps.EnrollmentGroup{EnrollmentGroupID: id, Enrollment: e}
 	}
+	f.PutDocument(t, kind, id, doc)
+}
+
+// PutDocument writes an enrollment from its whole document.
+func (f *Fixture) PutDocument(t testing.TB, kind registration.Kind, id string, doc any) {
+	t.Helper()
 	b, err := json.Marshal(doc)
 	if err != nil {
 		t.Fatal(err)

@@ -1,0 +1,238 @@
+package registration_test
+
+import (
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"iter"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/touchmark/touchmark/pkg/attest"
+	"github.com/touchmark/touchmark/pkg/attest/attesttest"
+	"github.com/touchmark/touchmark/pkg/bundle"
+	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/registration"
+	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
+)
+
+func request(d registrationtest.Device) *registration.Request {
+	r := &registration.Request{IDScope: d.Scope, RegistrationID: d.ID, APIVersion: d.APIVersion, Proof: attest.Proof{Token: d.Token}}
+	return r
+}
+
+// register has a device register with a service and returns what became of it.
+func register(t testing.TB, s *registration.Service, d registrationtest.Device) *dps.RegistrationState {
+	t.Helper()
+	op, err := s.Register(t.Context(), request(d))
+	if err != nil {
+		t.Fatalf("%s: %v", d.ID, err)
+	}
+	st, err := s.Status(t.Context(), request(d), op.OperationID)
+	if err != nil {
+		t.Fatalf("%s: %v", d.ID, err)
+	}
+	return st.RegistrationState
+}
+
+// Hubs get their share, a device keeps its hub, and when a hub comes only those move that it takes.
+func TestAllocation(t *testing.T) {
+	hubs := []string{"a.example", "b.example", "c.example"}
+	f := registrationtest.NewFixture(t, hubs...)
+	count, at := map[string]int{}, map[string]string{}
+	const n = 600
+	for i := range n {
+		d := f.Derived(fmt.Sprintf("dev-%d", i))
+		st := register(t, f.Service, d)
+		count[st.AssignedHub]++
+		at[d.ID] = st.AssignedHub
+	}
+	for _, h := range hubs {
+		if count[h] < n/3*3/4 || count[h] > n/3*5/4 {
+			t.Errorf("%s has %d of %d devices", h, count[h], n)
+		}
+	}
+	grown := f.Replica(append(hubs, "d.example")...)
+	moved := 0
+	for id, was := range at {
+		st := register(t, grown, f.Derived(id))
+		switch {
+		case st.AssignedHub == "d.example" && st.Substatus == dps.DeviceDataMigrated:
+			moved++
+		case st.AssignedHub != was || st.Substatus != dps.ReprovisionedToInitialAssignment:
+			t.Fatalf("%s moved from %s to %s: %s", id, was, st.AssignedHub, st.Substatus)
+		}
+	}
+	if moved < n/4*3/4 || moved > n/4*5/4 {
+		t.Errorf("%d of %d devices moved to the new hub", moved, n)
+	}
+}
+
+// Device API, section 6.6: what a reprovision policy and a hub list do.
+func TestReprovisioning(t *testing.T) {
+	f := registrationtest.NewFixture(t, "a.example", "b.example")
+	on := func(hub string, p *dps.ReprovisionPolicy) {
+		e := registrationtest.Symmetric(f.OwnKey, nil)
+		e.AllocationPolicy, e.IoTHubs, e.ReprovisionPolicy = dps.AllocationStatic, []string{hub}, p
+		f.Put(t, registration.Individual, "own-key", e)
+	}
+	step := func(what, hub string, want dps.Substatus) {
+		t.Helper()
+		if st := register(t, f.Service, f.ByKey("own-key", f.OwnKey)); st.AssignedHub != hub || st.Substatus != want {
+			t.Errorf("%s: %s, %s", what, st.AssignedHub, st.Substatus)
+		}
+	}
+	on("a.example", nil)
+	step("first", "a.example", dps.InitialAssignment)
+	on("B.example", nil)
+	step("migrated", "b.example", dps.DeviceDataMigrated)
+	on("a.example", &dps.ReprovisionPolicy{UpdateHubAssignment: true})
+	step("reset", "a.example", dps.DeviceDataReset)
+	on("b.example", &dps.ReprovisionPolicy{})
+	step("never", "a.example", dps.ReprovisionedToInitialAssignment)
+	on("b.example", nil)
+	d := f.ByKey("own-key", f.OwnKey)
+	d.APIVersion = "2018-04-01"
+	if st := register(t, f.Service, d); st.AssignedHub != "a.example" {
+		t.Errorf("an old device moved to %s", st.AssignedHub)
+	}
+	on("c.example", nil)
+	if st := register(t, f.Service, f.ByKey("own-key", f.OwnKey)); st.Status != dps.Failed || st.ErrorCode != int(dps.CodeNoHub) {
+		t.Errorf("a hub that is not linked: %+v", st)
+	}
+	e := registrationtest.Symmetric(f.OwnKey, nil)
+	in := dps.IndividualEnrollment{RegistrationID: "own-key", DeviceID: "Pump-7", Enrollment: e}
+	f.PutDocument(t, registration.Individual, "own-key", in)
+	if st := register(t, f.Service, f.ByKey("own-key", f.OwnKey)); st.DeviceID != "Pump-7" || st.Substatus != dps.InitialAssignment {
+		t.Errorf("another device ID: %+v", st)
+	}
+}
+
+// Two replicas on one store: what one changes, the other acts upon with the next request; and a device that asks both at
+// once has one registration.
+func TestReplicas(t *testing.T) {
+	f := registrationtest.NewFixture(t, "a.example")
+	one, two := f.Service, f.Replica("a.example")
+	d := f.Derived("dev-1")
+	register(t, one, d)
+	register(t, two, d)
+	off := registrationtest.Symmetric(f.GroupKey, nil)
+	off.ProvisioningStatus = dps.EnrollmentDisabled
+	f.Put(t, registration.Group, "keys", off)
+	for _, s := range []*registration.Service{two, one} {
+		if _, err := s.Register(t.Context(), request(d)); dps.AsError(err).Code != dps.CodeUnauthorized {
+			t.Errorf("after its group was disabled: %v", err)
+		}
+	}
+	f.Put(t, registration.Group, "keys", registrationtest.Symmetric(f.GroupKey, nil))
+	var wg sync.WaitGroup
+	for i := range 16 {
+		wg.Go(func() {
+			if st := register(t, []*registration.Service{one, two}[i%2], f.Derived("dev-2")); st.Status != dps.Assigned {
+				t.Errorf("%+v", st)
+			}
+		})
+	}
+	wg.Wait()
+	if page, _, err := one.QueryRegistrations(t.Context(), "keys", "", 10); err != nil || len(page) != 2 {
+		t.Errorf("%d registrations, %v", len(page), err)
+	}
+}
+
+func entries(e ...bundle.Entry) iter.Seq2[bundle.Entry, error] {
+	return func(yield func(bundle.Entry, error) bool) {
+		for _, x := range e {
+			if !yield(x, nil) {
+				return
+			}
+		}
+	}
+}
+
+func key(b byte) dps.Enrollment {
+	return dps.Enrollment{Attestation: &dps.Attestation{Type: dps.AttestationSymmetricKey,
+		SymmetricKey: &dps.SymmetricKeyAttestation{PrimaryKey: base64.StdEncoding.EncodeToString([]byte(strings.Repeat(string(b), 32)))}}}
+}
+
+func TestImport(t *testing.T) {
+	f := registrationtest.NewFixture(t, "a.example")
+	ind := func(id string, e dps.Enrollment) bundle.Entry {
+		return bundle.Entry{Serial: id, Individual: &dps.IndividualEnrollment{RegistrationID: id, Enrollment: e}}
+	}
+	grp := func(id string, e dps.Enrollment) bundle.Entry {
+		return bundle.Entry{Group: &dps.EnrollmentGroup{EnrollmentGroupID: id, Enrollment: e}}
+	}
+	dev := func(id, group, serial string) bundle.Entry {
+		return bundle.Entry{Serial: serial, Device: &bundle.GroupDevice{RegistrationID: id, Group: group}}
+	}
+	ca := attesttest.CA(t, nil, "another line")
+	all := func() iter.Seq2[bundle.Entry, error] {
+		var e []bundle.Entry
+		e = append(e, grp("line-9", registrationtest.Signers(ca, nil)))
+		for i := range 1200 { // several transactions
+			e = append(e, dev(fmt.Sprintf("g-%d", i), "line-9", fmt.Sprintf("S%d", i)))
+		}
+		return entries(append(e, ind("k-1", key('1')), ind("k-2", key('2')))...)
+	}
+	want := func(what string, seq iter.Seq2[bundle.Entry, error], dry bool, fresh, same, conflicting int) registration.ImportResult {
+		t.Helper()
+		res, err := f.Service.Import(t.Context(), seq, dry)
+		if err != nil || res.New != fresh || res.Unchanged != same || res.Conflicting != conflicting {
+			t.Fatalf("%s: %+v, %v", what, res, err)
+		}
+		return res
+	}
+	want("dry", all(), true, 1203, 0, 0)
+	want("first", all(), false, 1203, 0, 0)
+	want("again", all(), false, 0, 1203, 0)
+	for why, e := range map[string]bundle.Entry{
+		"another key":               ind("K-1", key('3')),
+		"was made by an operator":   ind("own-key", key('1')),
+		"another group":             dev("g-1", "line", "S1"),
+		"another serial":            dev("G-1", "line-9", "S2"),
+		"an individual's name":      dev("k-1", "line-9", "S1"),
+		"a device's name":           ind("g-1", key('1')),
+		"no such group":             dev("new", "nowhere", "S"),
+		"another CA":                grp("line-9", registrationtest.Signers(f.Mid, nil)),
+		"another group's CA":        grp("line-10", registrationtest.Signers(ca, nil)),
+		"a key that was not opened": ind("k-3", dps.Enrollment{Attestation: &dps.Attestation{Type: dps.AttestationSymmetricKey}}),
+		"what is not supported":     ind("k-4", dps.Enrollment{Attestation: &dps.Attestation{Type: dps.AttestationTPM, TPM: &dps.TPMAttestation{EndorsementKey: "AA=="}}}),
+	} {
+		res := want(why, entries(e), false, 0, 0, 1)
+		if len(res.Conflicts) != 1 || res.Conflicts[0].Reason == "" || strings.Contains(fmt.Sprint(res), "MTEx") {
+			t.Errorf("%s: %+v", why, res.Conflicts)
+		}
+	}
+	want("all is as it was", all(), false, 0, 1203, 0)
+	register(t, f.Service, f.ByKey("k-1", []byte(strings.Repeat("1", 32))))
+
+	// A bundle that turns out bad in the middle is an error; what went in before stays, and the next import goes on.
+	bad := errors.New("cut off")
+	cut := func(yield func(bundle.Entry, error) bool) {
+		if yield(ind("k-5", key('5')), nil) {
+			yield(bundle.Entry{}, bad)
+		}
+	}
+	if _, err := f.Service.Import(t.Context(), cut, false); !errors.Is(err, bad) {
+		t.Errorf("cut off: %v", err)
+	}
+	want("taken up", entries(ind("k-5", key('5'))), false, 1, 0, 0)
+}
+
+// The key of a group leaves once it exists, and is made once.
+func TestGroupKey(t *testing.T) {
+	f := registrationtest.NewFixture(t, "a.example")
+	first, created, err := f.Service.GroupKey(t.Context(), "fresh")
+	if err != nil || !created || len(first) != 64 {
+		t.Fatalf("%d octets, %v, %v", len(first), created, err)
+	}
+	again, created, err := f.Service.GroupKey(t.Context(), "FRESH")
+	if err != nil || created || string(again) != string(first) {
+		t.Errorf("again: %v, %v", created, err)
+	}
+	register(t, f.Service, f.ByKey("dev-9", attest.DeriveKey(first, "dev-9")))
+	if _, _, err := f.Service.GroupKey(t.Context(), "line"); err == nil {
+		t.Error("a group by certificate gave a key")
+	}
+}
