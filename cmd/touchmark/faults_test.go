@@ -223,6 +223,33 @@ func smallDisk(t *testing.T, size string) string {
 	return small
 }
 
+// hogWhen takes all room of a small disk once there are twenty files of a pattern. The channel is closed when it is through.
+func hogWhen(small, pattern string) <-chan struct{} {
+	stop := make(chan struct{})
+	go func() {
+		defer close(stop)
+		for {
+			if staged, _ := filepath.Glob(pattern); len(staged) > 20 {
+				break
+			}
+			time.Sleep(time.Millisecond)
+		}
+		hog, err := os.Create(filepath.Join(small, "hog"))
+		if err != nil {
+			return
+		}
+		defer hog.Close()
+		for size := 64 << 10; size > 0; size /= 2 {
+			for {
+				if _, err := hog.Write(make([]byte, size)); err != nil {
+					break
+				}
+			}
+		}
+	}()
+	return stop
+}
+
 // attempt runs the program and returns its exit code and all that it printed.
 func attempt(t *testing.T, dir string, args ...string) (int, string) {
 	t.Helper()
@@ -253,26 +280,7 @@ func TestDiskFull(t *testing.T) {
 		}
 	}
 	remount("12m")
-	stop := make(chan struct{})
-	go func() {
-		defer close(stop)
-		for {
-			if staged, _ := filepath.Glob(filepath.Join(out, "*", "*")); len(staged) > 20 {
-				break
-			}
-			time.Sleep(time.Millisecond)
-		}
-		hog, err := os.Create(filepath.Join(small, "hog"))
-		if err != nil {
-			return
-		}
-		defer hog.Close()
-		for {
-			if _, err := hog.Write(make([]byte, 64<<10)); err != nil {
-				return
-			}
-		}
-	}()
+	stop := hogWhen(small, filepath.Join(out, "*", "*"))
 	code, text := mint()
 	<-stop
 	if code != exitPartial && code != exitFailed || !strings.Contains(text, "no space left") {
@@ -287,6 +295,40 @@ func TestDiskFull(t *testing.T) {
 	}
 	touchmark(t, dir, "ledger", "verify", "--line", "line")
 	if stamps, _ := filepath.Glob(filepath.Join(out, "sn*", "device-key.pem")); len(stamps) != 400 {
+		t.Errorf("%d stamps", len(stamps))
+	}
+}
+
+// The same where the ledger's disk is the one that fills up.
+func TestLedgerDiskFull(t *testing.T) {
+	small := smallDisk(t, "4m")
+	uri := hsmtest.SoftHSM(t, "line-3")
+	dir := t.TempDir()
+	line := filepath.Join(small, "line")
+	touchmark(t, dir, "init", line, "--id-scope", "0ne00112233", "--key-uri", uri.String())
+	mint := func(list string, n int) (int, string) {
+		if err := os.WriteFile(filepath.Join(dir, list), serialList("SN", n), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return attempt(t, dir, "mint", "--line", line, "--profile", "x509-group", "--serials", list, "--out", "stamps", "--bundle", "b.tmb")
+	}
+	if code, text := mint("many.csv", 2000); code != 1 || !strings.Contains(text, "in the ledger") {
+		t.Errorf("exit code %d\n%s", code, text)
+	}
+	stop := hogWhen(small, filepath.Join(dir, "stamps", "*", "*"))
+	code, text := mint("some.csv", 1000)
+	<-stop
+	if code != exitPartial && code != exitFailed || !strings.Contains(text, "disk is full") {
+		t.Errorf("exit code %d\n%s", code, text)
+	}
+	if err := os.Remove(filepath.Join(small, "hog")); err != nil {
+		t.Fatal(err)
+	}
+	if code, text := mint("some.csv", 1000); code != 0 {
+		t.Fatalf("with room again: exit code %d\n%s", code, text)
+	}
+	touchmark(t, dir, "ledger", "verify", "--line", line)
+	if stamps, _ := filepath.Glob(filepath.Join(dir, "stamps", "sn*", "device-key.pem")); len(stamps) != 1000 {
 		t.Errorf("%d stamps", len(stamps))
 	}
 }

@@ -35,6 +35,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"path/filepath"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -217,19 +218,33 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 	return r, nil
 }
 
-// checkSpace refuses to start what the disk cannot hold. It is an estimate: a disk that fills up in the middle is an
+// checkSpace refuses to start what the disks cannot hold. It is an estimate: a disk that fills up in the middle is an
 // error then, and loses nothing.
 func (r *run) checkSpace(devices int) error {
-	if r.out == nil || devices <= 0 {
+	if devices <= 0 {
 		return nil
 	}
-	const block = 4096
-	files := uint64(3 + len(r.Profile.Stamp.File)) // and the directory itself
-	octets, inodes, err := r.out.Free()
+	const (
+		block = 4096
+		entry = 3 << 10 // a unit in the ledger: its row, its index entries, its certificate, and the same in the write-ahead log
+	)
+	need := uint64(devices) * entry
+	octets, _, err := stamp.Free(filepath.Dir(r.Ledger.Path()))
 	if err != nil {
 		return err
 	}
-	need := uint64(devices) * (files + 1) * block
+	if octets < need {
+		return fmt.Errorf("%w: %d units need about %d MiB in the ledger %s, %d MiB are free", ErrNoSpace, devices, need>>20+1, r.Ledger.Path(), octets>>20)
+	}
+	if r.out == nil {
+		return nil
+	}
+	files := uint64(3 + len(r.Profile.Stamp.File)) // and the directory itself
+	octets, inodes, err := stamp.Free(r.Out)
+	if err != nil {
+		return err
+	}
+	need = uint64(devices) * (files + 1) * block
 	if octets < need {
 		return fmt.Errorf("%w: %d stamps need about %d MiB in %s, %d MiB are free", ErrNoSpace, devices, need>>20+1, r.Out, octets>>20)
 	}

@@ -101,11 +101,12 @@ func (f *Files) Close() error {
 // Dir returns the path of a device's directory.
 func (f *Files) Dir(device string) string { return filepath.Join(f.root, device) }
 
-// Free returns how many octets are free under the root, and how many more files it can hold.
-func (f *Files) Free() (octets, files uint64, err error) {
+// Free returns how many octets are free on the file system that a path is on, and how many more files it can hold; 0
+// where it does not count them.
+func Free(path string) (octets, files uint64, err error) {
 	var st unix.Statfs_t
-	if err := unix.Fstatfs(int(f.rootDir.Fd()), &st); err != nil {
-		return 0, 0, fmt.Errorf("asking %s for its free space: %w", f.root, err)
+	if err := unix.Statfs(path, &st); err != nil {
+		return 0, 0, fmt.Errorf("asking %s for its free space: %w", path, err)
 	}
 	return uint64(st.Bavail) * uint64(st.Bsize), st.Ffree, nil
 }
