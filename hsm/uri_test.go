@@ -34,7 +34,7 @@ func TestParseURI(t *testing.T) {
 		"pkcs11:token=a;pin-value=1234":       "behind a",
 		"pkcs11:token=a?object=k":             "object is not known",
 		"pkcs11:token=a;id=ab":                "percent-encoded",
-		"pkcs11:token=a%2":                    "two hex digits",
+		"pkcs11:token=a%2":                    "invalid URL escape",
 		"pkcs11:token=a?module-name=softhsm2": "module-path",
 		"pkcs11:token=a;object=a%2fb":         "not a key name",
 		"pkcs11:token=a?pin-source=%7Ccat":    "not run",

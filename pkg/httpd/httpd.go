@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"strconv"
 	"strings"
 	"sync"
@@ -166,7 +167,7 @@ func (s *Server) Handler() http.Handler {
 			return
 		}
 		for i, seg := range segments {
-			decoded, err := unescape(seg)
+			decoded, err := url.PathUnescape(seg) // a "+" is a "+"
 			if err != nil {
 				s.fail(w, r, dps.NewError(dps.CodeBadRequest, "The path is not properly encoded", err))
 				return
@@ -182,30 +183,6 @@ func (s *Server) Handler() http.Handler {
 		}
 		s.device(w, r, segments)
 	})
-}
-
-// unescape decodes a path segment once. A "+" is a "+".
-func unescape(s string) (string, error) {
-	if !strings.Contains(s, "%") {
-		return s, nil
-	}
-	var b strings.Builder
-	for i := 0; i < len(s); i++ {
-		if s[i] != '%' {
-			b.WriteByte(s[i])
-			continue
-		}
-		if i+2 >= len(s) {
-			return "", errors.New("a % without two digits")
-		}
-		v, err := strconv.ParseUint(s[i+1:i+3], 16, 8)
-		if err != nil {
-			return "", err
-		}
-		b.WriteByte(byte(v))
-		i += 2
-	}
-	return b.String(), nil
 }
 
 func notFound() *dps.Error {

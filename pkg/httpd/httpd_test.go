@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -16,7 +15,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/touchmark/touchmark/pkg/attest/attesttest"
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
 )
@@ -24,43 +22,18 @@ import (
 // door is a running HTTPS door.
 type door struct {
 	*registrationtest.Fixture
-	addr  string
-	roots *x509.CertPool
+	*registrationtest.Listener
 }
 
 func open(t testing.TB, f *registrationtest.Fixture, edit ...func(*httpd.Config)) *door {
 	t.Helper()
-	server := attesttest.Leaf(t, nil, registrationtest.Host)
-	cfg := httpd.Config{Registrar: f.Service, Service: f.Service, Hosts: []string{registrationtest.Host}, Now: f.Now,
-		TLS: httpd.TLSConfig(func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return server.TLS(), nil }, "http/1.1")}
-	for _, e := range edit {
-		e(&cfg)
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, stop := context.WithCancel(context.Background())
-	done := make(chan error)
-	go func() { done <- httpd.New(cfg).Serve(ctx, l) }()
-	t.Cleanup(func() {
-		stop()
-		if err := <-done; err != nil {
-			t.Errorf("serving: %v", err)
+	return &door{f, f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
+		cfg := httpd.Config{Registrar: f.Service, Service: f.Service, Hosts: []string{registrationtest.Host}, Now: f.Now, TLS: httpd.TLSConfig(cert, "http/1.1")}
+		for _, e := range edit {
+			e(&cfg)
 		}
-	})
-	d := &door{Fixture: f, addr: l.Addr().String(), roots: x509.NewCertPool()}
-	d.roots.AddCert(server.Certificate)
-	return d
-}
-
-func (d *door) tls(c *tls.Certificate) *tls.Config {
-	cfg := &tls.Config{RootCAs: d.roots, ServerName: registrationtest.Host, Time: d.Now}
-	if c != nil {
-		// Whatever the server's list of authorities says.
-		cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return c, nil }
-	}
-	return cfg
+		return httpd.New(cfg).Serve(ctx, l)
+	})}
 }
 
 // conn is one connection, kept open: every answer is read to its end and the next request follows.
@@ -73,12 +46,7 @@ type conn struct {
 
 func (d *door) dial(t testing.TB, device registrationtest.Device) *conn {
 	t.Helper()
-	c, err := tls.Dial("tcp", d.addr, d.tls(device.Certificate))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = c.Close() })
-	_ = c.SetDeadline(time.Now().Add(30 * time.Second))
+	c := d.Dial(t, device.Certificate)
 	return &conn{d, device, c, bufio.NewReader(c)}
 }
 
@@ -274,12 +242,12 @@ func TestHalfOpen(t *testing.T) {
 	d := newDoor(t, func(c *httpd.Config) {
 		c.HandshakeTimeout, c.HeaderTimeout, c.MaxConnections = 300*time.Millisecond, 300*time.Millisecond, 3
 	})
-	silent, err := net.Dial("tcp", d.addr)
+	silent, err := net.Dial("tcp", d.Addr)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer silent.Close()
-	half, err := net.Dial("tcp", d.addr)
+	half, err := net.Dial("tcp", d.Addr)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -319,9 +287,9 @@ func TestTLS(t *testing.T) {
 			}
 		}, true},
 	} {
-		cfg := d.tls(nil)
+		cfg := d.TLS(nil)
 		x.edit(cfg)
-		c, err := tls.Dial("tcp", d.addr, cfg)
+		c, err := tls.Dial("tcp", d.Addr, cfg)
 		if (err == nil) != x.ok {
 			t.Errorf("%s: %v", name, err)
 		}

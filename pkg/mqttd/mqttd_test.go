@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -33,34 +32,18 @@ const (
 // door is a running MQTT door.
 type door struct {
 	*registrationtest.Fixture
-	addr  string
-	roots *x509.CertPool
+	*registrationtest.Listener
 }
 
 func open(t testing.TB, f *registrationtest.Fixture, edit ...func(*mqttd.Config)) *door {
 	t.Helper()
-	server := attesttest.Leaf(t, nil, registrationtest.Host)
-	cfg := mqttd.Config{Registrar: f.Service, Now: f.Now, ResponseDelay: -1,
-		TLS: httpd.TLSConfig(func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return server.TLS(), nil })}
-	for _, e := range edit {
-		e(&cfg)
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, stop := context.WithCancel(context.Background())
-	done := make(chan error)
-	go func() { done <- mqttd.New(cfg).Serve(ctx, l) }()
-	t.Cleanup(func() {
-		stop()
-		if err := <-done; err != nil {
-			t.Errorf("serving: %v", err)
+	return &door{f, f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
+		cfg := mqttd.Config{Registrar: f.Service, Now: f.Now, ResponseDelay: -1, TLS: httpd.TLSConfig(cert)}
+		for _, e := range edit {
+			e(&cfg)
 		}
-	})
-	d := &door{Fixture: f, addr: l.Addr().String(), roots: x509.NewCertPool()}
-	d.roots.AddCert(server.Certificate)
-	return d
+		return mqttd.New(cfg).Serve(ctx, l)
+	})}
 }
 
 func newDoor(t testing.TB, edit ...func(*mqttd.Config)) *door {
@@ -78,16 +61,7 @@ type conn struct {
 
 func (d *door) dial(t testing.TB, c *tls.Certificate) *conn {
 	t.Helper()
-	cfg := &tls.Config{RootCAs: d.roots, ServerName: registrationtest.Host, Time: d.Now}
-	if c != nil {
-		cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return c, nil }
-	}
-	tc, err := tls.Dial("tcp", d.addr, cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = tc.Close() })
-	_ = tc.SetDeadline(time.Now().Add(30 * time.Second))
+	tc := d.Dial(t, c)
 	return &conn{c: tc, r: bufio.NewReader(tc)}
 }
 
@@ -444,12 +418,12 @@ func TestHostilePackets(t *testing.T) {
 // Half-open connections are cut, and one address cannot take all places.
 func TestHalfOpen(t *testing.T) {
 	d := newDoor(t, func(c *mqttd.Config) { c.Second, c.MaxPerAddress = 30*time.Millisecond, 4 })
-	silent, err := net.Dial("tcp", d.addr)
+	silent, err := net.Dial("tcp", d.Addr)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer silent.Close()
-	half, err := net.Dial("tcp", d.addr)
+	half, err := net.Dial("tcp", d.Addr)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -457,7 +431,7 @@ func TestHalfOpen(t *testing.T) {
 	_, _ = half.Write([]byte("\x16\x03\x01\x02"))
 	mute, slow := d.dial(t, nil), d.dial(t, nil)
 	slow.write(t, []byte{0x10, 0x7f, 0, 4})
-	over, err := net.Dial("tcp", d.addr)
+	over, err := net.Dial("tcp", d.Addr)
 	if err != nil {
 		t.Fatal(err)
 	}

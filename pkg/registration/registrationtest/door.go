@@ -2,11 +2,13 @@ package registrationtest
 
 import (
 	"bytes"
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"net"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -123,6 +125,58 @@ func Signers(primary, secondary *attesttest.Holder) dps.Enrollment {
 		certs.Secondary = &dps.X509Certificate{Certificate: secondary.Base64()}
 	}
 	return dps.Enrollment{Attestation: &dps.Attestation{Type: dps.AttestationX509, X509: &dps.X509Attestation{SigningCertificates: certs}}}
+}
+
+// A Listener is where a door is served for a test.
+type Listener struct {
+	Addr   string
+	server *attesttest.Holder
+	now    func() time.Time
+}
+
+// Listen serves a door on a port of this machine until the test ends. Serve gets the door's certificate.
+func (f *Fixture) Listen(t testing.TB, serve func(context.Context, net.Listener, func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error) *Listener {
+	t.Helper()
+	server := attesttest.Leaf(t, nil, Host)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	done := make(chan error)
+	go func() {
+		done <- serve(ctx, l, func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return server.TLS(), nil })
+	}()
+	t.Cleanup(func() {
+		stop()
+		if err := <-done; err != nil {
+			t.Errorf("serving: %v", err)
+		}
+	})
+	return &Listener{l.Addr().String(), server, f.Now}
+}
+
+// TLS is how a device with a certificate, or with none, meets the door.
+func (l *Listener) TLS(c *tls.Certificate) *tls.Config {
+	cfg := &tls.Config{RootCAs: x509.NewCertPool(), ServerName: Host, Time: l.now}
+	cfg.RootCAs.AddCert(l.server.Certificate)
+	if c != nil {
+		// Whatever the server's list of authorities says.
+		cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return c, nil }
+	}
+	return cfg
+}
+
+// Dial connects. The connection ends with the test, or when it has taken half a minute.
+func (l *Listener) Dial(t testing.TB, c *tls.Certificate) *tls.Conn {
+	t.Helper()
+	conn, err := tls.Dial("tcp", l.Addr, l.TLS(c))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	_ = conn.SetDeadline(time.Now().Add(30 * time.Second))
+	return conn
 }
 
 // A Device is what connects to a door: its names as it writes them, and its proof.
