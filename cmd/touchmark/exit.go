@@ -95,10 +95,10 @@ func (a *app) report(ctx context.Context, err error) int {
 	code, help := classify(ctx, err)
 	label := a.paint(a.err, "31", "error:")
 	for _, line := range strings.Split(strings.TrimSpace(err.Error()), "\n") {
-		fmt.Fprintf(a.err, "touchmark: %s %s\n", label, line)
+		fmt.Fprintf(a.err, "touchmark: %s %s\n", label, printable(line))
 	}
 	if help != "" {
-		fmt.Fprintf(a.err, "touchmark: hint: %s\n", help)
+		fmt.Fprintf(a.err, "touchmark: hint: %s\n", printable(help))
 	}
 	if a.json {
 		_ = a.printJSON(map[string]any{"error": err.Error(), "exitCode": code})

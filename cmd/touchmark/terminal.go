@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"regexp"
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
 
 	"golang.org/x/term"
 )
@@ -56,6 +58,19 @@ func (a *app) paint(stream any, code, text string) string {
 	return "\x1b[" + code + "m" + text + "\x1b[0m"
 }
 
+var painted = regexp.MustCompile(`^\x1b\[\d+m(.*)\x1b\[0m$`)
+
+// printable leaves out of text what could play with a terminal: serials, file names and what services answer come from
+// outside.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) || unicode.Is(unicode.Cf, r) {
+			return -1
+		}
+		return r
+	}, s)
+}
+
 // printJSON prints one JSON object on a line.
 func (a *app) printJSON(v any) error {
 	enc := json.NewEncoder(a.out)
@@ -77,7 +92,15 @@ func (a *app) table(header []string, rows [][]string) error {
 		fmt.Fprintln(w, strings.Join(header, "\t"))
 	}
 	for _, r := range rows {
-		fmt.Fprintln(w, strings.Join(r, "\t"))
+		cells := make([]string, len(r))
+		for i, c := range r {
+			if m := painted.FindStringSubmatchIndex(c); m != nil {
+				cells[i] = c[:m[2]] + printable(c[m[2]:m[3]]) + c[m[3]:]
+			} else {
+				cells[i] = printable(c)
+			}
+		}
+		fmt.Fprintln(w, strings.Join(cells, "\t"))
 	}
 	return w.Flush()
 }

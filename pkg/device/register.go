@@ -34,6 +34,8 @@ type Config struct {
 	RootCAs *x509.CertPool
 	// Signer is the leaf's key where it is not in the stamp.
 	Signer crypto.Signer
+	// Now tells the time; nil means time.Now.
+	Now func() time.Time
 	// Payload goes to the service with the request, as JSON.
 	Payload json.RawMessage
 }
@@ -47,7 +49,11 @@ type RefusedError struct {
 
 // Error says what the service said.
 func (e *RefusedError) Error() string {
-	return fmt.Sprintf("the registration service refused: %d %s (tracking ID %s)", int(e.Code), e.Message, e.TrackingID)
+	text := fmt.Sprintf("the registration service refused: %d %s", int(e.Code), e.Message)
+	if e.TrackingID != "" {
+		text += " (tracking ID " + e.TrackingID + ")"
+	}
+	return text
 }
 
 const (
@@ -76,6 +82,9 @@ type talker interface {
 // Register registers the device and returns the registration in its end state, which may be "failed" or "disabled". A
 // refusal is a *RefusedError. A service that is busy, or cannot be reached, is tried again a few times.
 func Register(ctx context.Context, cfg Config) (*dps.RegistrationState, error) {
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
 	var err error
 	for try := range tries {
 		if try > 0 {
@@ -126,10 +135,10 @@ func registerOnce(ctx context.Context, cfg Config) (*dps.RegistrationState, erro
 	if err != nil {
 		return nil, fmt.Errorf("endpoint %q: %w", endpoint, err)
 	}
-	tc := &tls.Config{ServerName: host, RootCAs: cfg.RootCAs, MinVersion: tls.VersionTLS12}
+	tc := &tls.Config{ServerName: host, RootCAs: cfg.RootCAs, MinVersion: tls.VersionTLS12, Time: cfg.Now}
 	token := ""
 	if cfg.Stamp.SymmetricKey != nil {
-		token = cfg.Stamp.token(time.Now())
+		token = cfg.Stamp.token(cfg.Now())
 	} else {
 		cert, err := cfg.Stamp.certificate(cfg.Signer)
 		if err != nil {
@@ -174,7 +183,7 @@ func registerOnce(ctx context.Context, cfg Config) (*dps.RegistrationState, erro
 // hint reads a retry-after; devices take a bare number of seconds only.
 func hint(s string) time.Duration {
 	n, err := strconv.Atoi(s)
-	if err != nil || n < 0 || n > 300 {
+	if err != nil || n < 1 || n > 300 {
 		return 3 * time.Second
 	}
 	return time.Duration(n) * time.Second

@@ -14,6 +14,7 @@ import (
 	"encoding/base64"
 	"fmt"
 	"math/big"
+	"net"
 	"net/url"
 	"testing"
 	"time"
@@ -64,7 +65,8 @@ func Leaf(t testing.TB, parent *Holder, cn string, edit ...func(*x509.Certificat
 // AsLeaf makes a template a leaf's.
 func AsLeaf(c *x509.Certificate) {
 	c.IsCA, c.KeyUsage, c.MaxPathLen = false, x509.KeyUsageDigitalSignature, 0
-	c.ExtKeyUsage, c.DNSNames = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth}, []string{c.Subject.CommonName}
+	c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth}
+	c.DNSNames, c.IPAddresses = []string{c.Subject.CommonName}, []net.IP{net.IPv4(127, 0, 0, 1)}
 }
 
 // Base64 returns the certificate as documents have it.
