@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,14 +13,19 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
 
+	"filippo.io/age"
+
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/hsm/hsmtest"
+	"github.com/touchmark/touchmark/hsm/sealing"
+	"github.com/touchmark/touchmark/pkg/attest"
 )
 
 var (
@@ -88,54 +94,78 @@ func newLine(t *testing.T, uri hsm.URI) (dir string) {
 	return dir
 }
 
-// Invariants 1 to 3: mint is killed at fifty random instants of a thousand serials. Resumed, it ends with a thousand
-// distinct registration IDs and keys, a ledger that verifies, whole stamps, and no key in the token that no device has.
+// Invariants 1 to 3: mint is killed at fifty random instants of its work. Resumed, it ends with one registration ID and one
+// key for each serial, a ledger that verifies, whole stamps, and no key in the token that no device has. A list that is done
+// is followed by another, so that every kill hits work.
 func TestMintSurvivesKill(t *testing.T) {
 	if testing.Short() {
 		t.Skip("kills a hundred processes")
 	}
-	const serials, kills = 1000, 50
-	for profile, longest := range map[string]time.Duration{"x509-group": 200 * time.Millisecond, "token": 200 * time.Millisecond} {
-		t.Run(profile, func(t *testing.T) {
+	for _, x := range []struct {
+		profile     string
+		size, kills int
+	}{{"x509-group", 1000, 50}, {"token", 250, 50}, {"symmetric-individual", 1000, 25}, {"symmetric-group", 1000, 25}} {
+		t.Run(x.profile, func(t *testing.T) {
 			dir := newTokenLine(t)
-			if err := os.WriteFile(filepath.Join(dir, "serials.csv"), serialList("SN", serials), 0o644); err != nil {
-				t.Fatal(err)
+			importGroupKey(t, dir)
+			lists := 0
+			args := []string{"mint", "--line", "line", "--profile", x.profile, "--out", "stamps", "--jobs", "1", "--json"}
+			if x.profile == "symmetric-individual" {
+				args = append(args, "--recipient", recipient(t, dir))
 			}
-			args := []string{"mint", "--line", "line", "--profile", profile, "--serials", "serials.csv", "--out", "stamps", "--bundle", "b.tmb", "--jobs", "1", "--json"}
+			next := func() []string {
+				lists++
+				name := fmt.Sprintf("list-%d.csv", lists)
+				if err := os.WriteFile(filepath.Join(dir, name), serialList(fmt.Sprintf("SN%d-", lists), x.size), 0o644); err != nil {
+					t.Fatal(err)
+				}
+				return append(slices.Clip(args), "--serials", name, "--bundle", name+".tmb")
+			}
+			// The instants fall anywhere in the time that a run takes which nobody kills.
+			start := time.Now()
+			touchmark(t, dir, next()...)
+			whole := time.Since(start)
 			seed := uint64(time.Now().UnixNano())
-			t.Logf("seed %d", seed)
+			t.Logf("seed %d, %v for %d serials", seed, whole, x.size)
 			random := rand.New(rand.NewPCG(seed, 0))
-			killed := 0
-			for n := 0; n < kills; n++ {
-				cmd := exec.Command(program(t), args...)
+			for killed, run := 0, next(); killed < x.kills; {
+				cmd := exec.Command(program(t), run...)
 				cmd.Dir = dir
 				var stderr bytes.Buffer
 				cmd.Stderr = &stderr
+				start := time.Now()
 				if err := cmd.Start(); err != nil {
 					t.Fatal(err)
 				}
-				timer := time.AfterFunc(time.Duration(random.Int64N(int64(longest))), func() { _ = cmd.Process.Kill() })
+				timer := time.AfterFunc(time.Duration(random.Int64N(int64(whole))), func() { _ = cmd.Process.Kill() })
 				err := cmd.Wait()
 				timer.Stop()
 				var exit *exec.ExitError
 				switch {
 				case err == nil:
+					whole = min(whole, time.Since(start))
+					run = next()
 				case errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL:
 					killed++
 				default:
-					t.Fatalf("after kill %d: %v\n%s", n, err, stderr.String())
+					t.Fatalf("after kill %d: %v\n%s", killed, err, stderr.String())
 				}
 			}
-			var res mintResult
-			if err := json.Unmarshal([]byte(touchmark(t, dir, args...)), &res); err != nil {
-				t.Fatal(err)
+			// The last list may be unfinished; the others are done and stay so.
+			for n := range lists {
+				name := fmt.Sprintf("list-%d.csv", n+1)
+				var res mintResult
+				if err := json.Unmarshal([]byte(touchmark(t, dir, append(slices.Clip(args), "--serials", name, "--bundle", name+".tmb")...)), &res); err != nil {
+					t.Fatal(err)
+				}
+				if res.Devices != x.size || res.Before+res.Minted != x.size || res.Minted > 0 && n < lists-1 {
+					t.Errorf("list %d of %d: %+v", n+1, lists, res)
+				}
+				touchmark(t, dir, "bundle", "verify", name+".tmb", "--trust", "line/station.pem")
 			}
-			t.Logf("%d of %d runs were killed; the last one found %d identities, made %d", killed, kills, res.Before, res.Minted)
-			if res.Devices != serials || res.Before+res.Minted != serials {
-				t.Errorf("result %+v", res)
-			}
+			t.Logf("%d kills over %d lists", x.kills, lists)
 			touchmark(t, dir, "ledger", "verify", "--line", "line")
-			touchmark(t, dir, "bundle", "verify", "b.tmb", "--trust", "line/station.pem")
+			serials := lists * x.size
 			ids, keys := map[string]bool{}, map[string]bool{}
 			for line := range strings.Lines(touchmark(t, dir, "ledger", "show", "--line", "line", "--json")) {
 				var u struct{ RegistrationID, KeyHash, State string }
@@ -148,24 +178,88 @@ func TestMintSurvivesKill(t *testing.T) {
 				ids[u.RegistrationID], keys[u.KeyHash] = true, true
 			}
 			if len(ids) != serials || len(keys) != serials {
-				t.Errorf("%d registration IDs, %d keys", len(ids), len(keys))
+				t.Errorf("%d registration IDs, %d keys of %d serials", len(ids), len(keys), serials)
 			}
-			checkStamps(t, filepath.Join(dir, "stamps"), profile, keys)
-			inToken := 0
-			for line := range strings.Lines(touchmark(t, dir, "key", "list", "--line", "line", "--json")) {
-				if strings.Contains(line, `"name":"device:`) {
-					inToken++
-				}
+			check := checkStamps
+			if strings.HasPrefix(x.profile, "symmetric") {
+				check = checkSymmetricStamps
 			}
-			if want := map[string]int{"token": serials}[profile]; inToken != want {
-				t.Errorf("%d device keys in the token, want %d", inToken, want)
+			if n := check(t, filepath.Join(dir, "stamps"), x.profile, keys); n != serials {
+				t.Errorf("%d stamps of %d serials", n, serials)
+			}
+			inToken := strings.Count(touchmark(t, dir, "key", "list", "--line", "line", "--json"), `"name":"device:`)
+			if x.profile == "token" && inToken != serials || x.profile != "token" && inToken != 0 {
+				t.Errorf("%d device keys in the token", inToken)
 			}
 		})
 	}
 }
 
-// checkStamps holds each stamp against the keys of the ledger.
-func checkStamps(t *testing.T, stamps, profile string, keys map[string]bool) {
+// recipient returns the line's.
+func recipient(t *testing.T, dir string) string {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(dir, "line", "recipient.txt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.TrimSpace(string(b))
+}
+
+// importGroupKey brings a group's key into the line's token, sealed as a service seals it.
+func importGroupKey(t *testing.T, dir string) {
+	t.Helper()
+	to, err := sealing.ParseRecipient(recipient(t, dir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var sealed bytes.Buffer
+	w, err := age.Encrypt(&sealed, to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprintf(w, `{"group":"symmetric-devices","primaryKey":"%s"}`, base64.StdEncoding.EncodeToString(bytes.Repeat([]byte("g"), 64)))
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "group.sealed"), sealed.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	touchmark(t, dir, "key", "import", "--line", "line", "--name", "group-key", "--in", "group.sealed")
+}
+
+// checkSymmetricStamps holds each stamp's key against those of the ledger, and those of a group against the group's. It
+// returns how many stamps there are.
+func checkSymmetricStamps(t *testing.T, stamps, profile string, keys map[string]bool) int {
+	t.Helper()
+	found, err := filepath.Glob(filepath.Join(stamps, "*", "provisioning.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range found {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var doc struct {
+			RegistrationID string
+			SymmetricKey   []byte
+		}
+		if err := json.Unmarshal(b, &doc); err != nil {
+			t.Fatal(err)
+		}
+		sum := sha256.Sum256(append([]byte("touchmark symmetric key\x00"), doc.SymmetricKey...))
+		if !keys[fmt.Sprintf("%x", sum)] || filepath.Base(filepath.Dir(path)) != doc.RegistrationID {
+			t.Errorf("%s holds a key that the ledger does not know", path)
+		}
+		if want := attest.DeriveKey(bytes.Repeat([]byte("g"), 64), doc.RegistrationID); profile == "symmetric-group" && !bytes.Equal(want, doc.SymmetricKey) {
+			t.Errorf("%s does not hold the derived key", path)
+		}
+	}
+	return len(found)
+}
+
+// checkStamps holds each stamp against the keys of the ledger, and returns how many stamps there are.
+func checkStamps(t *testing.T, stamps, profile string, keys map[string]bool) int {
 	t.Helper()
 	entries, err := os.ReadDir(stamps)
 	if err != nil {
@@ -201,9 +295,7 @@ func checkStamps(t *testing.T, stamps, profile string, keys map[string]bool) {
 			t.Errorf("%s holds the certificate of %s, whose key the ledger does not know", dir, leaf.Subject.CommonName)
 		}
 	}
-	if len(entries) != 1000 {
-		t.Errorf("%d stamps", len(entries))
-	}
+	return len(entries)
 }
 
 // smallDisk mounts a file system of that size.
