@@ -16,13 +16,11 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
-	"crypto/x509"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"log/slog"
 	"math"
 	"slices"
@@ -30,7 +28,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/dps"
 )
 
@@ -83,18 +80,6 @@ func New(cfg Config) *Service {
 
 // Scope returns the ID scope, as it was given.
 func (s *Service) Scope() string { return s.cfg.Scope }
-
-// refuse is the one answer to everyone who is not let in.
-func refuse(cause error) *dps.Error { return dps.NewError(dps.CodeUnauthorized, "Unauthorized", cause) }
-
-// verdict is which enrollment admits a device.
-type verdict struct {
-	enrollment *dps.Enrollment
-	deviceID   string // of the enrollment, if it names one
-	group      string // ID as given, empty for an individual enrollment
-	disabled   bool
-	x509       bool
-}
 
 // Register implements [Registrar].
 func (s *Service) Register(ctx context.Context, req *Request) (*dps.OperationStatus, error) {
@@ -389,273 +374,6 @@ func parseBody(req *Request) (*dps.RegisterRequest, error) {
 		return nil, dps.NewError(dps.CodeBadCSR, "This api-version takes no certificate signing request", nil)
 	}
 	return &body, nil
-}
-
-// fingerprint names what a device proves itself with. Where there is a token it decides.
-func fingerprint(req *Request) []byte {
-	h := sha256.New()
-	switch {
-	case req.Proof.Token != "":
-		h.Write([]byte("token\x00" + req.Proof.Token))
-	case len(req.Proof.Certificates) > 0:
-		h.Write([]byte("certificate\x00"))
-		h.Write(req.Proof.Certificates[0].Raw)
-	default:
-		return nil
-	}
-	return h.Sum(nil)
-}
-
-// judge finds the enrollment that decides about a device and holds its proof against it (device API, sections 7.3 and 8.2;
-// service API, section 4.2): an individual enrollment decides alone, whatever its kind; else a group does.
-func (s *Service) judge(tx Tx, req *Request) (*verdict, error) {
-	now := s.cfg.Now()
-	var token *attest.Token
-	if req.Proof.Token != "" {
-		t, err := attest.ParseToken(req.Proof.Token)
-		if err != nil {
-			return nil, refuse(err)
-		}
-		if t.Expired(now) {
-			return nil, refuse(attest.ErrExpired)
-		}
-		if !t.ForDevice(s.scope, req.RegistrationID) {
-			return nil, refuse(attest.ErrResource)
-		}
-		token = &t
-	} else {
-		if len(req.Proof.Certificates) == 0 {
-			return nil, refuse(attest.ErrNoCertificate)
-		}
-		if err := attest.CheckLeaf(req.Proof.Certificates[0], req.RegistrationID, now); err != nil {
-			return nil, refuse(err)
-		}
-	}
-	r, err := tx.Record(s.scope, Individual, dps.Fold(req.RegistrationID))
-	switch {
-	case err == nil:
-		v, err := s.judgeIndividual(r, req, token)
-		if err == nil || v == nil {
-			return v, err
-		}
-		// A disabled enrollment blocks its device whatever the device proves itself with, so the proof may be one for a
-		// group. Whoever can prove nothing does not learn that there is an enrollment.
-		if token != nil {
-			_, gerr := s.judgeByKey(tx, req, token)
-			return v, gerr
-		}
-		_, gerr := s.judgeByChain(tx, req, now)
-		return v, gerr
-	case !errors.Is(err, ErrNotFound):
-		return nil, err
-	case token != nil:
-		return s.judgeByKey(tx, req, token)
-	}
-	return s.judgeByChain(tx, req, now)
-}
-
-// judgeIndividual holds a proof against an individual enrollment. When it fails and the enrollment is disabled, the verdict
-// comes beside the error.
-func (s *Service) judgeIndividual(r *Record, req *Request, token *attest.Token) (*verdict, error) {
-	var e dps.IndividualEnrollment
-	if err := json.Unmarshal(r.Document, &e); err != nil {
-		return nil, fmt.Errorf("enrollment %q in the store: %w", r.ID, err)
-	}
-	v := &verdict{enrollment: &e.Enrollment, deviceID: e.DeviceID, disabled: e.ProvisioningStatus == dps.EnrollmentDisabled, x509: token == nil}
-	err := proveIndividual(r, &e, req, token)
-	if err != nil && !v.disabled {
-		return nil, err
-	}
-	return v, err
-}
-
-func proveIndividual(r *Record, e *dps.IndividualEnrollment, req *Request, token *attest.Token) error {
-	if token != nil {
-		if e.Attestation.Type != dps.AttestationSymmetricKey {
-			return refuse(errors.New("the enrollment does not attest by symmetric key"))
-		}
-		keys, err := keysOf(r)
-		if err != nil {
-			return err
-		}
-		for _, k := range keys {
-			if token.SignedBy(k) {
-				return nil
-			}
-		}
-		return refuse(attest.ErrSignature)
-	}
-	if e.Attestation.Type != dps.AttestationX509 || e.Attestation.X509.ClientCertificates == nil {
-		return refuse(errors.New("the enrollment does not attest by certificate"))
-	}
-	for _, c := range []*dps.X509Certificate{e.Attestation.X509.ClientCertificates.Primary, e.Attestation.X509.ClientCertificates.Secondary} {
-		if c == nil {
-			continue
-		}
-		if der, err := base64.StdEncoding.DecodeString(c.Certificate); err == nil && bytes.Equal(der, req.Proof.Certificates[0].Raw) {
-			return nil
-		}
-	}
-	return refuse(errors.New("the certificate is not the enrolled one"))
-}
-
-// keysOf returns the symmetric keys of a record, primary first.
-func keysOf(r *Record) ([][]byte, error) {
-	var k dps.SymmetricKeyAttestation
-	if err := json.Unmarshal(r.Keys, &k); err != nil {
-		return nil, fmt.Errorf("keys of %q in the store cannot be read", r.ID) // their text stays out of the error
-	}
-	var keys [][]byte
-	for _, text := range []string{k.PrimaryKey, k.SecondaryKey} {
-		if b, err := base64.StdEncoding.DecodeString(text); err == nil && len(b) > 0 {
-			keys = append(keys, b)
-		}
-	}
-	return keys, nil
-}
-
-// groupCache keeps what the hot path needs of groups, until the scope's groups change.
-type groupCache struct {
-	mu        sync.Mutex
-	revision  int64
-	symmetric []*cachedGroup
-	loaded    bool
-	subjects  map[[32]byte][]attest.Anchor[*cachedGroup]
-}
-
-// maxSubjects bounds the cache: devices choose the issuer names that are asked for.
-const maxSubjects = 4096
-
-type cachedGroup struct {
-	id         string
-	enrollment dps.Enrollment
-	keys       [][]byte
-	disabled   bool
-}
-
-func (s *Service) cachedGroup(r *Record) (*cachedGroup, error) {
-	var g dps.EnrollmentGroup
-	if err := json.Unmarshal(r.Document, &g); err != nil {
-		return nil, fmt.Errorf("group %q in the store: %w", r.ID, err)
-	}
-	return &cachedGroup{id: r.ID, enrollment: g.Enrollment, disabled: g.ProvisioningStatus == dps.EnrollmentDisabled}, nil
-}
-
-// withGroups runs f on the cache as it is for the present revision of the scope's groups.
-func (s *Service) withGroups(tx Tx, f func(*groupCache) error) error {
-	rev, err := tx.GroupsRevision(s.scope)
-	if err != nil {
-		return err
-	}
-	c := &s.groups
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.revision != rev || c.subjects == nil || len(c.subjects) > maxSubjects {
-		c.revision, c.symmetric, c.loaded = rev, nil, false
-		c.subjects = make(map[[32]byte][]attest.Anchor[*cachedGroup])
-	}
-	return f(c)
-}
-
-func (s *Service) judgeByKey(tx Tx, req *Request, token *attest.Token) (*verdict, error) {
-	var groups []*cachedGroup
-	err := s.withGroups(tx, func(c *groupCache) error {
-		if !c.loaded {
-			records, err := tx.SymmetricGroups(s.scope)
-			if err != nil {
-				return err
-			}
-			for _, r := range records {
-				g, err := s.cachedGroup(r)
-				if err != nil {
-					return err
-				}
-				if g.keys, err = keysOf(r); err != nil {
-					return err
-				}
-				c.symmetric = append(c.symmetric, g)
-			}
-			c.loaded = true
-		}
-		groups = c.symmetric
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	// The token names no group. The ID counts as the device writes it; folded as well, since some tools fold it first.
-	ids := []string{req.RegistrationID}
-	if folded := dps.Fold(req.RegistrationID); folded != req.RegistrationID {
-		ids = append(ids, folded)
-	}
-	for _, g := range groups {
-		for _, k := range g.keys {
-			for _, id := range ids {
-				if token.SignedBy(attest.DeriveKey(k, id)) {
-					if g.disabled {
-						return nil, refuse(fmt.Errorf("group %q is disabled", g.id))
-					}
-					return &verdict{enrollment: &g.enrollment, group: g.id}, nil
-				}
-			}
-		}
-	}
-	return nil, refuse(errors.New("no enrollment has this registration ID and no group's key derives the one it was signed with"))
-}
-
-func (s *Service) judgeByChain(tx Tx, req *Request, now time.Time) (*verdict, error) {
-	g, err := attest.FindGroup(req.Proof.Certificates, func(child *x509.Certificate) ([]attest.Anchor[*cachedGroup], error) {
-		return s.anchors(tx, sha256.Sum256(child.RawIssuer))
-	}, now)
-	if errors.Is(err, attest.ErrChain) || errors.Is(err, attest.ErrNoCertificate) {
-		return nil, refuse(err)
-	}
-	if err != nil {
-		return nil, err
-	}
-	if g.disabled {
-		return nil, refuse(fmt.Errorf("group %q is disabled", g.id))
-	}
-	return &verdict{enrollment: &g.enrollment, group: g.id, x509: true}, nil
-}
-
-// anchors returns the groups' certificates of a subject: one indexed read, then from memory.
-func (s *Service) anchors(tx Tx, subject [32]byte) (found []attest.Anchor[*cachedGroup], err error) {
-	err = s.withGroups(tx, func(c *groupCache) error {
-		var ok bool
-		if found, ok = c.subjects[subject]; ok {
-			return nil
-		}
-		records, err := tx.GroupsBySubject(s.scope, subject)
-		if err != nil {
-			return err
-		}
-		for _, r := range records {
-			g, err := s.cachedGroup(r)
-			if err != nil {
-				return err
-			}
-			x := g.enrollment.Attestation.X509
-			if x == nil || x.SigningCertificates == nil {
-				continue
-			}
-			for _, slot := range []*dps.X509Certificate{x.SigningCertificates.Primary, x.SigningCertificates.Secondary} {
-				if slot == nil {
-					continue
-				}
-				cert, err := parseCertificate(slot.Certificate)
-				if err != nil {
-					return fmt.Errorf("group %q in the store: %w", r.ID, err)
-				}
-				if sha256.Sum256(cert.RawSubject) == subject {
-					found = append(found, attest.Anchor[*cachedGroup]{Certificate: cert, Group: g})
-				}
-			}
-		}
-		c.subjects[subject] = found
-		return nil
-	})
-	return found, err
 }
 
 // newOperationID returns an ID shaped like the service's, 55 characters: some devices have room for no more.

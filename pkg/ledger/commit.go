@@ -1,0 +1,399 @@
+package ledger
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/mod/sumdb/note"
+	"golang.org/x/mod/sumdb/tlog"
+	"modernc.org/sqlite" // also registers the driver
+	sqlite3 "modernc.org/sqlite/lib"
+
+	"github.com/touchmark/touchmark/pkg/dps"
+)
+
+// tx is one commit being built: the leaves and hashes that it adds.
+type tx struct {
+	*sql.Tx
+	l         *Ledger
+	at        time.Time
+	first     int64
+	count     int64
+	leaves    []byte
+	hashes    []byte
+	newHashes map[int64]tlog.Hash
+	buf       []byte
+}
+
+// ReadHashes implements tlog.HashReader over the right edge.
+func (t *tx) ReadHashes(indexes []int64) ([]tlog.Hash, error) {
+	out := make([]tlog.Hash, len(indexes))
+	for i, idx := range indexes {
+		h, ok := t.newHashes[idx]
+		if !ok {
+			if h, ok = t.l.frontier[idx]; !ok {
+				return nil, fmt.Errorf("%w: hash %d is not on the right edge", ErrDamaged, idx)
+			}
+		}
+		out[i] = h
+	}
+	return out, nil
+}
+
+// add appends a leaf and returns its index.
+func (t *tx) add(f leaf) (int64, error) {
+	f.at = t.at
+	if len(f.serial) > maxText || len(f.registrationID) > maxText || len(f.data) > maxData {
+		return 0, fmt.Errorf("ledger entry for serial %.40q is too long", f.serial)
+	}
+	t.buf = f.append(t.buf[:0])
+	idx, err := t.addRaw(t.buf)
+	if err != nil {
+		return 0, err
+	}
+	t.leaves = appendBytes(t.leaves, t.buf)
+	return idx, nil
+}
+
+// update runs f in one transaction and closes it with the log row and a fresh checkpoint. The transaction is the only
+// thing that makes a step durable: SQLite's write-ahead log is flushed at COMMIT, before update returns. When it fails
+// nothing of the step is there, and the same call may be made again.
+func (l *Ledger) update(ctx context.Context, f func(*tx) error) error {
+	if l.broken != nil {
+		return l.broken
+	}
+	at, err := l.now()
+	if err != nil {
+		return err
+	}
+	stx, err := l.db.BeginTx(ctx, nil)
+	if err != nil {
+		return full(err)
+	}
+	t := &tx{Tx: stx, l: l, at: at, first: l.size, newHashes: make(map[int64]tlog.Hash)}
+	nextUnit := l.nextUnit
+	if err = f(t); err == nil {
+		err = t.close(ctx)
+	}
+	if err != nil {
+		l.nextUnit = nextUnit
+		return errors.Join(full(err), rollback(stx))
+	}
+	if err := stx.Commit(); err != nil {
+		// Whether it took effect is not known here; the next Open reads the truth from disk.
+		l.broken = fmt.Errorf("ledger must be opened again after a failed commit: %w", full(err))
+		return l.broken
+	}
+	l.size, l.lastTime = t.first+t.count, at
+	edge := make(map[int64]tlog.Hash)
+	for _, idx := range frontierIndexes(l.size) {
+		if h, ok := t.newHashes[idx]; ok {
+			edge[idx] = h
+		} else {
+			edge[idx] = l.frontier[idx]
+		}
+	}
+	l.frontier = edge
+	return nil
+}
+
+func rollback(stx *sql.Tx) error {
+	if err := stx.Rollback(); err != nil && !errors.Is(err, sql.ErrTxDone) {
+		return err
+	}
+	return nil
+}
+
+func (t *tx) close(ctx context.Context) error {
+	if t.count == 0 {
+		return nil
+	}
+	size := t.first + t.count
+	if _, err := t.ExecContext(ctx, `INSERT INTO log (first, first_hash, count, leaves, hashes) VALUES ($1, $2, $3, $4, $5)`,
+		t.first, tlog.StoredHashIndex(0, t.first), t.count, t.leaves, t.hashes); err != nil {
+		return err
+	}
+	if _, err := t.ExecContext(ctx, `INSERT INTO meta (name, value) VALUES ('units', $1) ON CONFLICT (name) DO UPDATE SET value = excluded.value`,
+		t.l.nextUnit); err != nil {
+		return err
+	}
+	root, err := tlog.TreeHash(size, t)
+	if err != nil {
+		return err
+	}
+	signed, err := note.Sign(&note.Note{Text: checkpointText(t.l.cfg.Origin, size, root)}, t.l.signer)
+	if err != nil {
+		return fmt.Errorf("signing the checkpoint with the station key: %w", err)
+	}
+	_, err = t.ExecContext(ctx, `INSERT INTO checkpoint (one, size, note) VALUES (1, $1, $2)
+		ON CONFLICT (one) DO UPDATE SET size = excluded.size, note = excluded.note`, size, string(signed))
+	return err
+}
+
+// Commit takes every event or none, durably, and fills in the IDs of new units. A serial, registration ID or key that is
+// taken is a *DuplicateError; a unit that is not in the state before the one asked for is an error too.
+func (l *Ledger) Commit(ctx context.Context, events []Event) error {
+	if len(events) == 0 {
+		return nil
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var made []int
+	err := l.update(ctx, func(t *tx) error {
+		made = made[:0]
+		for i := 0; i < len(events); {
+			n := run(events[i:])
+			var err error
+			switch {
+			case events[i].Unit == 0:
+				err = t.insert(ctx, events[i:i+n])
+				for k := i; k < i+n; k++ {
+					made = append(made, k)
+				}
+			case events[i].State == Voided:
+				err = t.void(ctx, events[i])
+			default:
+				err = t.advance(ctx, events[i:i+n])
+			}
+			if err != nil {
+				return err
+			}
+			i += n
+		}
+		return nil
+	})
+	if err != nil {
+		for _, k := range made {
+			events[k].Unit = 0
+		}
+		return l.explain(ctx, err, events)
+	}
+	return nil
+}
+
+// maxRun bounds how many rows one INSERT carries: seven values each, below SQLite's limit on parameters.
+const maxRun = 200
+
+// run returns how many events at the head of the slice make one statement: new units, or units with rising IDs that enter
+// the same state, all with data or all without.
+func run(events []Event) int {
+	e := &events[0]
+	if e.State == Voided {
+		return 1
+	}
+	n := 1
+	for n < len(events) {
+		f := &events[n]
+		if f.State != e.State || (f.Unit == 0) != (e.Unit == 0) || e.Unit == 0 && n == maxRun ||
+			e.Unit != 0 && (f.Unit != e.Unit+int64(n) || (f.Data == nil) != (e.Data == nil) || (f.KeyHash == nil) != (e.KeyHash == nil)) {
+			break
+		}
+		n++
+	}
+	return n
+}
+
+// OR FAIL spares SQLite a journal per statement: a broken unique index ends the whole transaction anyway.
+const insertColumns = `INSERT OR FAIL INTO units (id, serial, registration_id, key_hash, spelling, state, job, at, leaf) VALUES `
+
+// insertRows caches the text of INSERT statements by number of rows.
+var insertRows sync.Map
+
+func insertSQL(n int) string {
+	if s, ok := insertRows.Load(n); ok {
+		return s.(string)
+	}
+	var b strings.Builder
+	b.WriteString(insertColumns)
+	for i := range n {
+		if i > 0 {
+			b.WriteByte(',')
+		}
+		b.WriteString("(?,?,?,?,?,?,?,?,?)")
+	}
+	insertRows.Store(n, b.String())
+	return b.String()
+}
+
+func (t *tx) insert(ctx context.Context, events []Event) error {
+	args := make([]any, 0, 9*len(events))
+	for i := range events {
+		e := &events[i]
+		if e.State != Begun && e.State != Minted {
+			return fmt.Errorf("a new unit cannot be %s", e.State)
+		}
+		if e.Serial == "" || e.RegistrationID == "" {
+			return errors.New("a new unit needs a serial and a registration ID")
+		}
+		if e.State == Minted && len(e.KeyHash) != 32 {
+			return errors.New("a minted unit needs a key")
+		}
+		e.Unit = t.l.nextUnit
+		t.l.nextUnit++
+		idx, err := t.add(leaf{state: e.State, job: e.Job, unit: e.Unit, count: 1, serial: e.Serial,
+			registrationID: e.RegistrationID, keyHash: e.KeyHash, data: e.Data})
+		if err != nil {
+			return err
+		}
+		var hash, spelling any
+		if e.KeyHash != nil {
+			hash = e.KeyHash
+		}
+		folded := dps.Fold(e.RegistrationID)
+		if folded != e.RegistrationID {
+			spelling = e.RegistrationID
+		}
+		args = append(args, e.Unit, e.Serial, folded, hash, spelling, int64(e.State), e.Job, t.at.UnixMilli(), idx)
+	}
+	if err := t.neverVoided(ctx, events); err != nil {
+		return err
+	}
+	_, err := t.ExecContext(ctx, insertSQL(len(events)), args...)
+	return err
+}
+
+// neverVoided refuses keys that a voided unit had. There are few of those, mostly none.
+func (t *tx) neverVoided(ctx context.Context, events []Event) error {
+	var any int
+	if err := t.QueryRowContext(ctx, `SELECT EXISTS (SELECT 1 FROM voided)`).Scan(&any); err != nil || any == 0 {
+		return err
+	}
+	for i := range events {
+		if events[i].KeyHash == nil {
+			continue
+		}
+		var hit int
+		if err := t.QueryRowContext(ctx, `SELECT EXISTS (SELECT 1 FROM voided WHERE key_hash = $1)`, events[i].KeyHash).Scan(&hit); err != nil {
+			return err
+		}
+		if hit != 0 {
+			return fmt.Errorf("serial %s: its key belonged to a voided unit and must not be used again", events[i].Serial)
+		}
+	}
+	return nil
+}
+
+// before lists the states that a unit may enter a state from.
+var before = map[State][]State{
+	Minted:   {Begun},
+	Stamped:  {Minted},
+	Verified: {Minted, Stamped},
+	Sealed:   {Minted, Verified, Sealed},
+}
+
+// advance moves units with consecutive IDs to one state. With data each has a leaf of its own; without, one leaf speaks
+// for the whole run.
+func (t *tx) advance(ctx context.Context, events []Event) error {
+	e, n := &events[0], int64(len(events))
+	from, ok := before[e.State]
+	if !ok {
+		return fmt.Errorf("a unit cannot be moved to %s", e.State)
+	}
+	ranged := e.Data == nil && e.KeyHash == nil || e.State == Sealed
+	first := int64(-1)
+	if ranged {
+		if _, err := t.add(leaf{state: e.State, unit: e.Unit, count: n, data: e.Data}); err != nil {
+			return err
+		}
+	} else {
+		for i := range events {
+			f := &events[i]
+			idx, err := t.add(leaf{state: f.State, unit: f.Unit, count: 1, serial: f.Serial,
+				registrationID: f.RegistrationID, keyHash: f.KeyHash, data: f.Data})
+			if err != nil {
+				return err
+			}
+			if i == 0 {
+				first = idx
+			}
+		}
+	}
+	set, args := `state = $1`, []any{int64(e.State), e.Unit, e.Unit + n - 1, int64(from[0]), int64(from[len(from)-1])}
+	if first >= 0 {
+		set += `, leaf = $6 + id - $2`
+		args = append(args, first)
+	}
+	where := `id BETWEEN $2 AND $3 AND state BETWEEN $4 AND $5`
+	res, err := t.ExecContext(ctx, `UPDATE units SET `+set+` WHERE `+where, args...)
+	if err != nil {
+		return err
+	}
+	if moved, err := res.RowsAffected(); err != nil || moved != n {
+		return errors.Join(fmt.Errorf("%d of %d units were not ready to be %s", n-moved, n, e.State), err)
+	}
+	if !ranged && e.KeyHash != nil {
+		if err := t.neverVoided(ctx, events); err != nil {
+			return err
+		}
+		for i := range events {
+			if _, err := t.ExecContext(ctx, `UPDATE units SET key_hash = $1 WHERE id = $2 AND key_hash IS NOT $1`, events[i].KeyHash, events[i].Unit); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (t *tx) void(ctx context.Context, e Event) error {
+	var serial, rid string
+	var hash []byte
+	err := t.QueryRowContext(ctx, `DELETE FROM units WHERE id = $1 AND state < $2 RETURNING serial, coalesce(spelling, registration_id), key_hash`,
+		e.Unit, int64(Sealed)).Scan(&serial, &rid, &hash)
+	if errors.Is(err, sql.ErrNoRows) {
+		return fmt.Errorf("unit %d is not there or has left the factory: it cannot be voided", e.Unit)
+	}
+	if err != nil {
+		return err
+	}
+	if hash != nil {
+		if _, err := t.ExecContext(ctx, `INSERT INTO voided (key_hash) VALUES ($1)`, hash); err != nil {
+			return err
+		}
+	}
+	_, err = t.add(leaf{state: Voided, unit: e.Unit, count: 1, serial: serial, registrationID: rid, keyHash: hash, data: e.Data})
+	return err
+}
+
+// explain turns a broken unique index into a DuplicateError that names the unit which has the value.
+func (l *Ledger) explain(ctx context.Context, err error, events []Event) error {
+	var se *sqlite.Error
+	if !errors.As(err, &se) || se.Code()&0xff != sqlite3.SQLITE_CONSTRAINT {
+		return err
+	}
+	for i := range events {
+		e := &events[i]
+		if dup := l.duplicate(ctx, e.Unit, e.Serial, e.RegistrationID, e.KeyHash); dup != nil {
+			return dup
+		}
+	}
+	return fmt.Errorf("the same serial, registration ID or key appears twice in one step: %w", err)
+}
+
+func (l *Ledger) duplicate(ctx context.Context, unit int64, serial, rid string, hash []byte) *DuplicateError {
+	for _, c := range []struct {
+		field, where string
+		arg          any
+		value        string
+		skip         bool
+	}{
+		{"serial", `serial = $1`, serial, serial, serial == ""},
+		{"registration ID", `registration_id = $1`, dps.Fold(rid), rid, rid == ""},
+		{"key", `key_hash = $1`, hash, fmt.Sprintf("%x", hash), hash == nil},
+	} {
+		if c.skip {
+			continue
+		}
+		u, err := l.unitWhere(ctx, c.where, c.arg)
+		if err != nil || u.ID == unit {
+			continue
+		}
+		j, _ := l.jobWhere(ctx, `id = $1`, u.Job)
+		return &DuplicateError{Field: c.field, Value: c.value, Unit: u, Job: j}
+	}
+	return nil
+}

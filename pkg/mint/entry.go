@@ -1,0 +1,46 @@
+package mint
+
+import (
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+
+	"github.com/touchmark/touchmark/pkg/bundle"
+	"github.com/touchmark/touchmark/pkg/dps"
+)
+
+// groupEntry tells the service of the issuing CA that vouches for the devices.
+func (r *run) groupEntry() *bundle.Entry {
+	e := r.base
+	e.Attestation = &dps.Attestation{Type: dps.AttestationX509, X509: &dps.X509Attestation{
+		SigningCertificates: &dps.X509Certificates{Primary: &dps.X509Certificate{
+			Certificate: base64.StdEncoding.EncodeToString(r.Issuer.Certificate().Raw),
+		}},
+	}}
+	return &bundle.Entry{Group: &dps.EnrollmentGroup{EnrollmentGroupID: r.Profile.Group, Enrollment: e}}
+}
+
+func (r *run) entry(u *unit) *bundle.Entry {
+	if r.Profile.Enrollment == "group" {
+		d := &bundle.GroupDevice{RegistrationID: u.row.RegistrationID, Group: r.Profile.Group}
+		if r.Profile.Attestation == AttestationX509 {
+			d.KeyHash = hex.EncodeToString(u.keyHash)
+		}
+		return &bundle.Entry{Serial: u.row.Serial, Device: d}
+	}
+	e := r.base
+	if r.Profile.Attestation == AttestationX509 {
+		e.Attestation = &dps.Attestation{Type: dps.AttestationX509, X509: &dps.X509Attestation{
+			ClientCertificates: &dps.X509Certificates{Primary: &dps.X509Certificate{Certificate: base64.StdEncoding.EncodeToString(u.cert)}},
+		}}
+	} else {
+		e.Attestation = &dps.Attestation{Type: dps.AttestationSymmetricKey, SymmetricKey: &dps.SymmetricKeyAttestation{
+			PrimaryKey: base64.StdEncoding.EncodeToString(u.symmetric),
+		}}
+	}
+	in := &dps.IndividualEnrollment{RegistrationID: u.row.RegistrationID, Enrollment: e}
+	if r.Profile.DeviceInformation != nil {
+		in.OptionalDeviceInformation, _ = json.Marshal(r.Profile.DeviceInformation) // maps from TOML always marshal
+	}
+	return &bundle.Entry{Serial: u.row.Serial, Individual: in}
+}

@@ -1,0 +1,267 @@
+package mint
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rsa"
+	"crypto/sha256"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/ledger"
+	"github.com/touchmark/touchmark/pkg/stamp"
+)
+
+func (r *run) makeX509(ctx context.Context, units []unit) error {
+	fresh := only(units, 0)
+	if err := r.inTheWay(fresh); err != nil {
+		return err
+	}
+	inMemory := r.Profile.Key.Made == madeMemory
+	for _, u := range fresh {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		var err error
+		if u.plan, err = r.Issuer.Plan(r.unitOf(u.row)); err != nil {
+			return fmt.Errorf("serial %s: %w", u.row.Serial, err)
+		}
+		if !inMemory {
+			continue
+		}
+		if u.signer, err = generate(r.alg, r.Rand); err != nil {
+			return fmt.Errorf("serial %s: making its key: %w", u.row.Serial, err)
+		}
+		if err := u.setKey(); err != nil {
+			return err
+		}
+		if err := r.out.Stage(u.row.RegistrationID, stamp.File{Name: keyFile, Data: u.keyPEM, Secret: true}); err != nil {
+			return err
+		}
+	}
+	if inMemory && len(fresh) > 0 {
+		// The key is durable before the ledger says that it is this unit's.
+		if err := r.out.Sync(); err != nil {
+			return err
+		}
+	}
+	if err := r.commit(ctx, fresh, ledger.Begun, func(u *unit, e *ledger.Event) { e.KeyHash, e.Data = u.keyHash, u.plan.Encode() }); err != nil {
+		return r.unstage(fresh, err)
+	}
+	begun := only(units, ledger.Begun)
+	for _, u := range begun {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if !inMemory {
+			if err := r.tokenKey(ctx, u); err != nil {
+				return err
+			}
+		}
+		var err error
+		if u.cert, err = r.Issuer.Issue(u.plan, u.pub); err != nil {
+			return fmt.Errorf("serial %s: %w", u.row.Serial, err)
+		}
+	}
+	return r.commit(ctx, begun, ledger.Minted, func(u *unit, e *ledger.Event) {
+		e.Data = u.cert
+		if !inMemory {
+			e.KeyHash = u.keyHash
+		}
+	})
+}
+
+// tokenKeyName names a device's key in the token.
+func tokenKeyName(registrationID string) string { return tokenKeyPrefix + dps.Fold(registrationID) }
+
+const tokenKeyPrefix = "device:"
+
+// tokenKey makes the unit's key in the token. The name is in the ledger already, so a run that dies right here finds the
+// key by it and makes no second one.
+func (r *run) tokenKey(ctx context.Context, u *unit) error {
+	name := tokenKeyName(u.row.RegistrationID)
+	var k hsm.Key
+	err := hsm.ErrNotFound
+	if u.found {
+		k, err = r.keyInToken(ctx, name)
+	}
+	if errors.Is(err, hsm.ErrNotFound) {
+		k, err = r.Store.Generate(ctx, hsm.Spec{Name: name, Algorithm: r.alg})
+	}
+	if err != nil {
+		return fmt.Errorf("serial %s: %w", u.row.Serial, err)
+	}
+	return u.setTokenKey(k)
+}
+
+// keyInToken finds a key that an earlier run made. All of them are listed once: a search for each would cost the square of
+// their number.
+func (r *run) keyInToken(ctx context.Context, name string) (hsm.Key, error) {
+	r.listOnce.Do(func() {
+		lister, ok := r.Store.(hsm.Lister)
+		if !ok {
+			return // then each is searched for
+		}
+		var keys []hsm.Key
+		if keys, r.listErr = lister.List(ctx, tokenKeyPrefix); r.listErr != nil {
+			return
+		}
+		r.inToken = make(map[string]hsm.Key, len(keys))
+		for _, k := range keys {
+			r.inToken[k.Name()] = k
+		}
+	})
+	switch {
+	case r.listErr != nil:
+		return nil, r.listErr
+	case r.inToken == nil:
+		return r.Store.Open(ctx, name)
+	}
+	if k, ok := r.inToken[name]; ok {
+		return k, nil
+	}
+	return nil, fmt.Errorf("key %q: %w", name, hsm.ErrNotFound)
+}
+
+func (u *unit) setTokenKey(k hsm.Key) error {
+	signing, err := hsm.SigningKeyOf(k)
+	if err != nil {
+		return err
+	}
+	u.pub, u.keyURI = signing.Public(), k.URI()
+	u.keyHash, err = publicKeyHash(u.pub)
+	return err
+}
+
+// setKey fills in what follows from the signer: its PEM, its public half and that one's hash.
+func (u *unit) setKey() error {
+	der, err := marshalPKCS8(u.signer)
+	if err != nil {
+		return err
+	}
+	u.keyPEM = pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
+	clear(der)
+	u.pub = u.signer.Public()
+	u.keyHash, err = publicKeyHash(u.pub)
+	return err
+}
+
+func publicKeyHash(pub crypto.PublicKey) ([]byte, error) {
+	spki, err := marshalPKIX(pub)
+	if err != nil {
+		return nil, err
+	}
+	sum := sha256.Sum256(spki)
+	return sum[:], nil
+}
+
+// generate makes a key pair in memory.
+func generate(alg hsm.Algorithm, random io.Reader) (crypto.Signer, error) {
+	switch alg {
+	case hsm.ECP256:
+		return ecdsa.GenerateKey(elliptic.P256(), random)
+	case hsm.ECP384:
+		return ecdsa.GenerateKey(elliptic.P384(), random)
+	case hsm.RSA2048:
+		return rsa.GenerateKey(random, 2048)
+	case hsm.RSA3072:
+		return rsa.GenerateKey(random, 3072)
+	case hsm.RSA4096:
+		return rsa.GenerateKey(random, 4096)
+	case hsm.Ed25519:
+		_, priv, err := ed25519.GenerateKey(random)
+		return priv, err
+	}
+	return nil, fmt.Errorf("key pairs of algorithm %q: %w", alg, hsm.ErrUnsupported)
+}
+
+// symmetricKeyHash names a symmetric key without telling it: SHA-256 over a label and the key, which has 256 bits of
+// entropy.
+func symmetricKeyHash(key hsm.Secret) []byte {
+	h := sha256.New()
+	h.Write([]byte("touchmark symmetric key\x00"))
+	h.Write(key)
+	return h.Sum(nil)
+}
+
+// makeDerived derives each device's key from the group key: base64(HMAC-SHA256(group key, registration ID)). It comes out
+// the same every time, so nothing has to be durable before the unit is minted.
+func (r *run) makeDerived(ctx context.Context, units []unit) error {
+	fresh := only(units, 0)
+	if err := r.inTheWay(fresh); err != nil {
+		return err
+	}
+	for i := range units {
+		u := &units[i]
+		if u.state > ledger.Minted || u.state == ledger.Minted && r.out == nil {
+			continue
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		key, err := r.GroupKey.MAC(ctx, make([]byte, 0, sha256.Size), []byte(u.row.RegistrationID))
+		if err != nil {
+			return fmt.Errorf("serial %s: deriving its key: %w", u.row.Serial, err)
+		}
+		u.symmetric = key
+		hash := symmetricKeyHash(key)
+		if u.state == ledger.Minted && !bytes.Equal(hash, u.keyHash) {
+			return fmt.Errorf("serial %s: %w: the group key derives another key than it did when the unit was minted", u.row.Serial, ErrUnproven)
+		}
+		u.keyHash = hash
+	}
+	return r.commit(ctx, fresh, ledger.Minted, func(u *unit, e *ledger.Event) { e.KeyHash = u.keyHash })
+}
+
+// makeRandom gives each device a key of its own. The staged stamp is where it lives until the device has it.
+func (r *run) makeRandom(ctx context.Context, units []unit) error {
+	fresh := only(units, 0)
+	if err := r.inTheWay(fresh); err != nil {
+		return err
+	}
+	for _, u := range fresh {
+		u.symmetric = make(hsm.Secret, 32)
+		if _, err := io.ReadFull(r.Rand, u.symmetric); err != nil {
+			return err
+		}
+		u.keyHash = symmetricKeyHash(u.symmetric)
+		if err := r.render(u); err != nil {
+			return err
+		}
+		if err := r.out.Stage(u.row.RegistrationID, u.files...); err != nil {
+			return err
+		}
+	}
+	if len(fresh) > 0 {
+		if err := r.out.Sync(); err != nil {
+			return err
+		}
+	}
+	if err := r.commit(ctx, fresh, ledger.Minted, func(u *unit, e *ledger.Event) { e.KeyHash = u.keyHash }); err != nil {
+		return r.unstage(fresh, err)
+	}
+	return nil
+}
+
+// unstage throws away what was staged for units that the ledger refused. Where it is not known that it refused, the staged
+// keys stay for the next run to look at.
+func (r *run) unstage(units []*unit, cause error) error {
+	var dup *ledger.DuplicateError
+	if r.out == nil || !errors.As(cause, &dup) {
+		return cause
+	}
+	for _, u := range units {
+		if err := r.out.Discard(u.row.RegistrationID); err != nil {
+			return errors.Join(cause, err)
+		}
+	}
+	return cause
+}

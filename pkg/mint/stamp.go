@@ -1,0 +1,137 @@
+package mint
+
+import (
+	"bytes"
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+
+	"github.com/touchmark/touchmark/pkg/ledger"
+	"github.com/touchmark/touchmark/pkg/stamp"
+	"github.com/touchmark/touchmark/templates"
+)
+
+// stamp brings minted units to verified: everything staged and flushed, one rename each, flushed, read back.
+func (r *run) stamp(ctx context.Context, units []unit) error {
+	minted := only(units, ledger.Minted)
+	if len(minted) == 0 {
+		return nil
+	}
+	for _, u := range minted {
+		if err := r.render(u); err != nil {
+			return err
+		}
+		if u.published {
+			continue
+		}
+		if err := r.out.Stage(u.row.RegistrationID, r.unstaged(u)...); err != nil {
+			return err
+		}
+	}
+	if err := r.out.Sync(); err != nil {
+		return err
+	}
+	for _, u := range minted {
+		if u.published {
+			continue
+		}
+		if err := r.out.Publish(u.row.RegistrationID); err != nil {
+			return err
+		}
+	}
+	if err := r.out.Sync(); err != nil {
+		return err
+	}
+	for _, u := range minted {
+		if err := r.out.ReadBack(u.row.RegistrationID, u.files...); err != nil {
+			return fmt.Errorf("serial %s: %w", u.row.Serial, err)
+		}
+	}
+	return r.commit(ctx, minted, ledger.Verified, nil)
+}
+
+// unstaged returns the files that are not in the staged directory yet.
+func (r *run) unstaged(u *unit) []stamp.File {
+	if u.found {
+		return u.files // what a dead run left there may be half-written
+	}
+	if r.Profile.Attestation == AttestationX509 {
+		if r.Profile.Key.Made == madeMemory {
+			return u.files[1:] // the key went first
+		}
+		return u.files
+	}
+	if r.Profile.Key.Made == madeMemory {
+		return nil
+	}
+	return u.files
+}
+
+// provisioning is the document provisioning.json.
+type provisioning struct {
+	IDScope          string `json:"idScope"`
+	GlobalEndpoint   string `json:"globalEndpoint"`
+	RegistrationID   string `json:"registrationId"`
+	Attestation      string `json:"attestation"`
+	CertificateChain string `json:"certificateChain,omitempty"`
+	PrivateKey       string `json:"privateKey,omitempty"`
+	KeyURI           string `json:"keyUri,omitempty"`
+	SymmetricKey     string `json:"symmetricKey,omitempty"`
+}
+
+// render makes the files of a unit's stamp. The key file of a key in memory comes first.
+func (r *run) render(u *unit) error {
+	if u.files != nil {
+		return nil
+	}
+	doc := provisioning{IDScope: r.IDScope, GlobalEndpoint: r.GlobalEndpoint, RegistrationID: u.row.RegistrationID}
+	files := make([]stamp.File, 0, 3+len(r.Templates))
+	if r.Profile.Attestation == AttestationX509 {
+		doc.Attestation, doc.CertificateChain = "x509", chainFile
+		if r.Profile.Key.Made == madeMemory {
+			doc.PrivateKey = keyFile
+			files = append(files, stamp.File{Name: keyFile, Data: u.keyPEM, Secret: true})
+		} else {
+			doc.KeyURI = u.keyURI
+		}
+		leaf := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: u.cert})
+		files = append(files, stamp.File{Name: chainFile, Data: append(leaf, r.chain...)})
+	} else {
+		doc.Attestation, doc.SymmetricKey = "symmetricKey", base64.StdEncoding.EncodeToString(u.symmetric)
+	}
+	b, err := json.Marshal(doc)
+	if err != nil {
+		return err
+	}
+	files = append(files, stamp.File{Name: stampFile, Data: append(b, '\n'), Secret: doc.SymmetricKey != ""})
+	for i, t := range r.Templates {
+		s := r.Profile.Stamp.File[i]
+		out, err := t.Render(nil, templates.Device{
+			IDScope: doc.IDScope, GlobalEndpoint: doc.GlobalEndpoint, RegistrationID: doc.RegistrationID, Serial: u.row.Serial,
+			Attestation: doc.Attestation, CertificateChainFile: doc.CertificateChain, PrivateKeyFile: doc.PrivateKey,
+			KeyURI: doc.KeyURI, SymmetricKey: doc.SymmetricKey, Columns: r.fields(u.row),
+		})
+		if err != nil {
+			return fmt.Errorf("serial %s: %s: %w", u.row.Serial, s.Name, err)
+		}
+		if doc.SymmetricKey != "" && !s.Secret && bytes.Contains(out, []byte(doc.SymmetricKey)) {
+			return fmt.Errorf("serial %s: %s would show the device's key to everybody: set secret = true for it in profile %s", u.row.Serial, s.Name, r.Profile.Name)
+		}
+		files = append(files, stamp.File{Name: s.Name, Data: out, Secret: s.Secret})
+	}
+	u.files = files
+	return nil
+}
+
+func (r *run) fields(row *Row) map[string]string {
+	if len(r.List.Columns) == 1 && len(r.Templates) == 0 {
+		return nil
+	}
+	m := make(map[string]string, len(r.List.Columns))
+	for i, c := range r.List.Columns {
+		m[c] = row.Fields[i]
+	}
+	return m
+}
