@@ -93,15 +93,19 @@ func (a *app) report(ctx context.Context, err error) int {
 		return exitDone
 	}
 	code, help := classify(ctx, err)
+	text := err.Error()
+	if code == exitInterrupted {
+		text = "interrupted"
+	}
 	label := a.paint(a.err, "31", "error:")
-	for _, line := range strings.Split(strings.TrimSpace(err.Error()), "\n") {
+	for _, line := range strings.Split(strings.TrimSpace(text), "\n") {
 		fmt.Fprintf(a.err, "touchmark: %s %s\n", label, printable(line))
 	}
 	if help != "" {
 		fmt.Fprintf(a.err, "touchmark: hint: %s\n", printable(help))
 	}
 	if a.json {
-		_ = a.printJSON(map[string]any{"error": err.Error(), "exitCode": code})
+		_ = a.printJSON(map[string]any{"error": text, "exitCode": code})
 	}
 	return code
 }
@@ -138,7 +142,7 @@ func classify(ctx context.Context, err error) (code int, help string) {
 	case strings.HasPrefix(err.Error(), "unknown command"), strings.HasPrefix(err.Error(), "required flag"):
 		return exitUsage, "touchmark --help shows the commands"
 	case errors.Is(err, hsm.ErrPINIncorrect):
-		suggest("it was tried once and will not be tried again by itself; check the pin-source, or unset it to be asked")
+		suggest("it was tried once and will not be tried again by itself; check the file that pin-source or the environment names (touchmark help environment), or unset it to be asked")
 		return exitRefused, help
 	case errors.Is(err, hsm.ErrPINLocked):
 		suggest("one more wrong PIN would lock the token, so none was tried; the token's tool can tell and reset the count")

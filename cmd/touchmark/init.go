@@ -86,7 +86,7 @@ func (a *app) runInit(ctx context.Context, o *initOptions) (err error) {
 	// Everything is made in a directory beside its place and renamed there at the end: a line is there whole or not at all.
 	tmp, err := os.MkdirTemp(filepath.Dir(dir), "."+filepath.Base(dir)+".*")
 	if err != nil {
-		return err
+		return fmt.Errorf("making line %s: %w", dir, err)
 	}
 	made := &line{dir: tmp}
 	var store hsm.Store

@@ -159,12 +159,12 @@ func (a *app) runKeyList(ctx context.Context, o *keyOptions) error {
 				}
 				continue
 			}
-			rows = append(rows, []string{r.Name, string(r.Algorithm), string(r.Usage), yesNo(!r.Attributes.Extractable), yesNo(r.Attributes.Local)})
+			rows = append(rows, []string{r.Name, string(r.Algorithm), string(r.Usage), yesNo(r.Attributes.Extractable), yesNo(r.Attributes.Local)})
 		}
 		if a.json {
 			return nil
 		}
-		return a.table([]string{"NAME", "ALGORITHM", "USAGE", "NEVER LEAVES", "MADE HERE"}, rows)
+		return a.table([]string{"NAME", "ALGORITHM", "USAGE", "EXTRACTABLE", "MADE HERE"}, rows)
 	})
 }
 

@@ -22,6 +22,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"filippo.io/age"
@@ -209,7 +210,11 @@ func listen(what, address string) (net.Listener, error) {
 	}
 	l, err := net.Listen("tcp", address)
 	if err != nil {
-		return nil, fmt.Errorf("opening the %s door: %w", what, err)
+		err = fmt.Errorf("opening the %s door: %w", what, err)
+		if errors.Is(err, syscall.EADDRINUSE) {
+			return nil, hint(err, "another program listens there: stop it, or choose another address with --%s", what)
+		}
+		return nil, err
 	}
 	return l, nil
 }

@@ -109,7 +109,7 @@ func (a *app) table(header []string, rows [][]string) error {
 func (a *app) askSecret(what string) ([]byte, error) {
 	f, ok := a.in.(*os.File)
 	if a.noInput || !ok || !term.IsTerminal(int(f.Fd())) {
-		return nil, fmt.Errorf("no terminal to ask for %s on", what)
+		return nil, usageError{fmt.Errorf("no terminal to ask for %s on", what)}
 	}
 	fmt.Fprintf(a.err, "%s: ", what)
 	b, err := term.ReadPassword(int(f.Fd()))

@@ -116,7 +116,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		return nil, fmt.Errorf("key files in %s: %w", cfg.Dir, hsm.ErrNotFound)
 	}
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("opening key files in %s: %w", cfg.Dir, err)
 	}
 	pass, err := cfg.Passphrase(ctx)
 	if err != nil {

@@ -374,6 +374,17 @@ func (l *Ledger) explain(ctx context.Context, err error, events []Event) error {
 	return fmt.Errorf("the same serial, registration ID or key appears twice in one step: %w", err)
 }
 
+// Taken returns a DuplicateError when a living unit has the serial or the registration ID, and else nil. Commit asks again:
+// this is for a better word before work starts.
+func (l *Ledger) Taken(ctx context.Context, serial, registrationID string) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if dup := l.duplicate(ctx, 0, serial, registrationID, nil); dup != nil {
+		return dup
+	}
+	return nil
+}
+
 func (l *Ledger) duplicate(ctx context.Context, unit int64, serial, rid string, hash []byte) *DuplicateError {
 	for _, c := range []struct {
 		field, where string

@@ -22,7 +22,7 @@ import (
 
 func (r *run) makeX509(ctx context.Context, units []unit) error {
 	fresh := only(units, 0)
-	if err := r.inTheWay(fresh); err != nil {
+	if err := r.inTheWay(ctx, fresh); err != nil {
 		return err
 	}
 	inMemory := r.Profile.Key.Made == madeMemory
@@ -196,7 +196,7 @@ func symmetricKeyHash(key hsm.Secret) []byte {
 // the same every time, so nothing has to be durable before the unit is minted.
 func (r *run) makeDerived(ctx context.Context, units []unit) error {
 	fresh := only(units, 0)
-	if err := r.inTheWay(fresh); err != nil {
+	if err := r.inTheWay(ctx, fresh); err != nil {
 		return err
 	}
 	for i := range units {
@@ -224,7 +224,7 @@ func (r *run) makeDerived(ctx context.Context, units []unit) error {
 // makeRandom gives each device a key of its own. The staged stamp is where it lives until the device has it.
 func (r *run) makeRandom(ctx context.Context, units []unit) error {
 	fresh := only(units, 0)
-	if err := r.inTheWay(fresh); err != nil {
+	if err := r.inTheWay(ctx, fresh); err != nil {
 		return err
 	}
 	for _, u := range fresh {

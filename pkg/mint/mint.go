@@ -416,12 +416,16 @@ func (r *run) commit(ctx context.Context, units []*unit, state ledger.State, fil
 }
 
 // inTheWay refuses to begin a unit whose place on disk is taken by something that this job did not put there.
-func (r *run) inTheWay(units []*unit) error {
+func (r *run) inTheWay(ctx context.Context, units []*unit) error {
 	if r.out == nil {
 		return nil
 	}
 	for _, u := range units {
 		if r.out.Published(u.row.RegistrationID) {
+			// Most likely it is there because another job made it: then the ledger knows more.
+			if err := r.Ledger.Taken(ctx, u.row.Serial, u.row.RegistrationID); err != nil {
+				return err
+			}
 			return fmt.Errorf("serial %s: %w: %s: move it away, or stamp to another directory", u.row.Serial, stamp.ErrExists, r.out.Dir(u.row.RegistrationID))
 		}
 	}
