@@ -219,14 +219,22 @@ type conn struct {
 	qos        byte
 	nextID     uint16
 	held       [][2]string // topic and body of responses that wait for a SUBSCRIBE
-	buf        []byte
+	out        []byte      // what is written and not flushed
 }
 
-func (c *conn) write(b []byte) error {
+// write queues a packet. Packets that follow from what came in one piece leave in one piece: flush is called before
+// anything is waited for.
+func (c *conn) write(b []byte) { c.out = append(c.out, b...) }
+
+func (c *conn) flush() error {
+	if len(c.out) == 0 {
+		return nil
+	}
 	if err := c.tls.SetWriteDeadline(time.Now().Add(10 * c.s.cfg.Second)); err != nil {
 		return err
 	}
-	_, err := c.tls.Write(b)
+	_, err := c.tls.Write(c.out)
+	c.out = c.out[:0]
 	return err
 }
 
@@ -248,7 +256,8 @@ func (c *conn) await() error {
 
 var errHangUp = errors.New("device broke the protocol")
 
-func (c *conn) serve(ctx context.Context) error {
+func (c *conn) serve(ctx context.Context) (err error) {
+	defer func() { err = errors.Join(err, c.flush()) }()
 	second := c.s.cfg.Second
 	c.end = time.Now().Add(connectTime * second)
 	if err := c.await(); err != nil {
@@ -263,12 +272,17 @@ func (c *conn) serve(ctx context.Context) error {
 		return errHangUp
 	}
 	code := c.connect(p)
-	if err := c.write(mqtt.AppendConnack(nil, code)); err != nil || code != accepted {
-		return err
+	if c.write(mqtt.AppendConnack(nil, code)); code != accepted {
+		return nil
 	}
 	c.end = time.Now().Add(conversationTime * second)
 	c.keepAlive = time.Duration(p.KeepAlive) * second * 3 / 2 // [MQTT-3.1.2-24]; 0 is no limit but the conversation's
 	for {
+		if r.Buffered() == 0 {
+			if err := c.flush(); err != nil {
+				return err
+			}
+		}
 		if err := c.await(); err != nil {
 			return err
 		}
@@ -337,9 +351,11 @@ func (c *conn) packet(ctx context.Context, p *mqtt.Packet) (done bool, err error
 		return c.subscribe(p)
 	case mqtt.Unsubscribe:
 		c.subscribed = false
-		return false, c.write(mqtt.AppendUnsuback(nil, p.ID))
+		c.write(mqtt.AppendUnsuback(nil, p.ID))
+		return false, nil
 	case mqtt.Pingreq:
-		return false, c.write(mqtt.AppendPingresp(nil))
+		c.write(mqtt.AppendPingresp(nil))
+		return false, nil
 	case mqtt.Puback:
 		return false, nil // nothing is sent twice, so nothing waits for it
 	case mqtt.Disconnect:
@@ -358,9 +374,7 @@ func (c *conn) subscribe(p *mqtt.Packet) (bool, error) {
 		codes[i] = min(p.Codes[i], 1)
 		c.subscribed, c.qos = true, codes[i]
 	}
-	if err := c.write(mqtt.AppendSuback(nil, p.ID, codes)); err != nil {
-		return true, err
-	}
+	c.write(mqtt.AppendSuback(nil, p.ID, codes))
 	if !c.subscribed {
 		c.linger() // some devices do not read the code, and expect to be hung up on
 		return false, nil
@@ -368,9 +382,7 @@ func (c *conn) subscribe(p *mqtt.Packet) (bool, error) {
 	held := c.held
 	c.held = nil
 	for _, h := range held {
-		if err := c.send(h[0], []byte(h[1])); err != nil {
-			return true, err
-		}
+		c.send(h[0], []byte(h[1]))
 	}
 	return false, nil
 }
@@ -388,9 +400,10 @@ func (c *conn) publish(ctx context.Context, p *mqtt.Packet) (bool, error) {
 	}
 	// The acknowledgement goes out before the work begins: one SDK takes the two in this order only.
 	if p.QoS == 1 {
-		if err := c.write(mqtt.AppendPuback(nil, p.ID)); err != nil {
-			return true, err
-		}
+		c.write(mqtt.AppendPuback(nil, p.ID))
+	}
+	if err := c.flush(); err != nil {
+		return true, err
 	}
 	query, register := strings.CutPrefix(p.Topic, registerTopic)
 	if !register {
@@ -426,7 +439,8 @@ func (c *conn) publish(ctx context.Context, p *mqtt.Packet) (bool, error) {
 		c.held = append(c.held, [2]string{topic, string(body)})
 		return false, nil
 	}
-	return false, c.send(topic, body)
+	c.send(topic, body)
+	return false, nil
 }
 
 // parseQuery reads $rid and operationId, which may come in any order. Neither is decoded: $rid is echoed as it came.
@@ -469,10 +483,9 @@ func (c *conn) response(rid string, answer *dps.OperationStatus, register bool, 
 	return topic, body
 }
 
-func (c *conn) send(topic string, body []byte) error {
+func (c *conn) send(topic string, body []byte) {
 	if c.nextID++; c.nextID == 0 {
 		c.nextID = 1 // [MQTT-2.3.1-1]
 	}
-	c.buf = mqtt.AppendPublish(c.buf[:0], topic, c.qos, c.nextID, body)
-	return c.write(c.buf)
+	c.out = mqtt.AppendPublish(c.out, topic, c.qos, c.nextID, body)
 }
