@@ -38,11 +38,11 @@ import (
 
 func main() {
 	if len(os.Args) == 3 && os.Args[1] == importChild {
-		debug.SetGCPercent(400)
+		debug.SetGCPercent(200)
 		check(runImportChild(os.Args[2]))
 		return
 	}
-	debug.SetGCPercent(400) // as the command does
+	debug.SetGCPercent(200) // as the command does
 	asJSON := flag.Bool("json", false, "print JSON only")
 	short := flag.Bool("short", false, "a tenth of the work")
 	only := flag.String("only", "", "run the benchmarks whose name has this in it")

@@ -17,7 +17,7 @@ func main() {
 	// What is alive at once is small, a few megabytes of devices in work: looking for garbage at each doubling of that costs
 	// some percent of the processor and saves no memory to speak of.
 	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(400)
+		debug.SetGCPercent(200)
 	}
 	os.Exit(run(context.Background(), os.Args[1:], stdio{in: os.Stdin, out: os.Stdout, err: os.Stderr, env: os.LookupEnv}))
 }

@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"iter"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/dps"
 )
@@ -30,7 +32,7 @@ type ImportConflict struct {
 
 const (
 	maxConflicts = 100
-	importChunk  = 500
+	chunkSize    = 500
 )
 
 // Import takes the entries of a bundle. What the service knows with the same content is unchanged; what it knows with
@@ -39,54 +41,77 @@ const (
 //
 // Entries go in by transactions of a few hundred, so that devices register meanwhile: a bundle of a million entries in one
 // transaction would hold them up for the time that it takes.
+//
+// Reading and preparing runs ahead of writing by a transaction, in the order of the bundle.
 func (s *Service) Import(ctx context.Context, entries iter.Seq2[bundle.Entry, error], dryRun bool) (ImportResult, error) {
 	var total ImportResult
-	chunk := make([]prepared, 0, importChunk)
-	seen := make(map[string]bool) // groups of a dry run, which are not in the store for the devices behind them
-	flush := func() error {
+	eg, ctx := errgroup.WithContext(ctx)
+	chunks := make(chan []prepared)
+	eg.Go(func() error {
+		defer close(chunks)
+		send := func(chunk []prepared) error {
+			select {
+			case chunks <- chunk:
+				return nil
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+		var chunk []prepared
+		for e, err := range entries {
+			if err != nil {
+				return err
+			}
+			p, err := s.prepare(&e)
+			if err != nil {
+				return err
+			}
+			if chunk = append(chunk, p); len(chunk) == chunkSize {
+				if err := send(chunk); err != nil {
+					return err
+				}
+				chunk = nil
+			}
+		}
 		if len(chunk) == 0 {
 			return nil
 		}
-		run := s.cfg.Store.Update
-		if dryRun {
-			run = s.cfg.Store.View
-		}
-		var res ImportResult
-		err := run(ctx, func(tx Tx) error {
-			res = ImportResult{}
-			for i := range chunk {
-				if err := s.importOne(tx, &chunk[i], dryRun, seen, &res); err != nil {
-					return err
-				}
+		return send(chunk)
+	})
+	eg.Go(func() error {
+		seen := make(map[string]bool) // groups of a dry run, which are not in the store for the devices behind them
+		for chunk := range chunks {
+			res, err := s.importChunk(ctx, chunk, dryRun, seen)
+			if err != nil {
+				return err
 			}
-			return nil
-		})
-		if err != nil {
-			return err
+			total.New += res.New
+			total.Unchanged += res.Unchanged
+			total.Conflicting += res.Conflicting
+			total.Conflicts = append(total.Conflicts, res.Conflicts[:min(len(res.Conflicts), maxConflicts-len(total.Conflicts))]...)
 		}
-		total.New += res.New
-		total.Unchanged += res.Unchanged
-		total.Conflicting += res.Conflicting
-		total.Conflicts = append(total.Conflicts, res.Conflicts[:min(len(res.Conflicts), maxConflicts-len(total.Conflicts))]...)
-		clear(chunk)
-		chunk = chunk[:0]
 		return nil
+	})
+	err := eg.Wait()
+	return total, err
+}
+
+// importChunk takes some entries in one transaction.
+func (s *Service) importChunk(ctx context.Context, chunk []prepared, dryRun bool, seen map[string]bool) (res ImportResult, err error) {
+	run := s.cfg.Store.Update
+	if dryRun {
+		run = s.cfg.Store.View
 	}
-	for e, err := range entries {
-		if err != nil {
-			return total, err
-		}
-		p, err := s.prepare(&e)
-		if err != nil {
-			return total, err
-		}
-		if chunk = append(chunk, p); len(chunk) == importChunk {
-			if err := flush(); err != nil {
-				return total, err
+	err = run(ctx, func(tx Tx) error {
+		res = ImportResult{} // the transaction may be run again
+		for i := range chunk {
+			if err := s.importOne(tx, &chunk[i], dryRun, seen, &res); err != nil {
+				return err
 			}
 		}
-	}
-	return total, flush()
+		return nil
+	})
+	return res, err
 }
 
 // prepared is an entry ready for the store.
