@@ -19,6 +19,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -155,43 +156,18 @@ func (f *Files) PublishedFile(device, name string) ([]byte, error) {
 	return readAt(int(f.rootDir.Fd()), device+"/"+name)
 }
 
-func readAt(dir int, name string) ([]byte, error) {
-	b, _, err := readModeAt(dir, name, nil)
-	return b, err
-}
-
-// readModeAt reads a regular file into buf's room and returns its permission bits too.
-func readModeAt(dir int, name string, buf []byte) (_ []byte, mode uint32, err error) {
-	fd, err := unix.Openat(dir, name, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+// readAt reads a regular file.
+func readAt(dir int, name string) (_ []byte, err error) {
+	fd, err := unix.Openat(dir, name, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
-		return nil, 0, &fs.PathError{Op: "open", Path: name, Err: err}
+		return nil, &fs.PathError{Op: "open", Path: name, Err: err}
 	}
-	defer func() { err = errors.Join(err, unix.Close(fd)) }()
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return nil, 0, err
+	f := os.NewFile(uintptr(fd), name)
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() || info.Size() > maxFile {
+		return nil, errors.Join(fmt.Errorf("%s is not a regular file of at most %d octets", name, maxFile), err)
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size > maxFile {
-		return nil, 0, fmt.Errorf("%s is not a regular file of at most %d octets", name, maxFile)
-	}
-	if cap(buf) < int(st.Size)+1 {
-		buf = make([]byte, 0, st.Size+1)
-	}
-	buf = buf[:0]
-	for len(buf) < cap(buf) {
-		n, err := unix.Read(fd, buf[len(buf):cap(buf)])
-		if err == unix.EINTR {
-			continue
-		}
-		if err != nil {
-			return nil, 0, &fs.PathError{Op: "read", Path: name, Err: err}
-		}
-		if n == 0 {
-			break
-		}
-		buf = buf[:len(buf)+n]
-	}
-	return buf, st.Mode & 0o777, nil
+	return io.ReadAll(io.LimitReader(f, maxFile))
 }
 
 // Staged names the devices with a staged directory.
@@ -235,29 +211,63 @@ func (f *Files) Published(device string) bool {
 	return unix.Fstatat(int(f.rootDir.Fd()), device, &st, unix.AT_SYMLINK_NOFOLLOW) == nil
 }
 
-var readBuffers = sync.Pool{New: func() any { b := make([]byte, 0, 8<<10); return &b }}
+var readBuffers = sync.Pool{New: func() any { b := make([]byte, 8<<10); return &b }}
 
 // ReadBack compares a published directory with what was meant to be in it: content, and the mode of secret files.
 func (f *Files) ReadBack(device string, files ...File) error {
 	buf := readBuffers.Get().(*[]byte)
 	defer readBuffers.Put(buf)
 	for i := range files {
-		got, mode, err := readModeAt(int(f.rootDir.Fd()), device+"/"+files[i].Name, *buf)
+		if need := len(files[i].Data) + 1; len(*buf) < need {
+			*buf = make([]byte, need)
+		}
+		mode, same, err := compareAt(int(f.rootDir.Fd()), device+"/"+files[i].Name, &files[i], *buf)
 		if err != nil {
 			return fmt.Errorf("reading back the stamp of %s: %w", device, err)
 		}
-		*buf = got
-		if !bytes.Equal(got, files[i].Data) {
+		if !same {
 			return fmt.Errorf("%s of %s: %w", files[i].Name, device, ErrMismatch)
 		}
 		if files[i].Secret && mode != 0o600 {
 			return fmt.Errorf("%s of %s has mode %04o, not 0600: %w", files[i].Name, device, mode, ErrMismatch)
 		}
 	}
-	if cap(*buf) > 0 {
-		clear((*buf)[:cap(*buf)]) // it held a private key
-	}
+	clear(*buf) // it held a private key
 	return nil
+}
+
+// compareAt reports whether a file holds just what was meant to be in it, and the permission bits of a secret one. It reads
+// one octet more than that at most, into buf.
+func compareAt(dir int, name string, want *File, buf []byte) (mode uint32, same bool, err error) {
+	fd, err := unix.Openat(dir, name, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return 0, false, &fs.PathError{Op: "open", Path: name, Err: err}
+	}
+	defer func() { err = errors.Join(err, unix.Close(fd)) }()
+	if want.Secret {
+		var st unix.Stat_t
+		if err := unix.Fstat(fd, &st); err != nil {
+			return 0, false, &fs.PathError{Op: "stat", Path: name, Err: err}
+		}
+		mode = st.Mode & 0o777
+	}
+	buf = buf[:len(want.Data)+1]
+	got := 0
+	for got < len(buf) {
+		n, err := unix.Read(fd, buf[got:])
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return mode, false, &fs.PathError{Op: "read", Path: name, Err: err}
+		}
+		got += n
+		if n == 0 || got == len(want.Data) {
+			// A regular file whose end was asked for and not given has none beyond: read would have gone on to fill buf.
+			break
+		}
+	}
+	return mode, bytes.Equal(buf[:got], want.Data), nil
 }
 
 func (f *Files) fail(doing, device string, err error) error {

@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/touchmark/touchmark/pkg/stamp"
@@ -52,6 +53,14 @@ func TestStamp(t *testing.T) {
 	// Read-back finds another content, a secret that others may read, and a missing file.
 	if err := f.ReadBack("pump-1", files("two")...); !errors.Is(err, stamp.ErrMismatch) {
 		t.Errorf("other content: %v", err)
+	}
+	whole := files("one")
+	for why, data := range map[string][]byte{"shorter": whole[0].Data[:len(whole[0].Data)-1], "longer": append(slices.Clone(whole[0].Data), 'x'), "empty": nil} {
+		cut := files("one")
+		cut[0].Data = data
+		if err := f.ReadBack("pump-1", cut...); !errors.Is(err, stamp.ErrMismatch) {
+			t.Errorf("meant %s: %v", why, err)
+		}
 	}
 	if err := os.Chmod(filepath.Join(root, "pump-1", "device-key.pem"), 0o640); err != nil {
 		t.Fatal(err)
