@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"encoding/json"
 	"net"
@@ -44,48 +43,8 @@ func TestNodeSDK(t *testing.T) {
 
 	t.Setenv("TOUCHMARK_PASSPHRASE", "words for a test")
 	dir := t.TempDir()
-	cmd := exec.Command(program(t), "serve", "--data", "svc", "--https", "127.0.0.1:443", "--mqtt", "127.0.0.1:8883", "--hub", "hub-a.example.net", "--id-scope", "0ne00112233", "--json")
-	cmd.Dir = dir
-	var log syncBuffer
-	cmd.Stderr = &log
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = cmd.Process.Signal(os.Interrupt)
-		if err := cmd.Wait(); err != nil {
-			t.Errorf("serve: %v", err)
-		}
-		if t.Failed() {
-			t.Log(log.String())
-		}
-	})
-	if _, err := bufio.NewReader(out).ReadString('\n'); err != nil {
-		t.Fatalf("serve did not start: %v\n%s", err, log.String())
-	}
-
-	touchmark(t, dir, "init", "line", "--id-scope", "0ne00112233")
-	to, err := os.ReadFile(filepath.Join(dir, "line", "recipient.txt"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	touchmark(t, dir, "group", "key", "symmetric-devices", "--service", "svc/owner.connection", "--recipient", strings.TrimSpace(string(to)), "--out", "g.sealed")
-	touchmark(t, dir, "key", "import", "--line", "line", "--name", "group-key", "--in", "g.sealed")
-	service, err := os.ReadFile(filepath.Join(dir, "svc", "recipient.txt"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, profile := range []string{"x509-group", "x509-individual", "symmetric-group", "symmetric-individual"} {
-		if err := os.WriteFile(filepath.Join(dir, profile+".csv"), serialList(profile, 2), 0o644); err != nil {
-			t.Fatal(err)
-		}
-		touchmark(t, dir, "mint", "--line", "line", "--profile", profile, "--serials", profile+".csv", "--out", "stamps", "--bundle", profile+".tmb", "--recipient", strings.TrimSpace(string(service)))
-		touchmark(t, dir, "import", profile+".tmb", "--service", "svc/owner.connection", "--trust", "line/station.pem")
-	}
+	startService(t, dir, "127.0.0.1:443", "127.0.0.1:8883")
+	mintAll(t, dir)
 	// A line that the service has never heard of makes devices of the same names.
 	touchmark(t, dir, "init", "foreign", "--id-scope", "0ne00112233")
 	touchmark(t, dir, "mint", "--line", "foreign", "--profile", "x509-group", "--serials", "x509-group.csv", "--out", "foreign-stamps")
