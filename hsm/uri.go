@@ -59,7 +59,7 @@ func ParseURI(s string) (URI, error) {
 	}
 	scheme, rest, ok := strings.Cut(s, ":")
 	if !ok {
-		return u, fmt.Errorf("key URI %q has no scheme: want pkcs11:… or file:…", s)
+		return u, errors.New("key URI has no scheme: want pkcs11:… or file:…")
 	}
 	path, query, hasQuery := strings.Cut(rest, "?")
 	var err error
@@ -76,7 +76,7 @@ func ParseURI(s string) (URI, error) {
 			u.Path = "/" + strings.TrimLeft(u.Path, "/")
 		}
 	default:
-		return u, fmt.Errorf("key URI scheme %q is not known: want pkcs11 or file", scheme)
+		return u, errors.New("key URI scheme is not known: want pkcs11 or file")
 	}
 	if err == nil && hasQuery {
 		err = u.parseQuery(query)
@@ -91,8 +91,8 @@ func ParseURI(s string) (URI, error) {
 		err = fmt.Errorf("object %q is not a key name", u.Object)
 	}
 	if err != nil {
-		// The text itself may hold a PIN, so only the part before the query is shown.
-		return URI{}, fmt.Errorf("key URI %.200q: %w", scheme+":"+path, err)
+		// The text itself is not shown: it may hold a PIN, in its place or not.
+		return URI{}, fmt.Errorf("key URI (%s:…): %w", strings.ToLower(scheme), err)
 	}
 	return u, nil
 }
@@ -105,7 +105,7 @@ func (u *URI) parsePKCS11(path string) error {
 		}
 		name, raw, ok := strings.Cut(part, "=")
 		if !ok {
-			return fmt.Errorf("attribute %q has no value", part)
+			return errors.New("an attribute has no value")
 		}
 		if seen[name] {
 			return fmt.Errorf("attribute %s stands twice", name)

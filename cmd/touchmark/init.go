@@ -103,13 +103,14 @@ func (a *app) runInit(ctx context.Context, o *initOptions) (err error) {
 		}
 		err = errors.Join(err, os.RemoveAll(tmp))
 	}()
-	made.Name, made.IDScope, made.GlobalEndpoint, made.Store = o.name, o.idScope, o.endpoint, o.keyURI
+	made.Name, made.IDScope, made.GlobalEndpoint = o.name, o.idScope, o.endpoint
 	made.Keys.Root, made.Keys.Issuing = o.prefix+"root-ca", o.prefix+"issuing-ca"
 	made.Keys.Station, made.Keys.Recipient = o.prefix+"station", o.prefix+"recipient"
 	uri, err := hsm.ParseURI(o.keyURI)
 	if err != nil {
 		return usageError{err}
 	}
+	made.Store = uri.String() // without a PIN, should there be one in it
 	if uri.Scheme == hsm.SchemeFile {
 		if err := a.createKeyFiles(ctx, uri, tmp); err != nil {
 			return err

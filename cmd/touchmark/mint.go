@@ -2,9 +2,11 @@ package main
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -160,10 +162,15 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 	sink := func(*bundle.Entry) error { return nil }
 	var w *bundle.Writer
 	if o.bundle != "" {
-		// The bundle's content follows from the job alone, so it is written anew by whichever run finishes the job.
+		// The bundle's content follows from the job alone, so it is written anew by whichever run finishes the job. Another
+		// job's bundle is somebody's only one.
+		job := hex.EncodeToString(run.Job().Digest)
+		if err := ownBundle(o.bundle, job); err != nil {
+			return err
+		}
 		if w, err = bundle.NewWriter(bundle.WriterConfig{
 			Path: o.bundle, Overwrite: true, IDScope: l.IDScope, Created: run.Job().Started, Signer: station, Recipients: recipients,
-			Info: map[string]string{"line": l.Name, "profile": p.Name},
+			Info: map[string]string{"line": l.Name, "profile": p.Name, "job": job},
 		}); err != nil {
 			return err
 		}
@@ -194,6 +201,22 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 		return a.printJSON(res)
 	}
 	return a.printMint(&res)
+}
+
+// ownBundle refuses to write over anything but an earlier bundle of the job.
+func ownBundle(path, job string) error {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if m, _, err := bundle.Describe(f); err == nil && m.Info["job"] == job {
+		return nil
+	}
+	return hint(fmt.Errorf("%s exists already, and is no bundle of this list and profile", path), "name another file with --bundle, or move that one away")
 }
 
 func (a *app) finishBundle(ctx context.Context, w *bundle.Writer, led *ledger.Ledger) (bundle.Summary, error) {

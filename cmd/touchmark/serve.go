@@ -465,6 +465,10 @@ func (d *serviceData) importBundle(ctx context.Context, svc *registration.Servic
 		return none, err
 	}
 	if _, err := io.Copy(f, body); err != nil {
+		var onDisk *fs.PathError // the file's own errors; those of the connection are others
+		if errors.As(err, &onDisk) {
+			return none, dps.NewError(dps.CodeServiceOverloaded, "The service has no room for the bundle, or cannot write it", err)
+		}
 		return none, dps.NewError(dps.CodeBundleCorrupt, "The bundle did not arrive whole", err)
 	}
 	cfg := bundle.OpenConfig{Identities: []age.Identity{d.identity}}

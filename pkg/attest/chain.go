@@ -34,10 +34,21 @@ func CheckLeaf(leaf *x509.Certificate, registrationID string, now time.Time) err
 	if err := checkTime(leaf, now); err != nil {
 		return err
 	}
-	if len(leaf.ExtKeyUsage) > 0 && !slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageClientAuth) && !slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageAny) {
+	if !forClients(leaf) {
 		return fmt.Errorf("%w: the leaf is not for client authentication", ErrChain)
 	}
+	if len(leaf.UnhandledCriticalExtensions) > 0 {
+		return fmt.Errorf("%w: the leaf has a critical extension that is not understood", ErrChain)
+	}
 	return nil
+}
+
+// forClients reports whether a certificate that names purposes names client authentication, or any.
+func forClients(c *x509.Certificate) bool {
+	if len(c.ExtKeyUsage) == 0 && len(c.UnknownExtKeyUsage) == 0 {
+		return true
+	}
+	return slices.Contains(c.ExtKeyUsage, x509.ExtKeyUsageClientAuth) || slices.Contains(c.ExtKeyUsage, x509.ExtKeyUsageAny)
 }
 
 func checkTime(c *x509.Certificate, now time.Time) error {
@@ -126,6 +137,9 @@ func signs(parent, child *x509.Certificate, below int, now time.Time) error {
 	}
 	if len(parent.UnhandledCriticalExtensions) > 0 {
 		return fmt.Errorf("%q has a critical extension that is not understood", parent.Subject)
+	}
+	if !forClients(parent) {
+		return fmt.Errorf("%q may not vouch for clients", parent.Subject)
 	}
 	if err := checkTime(parent, now); err != nil {
 		return err

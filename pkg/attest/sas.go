@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/touchmark/touchmark/pkg/dps"
 )
 
 // Skew is how far a token's expiry may lie in the past: clocks differ, and some SDKs sign for 30 seconds (device API,
@@ -140,7 +142,7 @@ func (t *Token) SignedBy(key []byte) bool {
 
 // ForDevice reports whether the token's resource is that registration ID of that ID scope, whatever the letter case.
 func (t *Token) ForDevice(idScope, registrationID string) bool {
-	return strings.EqualFold(t.Resource, idScope+"/registrations/"+registrationID)
+	return dps.Fold(t.Resource) == dps.Fold(idScope+"/registrations/"+registrationID)
 }
 
 // DeriveKey returns a device's key in a symmetric-key group: HMAC-SHA256(group key, registration ID), with the ID as the

@@ -15,6 +15,7 @@ import (
 	"io"
 	"math/big"
 	"sync/atomic"
+	"text/template/parse"
 	"time"
 
 	"go.step.sm/crypto/x509util"
@@ -174,7 +175,9 @@ func (i *Issuer) Prepare(p Profile) (*Prepared, error) {
 			return nil, err
 		}
 	}
-	r.proto = fastPath(protos[0], protos[1])
+	if dependsOnNameOnly(p.Template) {
+		r.proto = fastPath(protos[0], protos[1])
+	}
 	return r, nil
 }
 
@@ -269,6 +272,30 @@ func (r *Prepared) render(p Plan, pub crypto.PublicKey) (*x509.Certificate, erro
 	t.SubjectKeyId, t.AuthorityKeyId = ski, r.issuer.cfg.Certificate.SubjectKeyId
 	t.SignatureAlgorithm, t.Issuer = x509.UnknownSignatureAlgorithm, pkix.Name{}
 	return t, nil
+}
+
+// dependsOnNameOnly reports whether all that a template takes of a unit is its registration ID, once, as JSON: nothing is
+// computed, asked or repeated. Whatever else the certificate holds is then the same in each.
+func dependsOnNameOnly(text string) bool {
+	tree := parse.New("certificate")
+	tree.Mode = parse.SkipFuncCheck
+	if _, err := tree.Parse(text, "", "", map[string]*parse.Tree{}); err != nil {
+		return false
+	}
+	uses := 0
+	for _, n := range tree.Root.Nodes {
+		switch n := n.(type) {
+		case *parse.TextNode, *parse.CommentNode:
+		case *parse.ActionNode:
+			if len(n.Pipe.Decl) != 0 || len(n.Pipe.Cmds) != 1 || n.Pipe.Cmds[0].String() != "toJson .RegistrationID" {
+				return false
+			}
+			uses++
+		default:
+			return false
+		}
+	}
+	return uses == 1
 }
 
 // fastPath compares two prototypes; it returns nil unless they differ in the common name and the serial number only.

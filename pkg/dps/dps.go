@@ -8,7 +8,6 @@ package dps
 
 import (
 	"fmt"
-	"strings"
 	"time"
 )
 
@@ -45,7 +44,20 @@ func idByte(c byte) bool {
 
 // Fold returns the form in which registration IDs, group IDs and ID scopes are compared and stored as keys: ASCII lower
 // case.
-func Fold(id string) string { return strings.ToLower(id) }
+func Fold(id string) string {
+	for i := 0; i < len(id); i++ {
+		if 'A' <= id[i] && id[i] <= 'Z' {
+			b := []byte(id)
+			for ; i < len(b); i++ {
+				if 'A' <= b[i] && b[i] <= 'Z' {
+					b[i] += 'a' - 'A'
+				}
+			}
+			return string(b)
+		}
+	}
+	return id // and what is not ASCII stays different: a Kelvin sign is no k
+}
 
 // CheckIDScope says what keeps scope from being an ID scope: 1 to 32 letters and digits.
 func CheckIDScope(scope string) error {
@@ -57,6 +69,10 @@ func CheckIDScope(scope string) error {
 		if !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9') {
 			return fmt.Errorf("ID scope %q: character %d is not a letter or a digit", scope, i+1)
 		}
+	}
+	switch Fold(scope) {
+	case "enrollments", "enrollmentgroups", "registrations", "touchmark":
+		return fmt.Errorf("ID scope %q is a word of the service API", scope)
 	}
 	return nil
 }

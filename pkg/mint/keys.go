@@ -94,12 +94,28 @@ func (r *run) tokenKey(ctx context.Context, u *unit) error {
 		k, err = r.keyInToken(ctx, name)
 	}
 	if errors.Is(err, hsm.ErrNotFound) {
-		k, err = r.Store.Generate(ctx, hsm.Spec{Name: name, Algorithm: r.alg})
+		if k, err = r.Store.Generate(ctx, hsm.Spec{Name: name, Algorithm: r.alg}); err == nil {
+			if err = r.staysInside(ctx, k); err != nil {
+				err = errors.Join(err, r.Store.Delete(context.WithoutCancel(ctx), name))
+			}
+		}
 	}
 	if err != nil {
 		return fmt.Errorf("serial %s: %w", u.row.Serial, err)
 	}
 	return u.setTokenKey(k)
+}
+
+// staysInside asks the token what it made: some do not do what a template says.
+func (r *run) staysInside(ctx context.Context, k hsm.Key) error {
+	a, err := k.Attributes(ctx)
+	if err != nil {
+		return fmt.Errorf("reading the attributes of key %q back: %w", k.Name(), err)
+	}
+	if a.Extractable || !a.Sensitive || r.fromToken && !(a.Local && a.NeverExtractable) {
+		return fmt.Errorf("key %q can leave its token, although it was not asked to: %+v", k.Name(), a)
+	}
+	return nil
 }
 
 // keyInToken finds a key that an earlier run made. All of them are listed once: a search for each would cost the square of

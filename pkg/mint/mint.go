@@ -27,6 +27,7 @@ import (
 	"io"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -141,6 +142,8 @@ type run struct {
 	alg      hsm.Algorithm
 	voids    atomic.Int64
 
+	fromToken bool // device keys are made in a token, which can vouch for them; key files cannot
+
 	listOnce sync.Once // of the keys that earlier runs made in the token
 	listErr  error
 	inToken  map[string]hsm.Key
@@ -152,6 +155,9 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 		cfg.Rand = rand.Reader
 	}
 	r := &run{Config: cfg, jobs: cfg.Jobs, alg: hsm.Algorithm(p.Key.Algorithm)}
+	if cfg.Store != nil {
+		r.fromToken = strings.HasPrefix(cfg.Store.URI(), hsm.SchemePKCS11+":")
+	}
 	if r.jobs <= 0 {
 		r.jobs = runtime.GOMAXPROCS(0) + 1
 	}

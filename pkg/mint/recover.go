@@ -62,6 +62,12 @@ func (r *run) recover(ctx context.Context, units []unit) error {
 				have.Serial, have.RegistrationID, u.row.RegistrationID)
 		}
 		err := r.prove(ctx, u, have)
+		if errors.Is(err, errNoKey) && have.State != ledger.Begun {
+			// Its certificate was signed, or its key written down, and its stamp was in place or about to be: whoever took it away
+			// may have put it into a device.
+			return fmt.Errorf("serial %s: %w: it was %s, and its stamp is not in %s any more: put it back and run the same command again",
+				have.Serial, ErrUnproven, have.State, r.out.Dir(u.row.RegistrationID))
+		}
 		if errors.Is(err, errNoKey) {
 			void = append(void, ledger.Event{State: ledger.Voided, Unit: have.ID, Data: []byte("its key was lost before it reached the device")})
 			if err := r.out.Discard(u.row.RegistrationID); err != nil {

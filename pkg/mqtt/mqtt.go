@@ -104,11 +104,18 @@ func Read(r *bufio.Reader, limit int) (*Packet, error) {
 	if size > limit {
 		return nil, fmt.Errorf("%w: %d octets", ErrTooLarge, size)
 	}
-	body := make([]byte, size)
-	if _, err := io.ReadFull(r, body); err != nil {
-		return nil, unexpected(err)
+	// Memory grows with what has come, not with what was announced.
+	body := make([]byte, min(size, 4096))
+	for read := 0; ; {
+		n, err := io.ReadFull(r, body[read:])
+		if read += n; err != nil {
+			return nil, unexpected(err)
+		}
+		if read == size {
+			return parse(first, body)
+		}
+		body = append(body, make([]byte, min(size-read, read))...)
 	}
-	return parse(first, body)
 }
 
 func unexpected(err error) error {

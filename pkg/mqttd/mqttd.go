@@ -50,7 +50,8 @@ const (
 	lingerTime       = 3 // after a refusal
 	drainTime        = 10 * time.Second
 	maxPacket        = 128 << 10
-	maxHeld          = 4 // responses that wait for a SUBSCRIBE
+	maxConnect       = 8 << 10 // from somebody who has not said yet who they are
+	maxHeld          = 4       // responses that wait for a SUBSCRIBE
 )
 
 // CONNACK return codes (MQTT 3.1.1, §3.2.2.3).
@@ -264,7 +265,7 @@ func (c *conn) serve(ctx context.Context) (err error) {
 		return err
 	}
 	r := bufio.NewReaderSize(c.tls, 1024)
-	p, err := mqtt.Read(r, maxPacket)
+	p, err := mqtt.Read(r, maxConnect)
 	if err != nil {
 		return err
 	}

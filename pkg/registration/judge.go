@@ -25,6 +25,11 @@ type verdict struct {
 	group      string // ID as given, empty for an individual enrollment
 	disabled   bool
 	x509       bool
+
+	// What it stands on: the individual enrollment of the device as it was, nil where there was none; and for a group the
+	// revision of the scope's groups.
+	document []byte
+	revision int64
 }
 
 // fingerprint names what a device proves itself with. Where there is a token it decides.
@@ -97,7 +102,7 @@ func (s *Service) judgeIndividual(r *Record, req *Request, token *attest.Token) 
 	if err := json.Unmarshal(r.Document, &e); err != nil {
 		return nil, fmt.Errorf("enrollment %q in the store: %w", r.ID, err)
 	}
-	v := &verdict{enrollment: &e.Enrollment, deviceID: e.DeviceID, disabled: e.ProvisioningStatus == dps.EnrollmentDisabled, x509: token == nil}
+	v := &verdict{enrollment: &e.Enrollment, deviceID: e.DeviceID, disabled: e.ProvisioningStatus == dps.EnrollmentDisabled, x509: token == nil, document: r.Document}
 	err := proveIndividual(r, &e, req, token)
 	if err != nil && !v.disabled {
 		return nil, err
@@ -135,6 +140,29 @@ func proveIndividual(r *Record, e *dps.IndividualEnrollment, req *Request, token
 	return refuse(errors.New("the certificate is not the enrolled one"))
 }
 
+// stillHolds returns ErrConflict when what a verdict stands on has changed since: an operator who was told that a device is
+// disabled or deleted must not see it assigned afterwards.
+func (s *Service) stillHolds(tx Tx, id string, v *verdict) error {
+	r, err := tx.Record(s.scope, Individual, id)
+	switch {
+	case errors.Is(err, ErrNotFound):
+		r = nil
+	case err != nil:
+		return err
+	}
+	if (r == nil) != (v.document == nil) || r != nil && !bytes.Equal(r.Document, v.document) {
+		return ErrConflict
+	}
+	if r != nil && v.group == "" {
+		return nil
+	}
+	revision, err := tx.GroupsRevision(s.scope)
+	if err == nil && revision != v.revision {
+		err = ErrConflict
+	}
+	return err
+}
+
 // keysOf returns the symmetric keys of a record, primary first.
 func keysOf(r *Record) ([][]byte, error) {
 	var k dps.SymmetricKeyAttestation
@@ -167,14 +195,15 @@ type cachedGroup struct {
 	enrollment dps.Enrollment
 	keys       [][]byte
 	disabled   bool
+	revision   int64 // of the scope's groups
 }
 
-func (s *Service) cachedGroup(r *Record) (*cachedGroup, error) {
+func (s *Service) cachedGroup(r *Record, revision int64) (*cachedGroup, error) {
 	var g dps.EnrollmentGroup
 	if err := json.Unmarshal(r.Document, &g); err != nil {
 		return nil, fmt.Errorf("group %q in the store: %w", r.ID, err)
 	}
-	return &cachedGroup{id: r.ID, enrollment: g.Enrollment, disabled: g.ProvisioningStatus == dps.EnrollmentDisabled}, nil
+	return &cachedGroup{id: r.ID, enrollment: g.Enrollment, disabled: g.ProvisioningStatus == dps.EnrollmentDisabled, revision: revision}, nil
 }
 
 // withGroups runs f on the cache as it is for the present revision of the scope's groups.
@@ -202,7 +231,7 @@ func (s *Service) judgeByKey(tx Tx, req *Request, token *attest.Token) (*verdict
 				return err
 			}
 			for _, r := range records {
-				g, err := s.cachedGroup(r)
+				g, err := s.cachedGroup(r, c.revision)
 				if err != nil {
 					return err
 				}
@@ -231,7 +260,7 @@ func (s *Service) judgeByKey(tx Tx, req *Request, token *attest.Token) (*verdict
 					if g.disabled {
 						return nil, refuse(fmt.Errorf("group %q is disabled", g.id))
 					}
-					return &verdict{enrollment: &g.enrollment, group: g.id}, nil
+					return &verdict{enrollment: &g.enrollment, group: g.id, revision: g.revision}, nil
 				}
 			}
 		}
@@ -252,7 +281,7 @@ func (s *Service) judgeByChain(tx Tx, req *Request, now time.Time) (*verdict, er
 	if g.disabled {
 		return nil, refuse(fmt.Errorf("group %q is disabled", g.id))
 	}
-	return &verdict{enrollment: &g.enrollment, group: g.id, x509: true}, nil
+	return &verdict{enrollment: &g.enrollment, group: g.id, x509: true, revision: g.revision}, nil
 }
 
 // anchors returns the groups' certificates of a subject: one indexed read, then from memory.
@@ -267,7 +296,7 @@ func (s *Service) anchors(tx Tx, subject [32]byte) (found []attest.Anchor[*cache
 			return err
 		}
 		for _, r := range records {
-			g, err := s.cachedGroup(r)
+			g, err := s.cachedGroup(r, c.revision)
 			if err != nil {
 				return err
 			}

@@ -48,6 +48,12 @@ const MaxBody = 64 << 10
 // keepOperations is how many operations of a device can still be asked for.
 const keepOperations = 4
 
+// repeatTime is for how long a request that its transport marks as repeated can be the one before.
+const repeatTime = time.Minute
+
+// registerTime bounds a registration, which goes on when its device hangs up: another call of the device may wait for it.
+const registerTime = 30 * time.Second
+
 // Service implements [Registrar].
 type Service struct {
 	cfg   Config
@@ -105,15 +111,19 @@ func (s *Service) Register(ctx context.Context, req *Request) (*dps.OperationSta
 	f := &flight{done: make(chan struct{})}
 	s.inFlight[key] = f
 	s.mu.Unlock()
-	f.answer, f.err = s.register(ctx, req, body, proof)
-	s.mu.Lock()
-	delete(s.inFlight, key)
-	s.mu.Unlock()
-	close(f.done)
-	if f.err != nil {
-		return nil, s.logged(req, "register", f.err)
+	f.err = dps.NewError(dps.CodeInternal, "Internal error", errors.New("the registration was cut off"))
+	defer func() { // on a panic too
+		s.mu.Lock()
+		delete(s.inFlight, key)
+		s.mu.Unlock()
+		close(f.done)
+	}()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), registerTime)
+	defer cancel()
+	if f.answer, f.err = s.register(ctx, req, body, proof); f.err != nil {
+		f.err = s.logged(req, "register", f.err)
 	}
-	return f.answer, nil
+	return f.answer, f.err
 }
 
 func (s *Service) register(ctx context.Context, req *Request, body *dps.RegisterRequest, proof []byte) (*dps.OperationStatus, error) {
@@ -134,14 +144,20 @@ func (s *Service) register(ctx context.Context, req *Request, body *dps.Register
 		if err != nil {
 			return nil, err
 		}
-		if req.Repeat && before != nil && len(before.Operations) > 0 && bytes.Equal(before.Operations[0].Proof, proof) {
+		if req.Repeat && !v.disabled && before != nil && len(before.Operations) > 0 && bytes.Equal(before.Operations[0].Proof, proof) &&
+			s.cfg.Now().Sub(before.Operations[0].Started) < repeatTime {
 			// The device did not see our acknowledgement and sends the same request again.
 			return &dps.OperationStatus{OperationID: before.Operations[0].ID, Status: dps.Assigning}, nil
 		}
 		after := s.decide(req, body, v, before, proof)
-		err = s.cfg.Store.Update(ctx, func(tx Tx) error { return tx.PutRegistration(s.scope, after) })
+		err = s.cfg.Store.Update(ctx, func(tx Tx) error {
+			if err := s.stillHolds(tx, id, v); err != nil {
+				return err
+			}
+			return tx.PutRegistration(s.scope, after)
+		})
 		if errors.Is(err, ErrConflict) {
-			continue // another register of this device came first; decide again
+			continue // an operator or another register of this device came first; decide again
 		}
 		if err != nil {
 			return nil, err
