@@ -4,6 +4,8 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -160,6 +162,35 @@ func TestFindGroup(t *testing.T) {
 		if err := attest.CheckLeaf(dev.Certificate, x.id, x.at); !errors.Is(err, x.want) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// What a certificate says it is for counts, also where it says it in words that are not known here.
+func TestPurposes(t *testing.T) {
+	root := attesttest.CA(t, nil, "root")
+	servers := func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} }
+	documents := func(c *x509.Certificate) {
+		c.ExtKeyUsage, c.UnknownExtKeyUsage = nil, []asn1.ObjectIdentifier{{1, 3, 6, 1, 5, 5, 7, 3, 36}}
+	}
+	critical := func(c *x509.Certificate) {
+		c.ExtraExtensions = []pkix.Extension{{Id: asn1.ObjectIdentifier{1, 2, 3}, Critical: true, Value: []byte{5, 0}}}
+	}
+	for why, dev := range map[string]*attesttest.Holder{
+		"servers only": attesttest.Leaf(t, root, "dev", servers), "documents only": attesttest.Leaf(t, root, "dev", documents),
+		"a critical extension": attesttest.Leaf(t, root, "dev", critical), "a Kelvin sign": attesttest.Leaf(t, root, "\u212aey1", func(c *x509.Certificate) { c.DNSNames = nil }),
+	} {
+		id := "dev"
+		if why == "a Kelvin sign" {
+			id = "key1"
+		}
+		if attest.CheckLeaf(dev.Certificate, id, now) == nil {
+			t.Errorf("%s: taken", why)
+		}
+	}
+	mid := attesttest.CA(t, root, "mid", servers)
+	dev := attesttest.Leaf(t, mid, "dev")
+	if g, err := attest.FindGroup([]*x509.Certificate{dev.Certificate, mid.Certificate}, groups(map[string]*attesttest.Holder{"root": root}), now); err == nil {
+		t.Errorf("an intermediate for servers vouches for a device of %q", g)
 	}
 }
 

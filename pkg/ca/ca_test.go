@@ -310,3 +310,42 @@ func BenchmarkIssue(b *testing.B) {
 		}
 	})
 }
+
+// A leaf is made of its own serial and columns, whatever a template does with them: what two samples have in common is not
+// what all devices have.
+func TestTemplatesSeeEachUnit(t *testing.T) {
+	a := newAuthority(t, "EC-P256")
+	for text, want := range map[string]string{
+		`{"subject": {"commonName": {{ toJson .RegistrationID }}, "organizationalUnit": {{ substr 0 6 .Serial | toJson }}}, "extKeyUsage": ["clientAuth"]}`:                                                   "ABCDEF",
+		`{"subject": {"commonName": {{ toJson .RegistrationID }}, "organizationalUnit": "{{ if eq .Columns.model "pro" }}PRO{{ else }}BASIC{{ end }}"}, "extKeyUsage": ["clientAuth"]}`:                       "PRO",
+		`{"subject": {"commonName": {{ toJson .RegistrationID }}, "organizationalUnit": {{ substr 0 3 .RegistrationID | upper | toJson }}}, "extKeyUsage": ["clientAuth"]}`:                                   "DEV",
+		`{{ $m := .Columns.model }}{"subject": {"commonName": {{ toJson .RegistrationID }}, "organizationalUnit": "{{ with $m }}{{ len . }}{{ end }}"}, "extKeyUsage": ["clientAuth"]}`:                       "3",
+		`{"subject": {"commonName": {{ toJson .RegistrationID }}, "organizationalUnit": "fixed"}, "extKeyUsage": ["clientAuth"]}`:                                                                             "fixed",
+		`{"subject": {"commonName": {{ toJson .RegistrationID }}, "organizationalUnit": "{{ range $i := until (len .Serial) }}x{{ end }}"}, "keyUsage": ["digitalSignature"], "extKeyUsage": ["clientAuth"]}`: "xxxxxxxxxx",
+	} {
+		p := profile(t, "device")
+		p.Template, p.Columns = text, []string{"serial", "model"}
+		prepared, err := a.issuer(t, now).Prepare(p)
+		if err != nil {
+			t.Errorf("%s: %v", text, err)
+			continue
+		}
+		pub := signer(t, "EC-P256").Public()
+		plan, err := prepared.Plan(ca.Unit{RegistrationID: "dev-1", Serial: "ABCDEF0001", Columns: map[string]string{"serial": "ABCDEF0001", "model": "pro"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		der, err := prepared.Issue(plan, pub)
+		if err != nil {
+			t.Errorf("%s: %v", text, err)
+			continue
+		}
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(c.Subject.OrganizationalUnit) != 1 || c.Subject.OrganizationalUnit[0] != want {
+			t.Errorf("%s: %s, want %s", text, c.Subject, want)
+		}
+	}
+}

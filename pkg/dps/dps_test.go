@@ -22,6 +22,19 @@ func TestCheckRegistrationID(t *testing.T) {
 	}
 }
 
+func TestFold(t *testing.T) {
+	for in, want := range map[string]string{"": "", "abc-1": "abc-1", "aBC": "abc", "\u212aey": "\u212aey", "Ä": "Ä"} {
+		if got := dps.Fold(in); got != want {
+			t.Errorf("%q folds to %q", in, got)
+		}
+	}
+	for _, scope := range []string{"Enrollments", "enrollmentgroups", "registrations", "touchmark", "", "a-b", strings.Repeat("a", 33)} {
+		if dps.CheckIDScope(scope) == nil {
+			t.Errorf("%q is an ID scope", scope)
+		}
+	}
+}
+
 // DPS-D 3, 4: pure ASCII, and nothing escaped that need not be.
 func TestMarshal(t *testing.T) {
 	b, err := dps.Marshal(map[string]any{"n": "ä𝄞\u2028", "h": "<a&b>/"})

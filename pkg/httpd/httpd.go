@@ -45,8 +45,11 @@ type Config struct {
 	// HandshakeTimeout, HeaderTimeout and IdleTimeout bound how long a connection may say nothing; zero means 10 s, 10 s
 	// and 2 minutes.
 	HandshakeTimeout, HeaderTimeout, IdleTimeout time.Duration
-	// MaxConnections bounds the open connections; zero means 20,000.
-	MaxConnections int
+	// RequestTimeout bounds how long a request may take to come in, and its answer to be taken; zero means 30 s. A bundle may
+	// take longer, as long as something of it comes in that time.
+	RequestTimeout time.Duration
+	// MaxConnections and MaxPerAddress bound the open connections; zero means 20,000 and 2,000.
+	MaxConnections, MaxPerAddress int
 }
 
 // Limits of a request.
@@ -86,8 +89,12 @@ func New(cfg Config) *Server {
 	def(&cfg.HandshakeTimeout, 10*time.Second)
 	def(&cfg.HeaderTimeout, 10*time.Second)
 	def(&cfg.IdleTimeout, 2*time.Minute)
+	def(&cfg.RequestTimeout, 30*time.Second)
 	if cfg.MaxConnections == 0 {
 		cfg.MaxConnections = 20_000
+	}
+	if cfg.MaxPerAddress == 0 {
+		cfg.MaxPerAddress = 2_000
 	}
 	return &Server{cfg}
 }
@@ -96,6 +103,8 @@ func New(cfg Config) *Server {
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	srv := &http.Server{
 		Handler: s.Handler(), ReadHeaderTimeout: s.cfg.HeaderTimeout, IdleTimeout: s.cfg.IdleTimeout, MaxHeaderBytes: maxHeader,
+		// These hold on every path, also where nobody reads the body: net/http reads some of it away by itself.
+		ReadTimeout: s.cfg.HeaderTimeout + s.cfg.RequestTimeout, WriteTimeout: s.cfg.HeaderTimeout + 2*s.cfg.RequestTimeout,
 		ErrorLog:    slog.NewLogLogger(s.cfg.Log.Handler(), slog.LevelDebug),
 		BaseContext: func(net.Listener) context.Context { return context.WithoutCancel(ctx) },
 		// HTTP/2 has no place here: SDKs speak HTTP/1.1, and WebSockets will upgrade from it.
@@ -112,7 +121,8 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		}
 		done <- err
 	}()
-	err := srv.Serve(&tlsListener{Listener: l, cfg: s.cfg.TLS, timeout: s.cfg.HandshakeTimeout, slots: make(chan struct{}, s.cfg.MaxConnections)})
+	err := srv.Serve(&tlsListener{Listener: l, cfg: s.cfg.TLS, timeout: s.cfg.HandshakeTimeout, slots: make(chan struct{}, s.cfg.MaxConnections),
+		maxPerAddress: s.cfg.MaxPerAddress, byAddress: make(map[string]int)})
 	if errors.Is(err, http.ErrServerClosed) && ctx.Err() != nil {
 		return <-done
 	}
@@ -126,28 +136,62 @@ type tlsListener struct {
 	cfg     *tls.Config
 	timeout time.Duration
 	slots   chan struct{}
+
+	maxPerAddress int
+	mu            sync.Mutex
+	byAddress     map[string]int
 }
 
 func (l *tlsListener) Accept() (net.Conn, error) {
-	l.slots <- struct{}{}
-	c, err := l.Listener.Accept()
-	if err != nil {
-		<-l.slots
-		return nil, err
+	for {
+		l.slots <- struct{}{}
+		c, err := l.Listener.Accept()
+		if err != nil {
+			<-l.slots
+			return nil, err
+		}
+		address, _, _ := net.SplitHostPort(c.RemoteAddr().String())
+		if !l.take(address) {
+			<-l.slots
+			_ = c.Close()
+			continue
+		}
+		// net/http sets its own deadlines once it reads; until then this one holds, and ReadHeaderTimeout covers the handshake.
+		_ = c.SetDeadline(time.Now().Add(l.timeout))
+		return tls.Server(&slotConn{Conn: c, release: func() {
+			l.give(address)
+			<-l.slots
+		}}, l.cfg), nil
 	}
-	// net/http sets its own deadlines once it reads; until then this one holds, and ReadHeaderTimeout covers the handshake.
-	_ = c.SetDeadline(time.Now().Add(l.timeout))
-	return tls.Server(&slotConn{Conn: c, slots: l.slots}, l.cfg), nil
+}
+
+// take counts a connection of an address in, unless it has too many; give counts it out.
+func (l *tlsListener) take(address string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.byAddress[address] >= l.maxPerAddress {
+		return false
+	}
+	l.byAddress[address]++
+	return true
+}
+
+func (l *tlsListener) give(address string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.byAddress[address]--; l.byAddress[address] == 0 {
+		delete(l.byAddress, address)
+	}
 }
 
 type slotConn struct {
 	net.Conn
-	once  sync.Once
-	slots chan struct{}
+	once    sync.Once
+	release func()
 }
 
 func (c *slotConn) Close() error {
-	c.once.Do(func() { <-c.slots })
+	c.once.Do(c.release)
 	return c.Conn.Close()
 }
 
@@ -266,7 +310,7 @@ func (s *Server) device(w http.ResponseWriter, r *http.Request, seg []string) {
 	s.answer(w, http.StatusAccepted, st) // never 200: some SDKs take nothing else
 }
 
-// body reads a request's body, bounded in size and time.
+// body reads a request's body, bounded in size; the server bounds its time.
 func (s *Server) body(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
 	if r.ContentLength == 0 {
 		return nil, nil
@@ -274,10 +318,7 @@ func (s *Server) body(w http.ResponseWriter, r *http.Request, limit int64) ([]by
 	if r.ContentLength > limit {
 		return nil, dps.NewError(dps.CodeTooLarge, "Request body is too large", nil)
 	}
-	rc := http.NewResponseController(w)
-	_ = rc.SetReadDeadline(time.Now().Add(30 * time.Second))
 	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, limit))
-	_ = rc.SetReadDeadline(time.Time{})
 	var tooLarge *http.MaxBytesError
 	if errors.As(err, &tooLarge) {
 		return nil, dps.NewError(dps.CodeTooLarge, "Request body is too large", nil)

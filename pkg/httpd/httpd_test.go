@@ -6,12 +6,15 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -264,6 +267,47 @@ func TestHalfOpen(t *testing.T) {
 		if _, err := io.ReadAll(x); err != nil && strings.Contains(err.Error(), "timeout") {
 			t.Errorf("%s: still open", name)
 		}
+	}
+}
+
+// A caller that announces a body and sends none, on a path where nobody reads it, is answered or cut; so is one that does not
+// take its answers; and one address cannot take all places.
+func TestSlowCallers(t *testing.T) {
+	d := newDoor(t, func(c *httpd.Config) {
+		c.HeaderTimeout, c.RequestTimeout, c.MaxPerAddress = 200*time.Millisecond, 200*time.Millisecond, 4
+	})
+	var slow []net.Conn
+	for _, path := range []string{"PUT /nope", "PUT /enrollments/x?api-version=2021-10-01", "POST /x/registrations/y/register"} {
+		c := d.dial(t, d.Derived("dev-1"))
+		_, _ = io.WriteString(c.c, path+" HTTP/1.1\r\nHost: h\r\nContent-Length: 1000\r\n\r\n")
+		slow = append(slow, c.c)
+	}
+	greedy := d.dial(t, d.Derived("dev-1"))
+	go func() {
+		for range 200_000 {
+			if _, err := io.WriteString(greedy.c, "GET / HTTP/1.1\r\nHost: h\r\n\r\n"); err != nil {
+				return
+			}
+		}
+	}()
+	over, err := net.Dial("tcp", d.Addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer over.Close()
+	_ = over.SetReadDeadline(time.Now().Add(10 * time.Second))
+	if _, err := over.Read(make([]byte, 1)); !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("a fifth connection: %v", err)
+	}
+	time.Sleep(2 * time.Second) // it reads nothing for longer than an answer may wait
+	for i, c := range append(slow, greedy.c) {
+		_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
+		if _, err := io.Copy(io.Discard, c); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("caller %d is still there", i)
+		}
+	}
+	if a := d.dial(t, d.Derived("dev-1")).Register(t, ""); a.Status != 202 {
+		t.Errorf("the next device: %d %s", a.Status, a.Body)
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"filippo.io/age"
 
@@ -210,7 +211,10 @@ func (s *Server) own(w http.ResponseWriter, r *http.Request, seg []string) (any,
 		if err != nil && r.URL.Query().Get("dryRun") != "" {
 			return nil, dps.NewError(dps.CodeBadRequest, "dryRun must be true or false", err)
 		}
-		res, err := s.cfg.Import(r.Context(), http.MaxBytesReader(w, r.Body, maxBundle), trust, dryRun)
+		rc := http.NewResponseController(w)
+		_ = rc.SetWriteDeadline(time.Time{}) // what is imported may take its time; its answer has some again
+		res, err := s.cfg.Import(r.Context(), &patientReader{http.MaxBytesReader(w, r.Body, maxBundle), rc, s.cfg.RequestTimeout}, trust, dryRun)
+		_ = rc.SetWriteDeadline(time.Now().Add(s.cfg.RequestTimeout))
 		if err != nil {
 			return nil, err
 		}
@@ -223,6 +227,18 @@ func (s *Server) own(w http.ResponseWriter, r *http.Request, seg []string) (any,
 		return s.groupKey(w, r, seg[1])
 	}
 	return nil, notFound()
+}
+
+// patientReader reads what may be long, as long as it keeps coming.
+type patientReader struct {
+	io.Reader
+	rc   *http.ResponseController
+	each time.Duration
+}
+
+func (p *patientReader) Read(b []byte) (int, error) {
+	_ = p.rc.SetReadDeadline(time.Now().Add(p.each))
+	return p.Reader.Read(b)
 }
 
 // groupKey seals a group's key to a recipient: the one form in which it leaves for a factory.

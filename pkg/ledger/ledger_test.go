@@ -206,12 +206,24 @@ func TestTampering(t *testing.T) {
 		"no checkpoint":     `DELETE FROM checkpoint`,
 		"job":               `UPDATE jobs SET profile = 'other'`,
 		"job gone":          `DELETE FROM jobs`,
+		"state on":          `UPDATE units SET state = 5 WHERE id = 2`,
+		"state of a range":  `UPDATE units SET state = 2 WHERE id = 1`,
+		"another job":       `UPDATE units SET job = 77 WHERE id = 2`,
+		"another time":      `UPDATE units SET at = 0 WHERE id = 2`,
+		"voided key gone":   `DELETE FROM voided`,
+		"voided key added":  `INSERT INTO voided VALUES (zeroblob(32))`,
+		"next unit":         `UPDATE meta SET value = '1' WHERE name = 'units'`,
+		"next unit gone":    `DELETE FROM meta WHERE name = 'units'`,
 	} {
 		t.Run(name, func(t *testing.T) {
 			line := newLine(t)
 			led := line.open(t)
 			_, events := begin(t, led, 5)
 			step(t, led, ledger.Minted, events, "certificate of ")
+			step(t, led, ledger.Verified, events[:4], "")
+			if err := led.Commit(t.Context(), []ledger.Event{{State: ledger.Voided, Unit: events[4].Unit, Data: []byte("lost")}}); err != nil {
+				t.Fatal(err)
+			}
 			if _, err := led.Verify(t.Context(), line.key.Public()); err != nil {
 				t.Fatal(err)
 			}

@@ -160,10 +160,12 @@ type Report struct {
 	Units      int64      `json:"units"`
 	Voided     int64      `json:"voided"`
 	Jobs       int64      `json:"jobs"`
+	// VoidedKeys is how many keys are never to be used again.
+	VoidedKeys int64 `json:"voidedKeys"`
 }
 
 // Verify reads the whole ledger: every entry is hashed again up to the root that the station signed, and the table of
-// units must say just what the entries say. The error wraps ErrDamaged. Memory grows with neither.
+// units must say just what the entries say. The error wraps ErrDamaged. Memory grows by 24 octets a unit.
 func (l *Ledger) Verify(ctx context.Context, station crypto.PublicKey) (Report, error) {
 	var r Report
 	damaged := func(format string, args ...any) (Report, error) {
@@ -180,7 +182,7 @@ func (l *Ledger) Verify(ctx context.Context, station crypto.PublicKey) (Report, 
 		return damaged("database: %s %w", integrity, errOrNil(err))
 	}
 	t := &tx{Tx: stx, l: &Ledger{frontier: map[int64]tlog.Hash{}}, newHashes: map[int64]tlog.Hash{}}
-	var live, voided int64
+	var units replay
 	for {
 		var first, count int64
 		var leaves, hashes []byte
@@ -215,12 +217,21 @@ func (l *Ledger) Verify(ctx context.Context, station crypto.PublicKey) (Report, 
 					return fmt.Errorf("job %d is not as it was recorded", f.job)
 				}
 			case f.state == Voided:
-				live, voided = live-1, voided+1
-			case f.serial != "" && f.count == 1:
-				if f.job != 0 {
-					live++
+				if f.keyHash != nil {
+					var there int
+					if err := stx.QueryRowContext(ctx, `SELECT count(*) FROM voided WHERE key_hash = $1`, f.keyHash).Scan(&there); err != nil || there != 1 {
+						return fmt.Errorf("the key of voided unit %d is not among the voided ones", f.unit)
+					}
+					r.VoidedKeys++
 				}
-				return checkUnit(ctx, stx, idx, f)
+				fallthrough
+			default:
+				if err := units.apply(&f); err != nil {
+					return err
+				}
+				if f.state != Voided && f.serial != "" && f.count == 1 {
+					return checkUnit(ctx, stx, idx, f)
+				}
 			}
 			return nil
 		})
@@ -242,12 +253,18 @@ func (l *Ledger) Verify(ctx context.Context, station crypto.PublicKey) (Report, 
 		}
 		t.l.frontier, t.newHashes = edge, map[int64]tlog.Hash{}
 	}
-	r.Entries, r.Voided = t.first, voided
-	if err := stx.QueryRowContext(ctx, `SELECT count(*) FROM units`).Scan(&r.Units); err != nil {
-		return r, err
+	r.Entries, r.Voided = t.first, units.voided
+	if r.Units, err = units.compare(ctx, stx); err != nil {
+		return damaged("%w", err)
 	}
-	if r.Units != live {
-		return damaged("the table has %d units, the log %d", r.Units, live)
+	var keys, next int64
+	if err := stx.QueryRowContext(ctx, `SELECT count(*) FROM voided`).Scan(&keys); err != nil || keys != r.VoidedKeys {
+		return damaged("the table has %d voided keys, the log %d %w", keys, r.VoidedKeys, errOrNil(err))
+	}
+	// Where a unit was ever voided, the highest ID is kept beside the table too.
+	err = stx.QueryRowContext(ctx, `SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'units'`).Scan(&next)
+	if err == nil && next != int64(len(units.seen))+1 || err != nil && !errors.Is(err, sql.ErrNoRows) || errors.Is(err, sql.ErrNoRows) && len(units.seen) > 0 {
+		return damaged("the next unit is %d in the table, the log has %d %w", next, len(units.seen), errOrNil(err))
 	}
 	var jobs int64
 	if err := stx.QueryRowContext(ctx, `SELECT count(*) FROM jobs`).Scan(&jobs); err != nil || jobs != r.Jobs {
@@ -273,6 +290,66 @@ func (l *Ledger) Verify(ctx context.Context, station crypto.PublicKey) (Report, 
 			r.Checkpoint.Size, r.Checkpoint.Root, t.first, base64.StdEncoding.EncodeToString(root[:]))
 	}
 	return r, nil
+}
+
+// replay is what the log says became of each unit.
+type replay struct {
+	seen   []replayed // by unit ID - 1
+	voided int64
+}
+
+type replayed struct {
+	state State
+	job   int64
+	at    int64 // milliseconds: when it was begun
+}
+
+func (p *replay) apply(f *leaf) error {
+	if f.job != 0 && f.serial != "" { // a new unit: the IDs have no holes
+		if f.unit != int64(len(p.seen))+1 {
+			return fmt.Errorf("unit %d begins after unit %d", f.unit, len(p.seen))
+		}
+		p.seen = append(p.seen, replayed{f.state, f.job, f.at.UnixMilli()})
+		return nil
+	}
+	if f.unit < 1 || f.count < 1 || f.unit+f.count-1 > int64(len(p.seen)) {
+		return fmt.Errorf("units %d to %d never began", f.unit, f.unit+f.count-1)
+	}
+	for i := f.unit - 1; i < f.unit-1+f.count; i++ {
+		if p.seen[i].state == Voided {
+			return fmt.Errorf("unit %d went on after it was voided", i+1)
+		}
+		p.seen[i].state = f.state
+	}
+	if f.state == Voided {
+		p.voided += f.count
+	}
+	return nil
+}
+
+// compare holds every row of the table against the replay, and returns how many there are.
+func (p *replay) compare(ctx context.Context, stx *sql.Tx) (rows int64, err error) {
+	q, err := stx.QueryContext(ctx, `SELECT id, state, job, at FROM units ORDER BY id`)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, q.Close()) }()
+	for q.Next() {
+		var id, state int64
+		var r replayed
+		if err := q.Scan(&id, &state, &r.job, &r.at); err != nil {
+			return rows, err
+		}
+		r.state = State(state)
+		if id < 1 || id > int64(len(p.seen)) || p.seen[id-1] != r {
+			return rows, fmt.Errorf("unit %d is not in the table as the log has it", id)
+		}
+		rows++
+	}
+	if want := int64(len(p.seen)) - p.voided; rows != want {
+		return rows, fmt.Errorf("the table has %d units, the log %d", rows, want)
+	}
+	return rows, q.Err()
 }
 
 var errNothing = errors.New("")

@@ -410,6 +410,9 @@ func TestHostilePackets(t *testing.T) {
 	c = d.dial(t, nil)
 	c.write(t, mqtt.AppendSubscribe(nil, 1, responses, 1))
 	c.gone(t, "no CONNECT")
+	c = d.dial(t, nil)
+	c.write(t, []byte{0x10, 0x80, 0x80, 0x01, 0, 4}) // 16 KiB, from somebody unknown
+	c.gone(t, "a long CONNECT")
 	if a := d.connect(t, d.Derived("dev-1")).Register(t, ""); a.Status != 202 {
 		t.Errorf("the next device: %d %s", a.Status, a.Body)
 	}

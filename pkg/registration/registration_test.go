@@ -1,6 +1,7 @@
 package registration_test
 
 import (
+	"context"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/attest/attesttest"
@@ -138,6 +140,98 @@ func TestReplicas(t *testing.T) {
 	if page, _, err := one.QueryRegistrations(t.Context(), "keys", "", 10); err != nil || len(page) != 2 {
 		t.Errorf("%d registrations, %v", len(page), err)
 	}
+}
+
+// A hook is a store that does something before an update.
+type hook struct {
+	registration.Store
+	before func()
+}
+
+func (h *hook) Update(ctx context.Context, f func(registration.Tx) error) error {
+	if b := h.before; b != nil {
+		h.before = nil
+		b()
+	}
+	return h.Store.Update(ctx, f)
+}
+
+// An operator who was told that a device is disabled, or deleted, does not see it assigned afterwards: not when the device
+// was judged just before, and not when its transport repeats a request of long ago.
+func TestOperatorWins(t *testing.T) {
+	off := func(e dps.Enrollment) dps.Enrollment {
+		e.ProvisioningStatus = dps.EnrollmentDisabled
+		return e
+	}
+	for name, act := range map[string]func(*testing.T, *registrationtest.Fixture){
+		"individual disabled": func(t *testing.T, f *registrationtest.Fixture) {
+			f.Put(t, registration.Individual, "own-key", off(registrationtest.Symmetric(f.OwnKey, nil)))
+		},
+		"individual deleted": func(t *testing.T, f *registrationtest.Fixture) {
+			if err := f.Service.DeleteEnrollment(t.Context(), registration.Individual, "own-key", ""); err != nil {
+				t.Error(err)
+			}
+		},
+		"group disabled": func(t *testing.T, f *registrationtest.Fixture) {
+			f.Put(t, registration.Group, "keys", off(registrationtest.Symmetric(f.GroupKey, nil)))
+		},
+		"device of a group blocked": func(t *testing.T, f *registrationtest.Fixture) {
+			f.Put(t, registration.Individual, "dev-1", off(registrationtest.Symmetric(f.OwnKey, nil)))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := registrationtest.NewFixture(t, "a.example")
+			d := f.Derived("dev-1")
+			if strings.HasPrefix(name, "individual") {
+				d = f.ByKey("own-key", f.OwnKey)
+			}
+			s := registration.New(registration.Config{Store: &hook{f.Store, func() { act(t, f) }}, Scope: registrationtest.Scope, Hubs: []string{"a.example"}, Now: f.Now})
+			op, err := s.Register(t.Context(), request(d))
+			if err != nil {
+				if dps.AsError(err).Code != dps.CodeUnauthorized {
+					t.Error(err)
+				}
+				return
+			}
+			if st, err := s.Status(t.Context(), request(d), op.OperationID); err != nil || st.Status != dps.Disabled {
+				t.Errorf("%+v, %v", st, err)
+			}
+		})
+	}
+	f := registrationtest.NewFixture(t, "a.example")
+	d := f.ByKey("own-key", f.OwnKey)
+	register(t, f.Service, d)
+	f.Put(t, registration.Individual, "own-key", off(registrationtest.Symmetric(f.OwnKey, nil)))
+	again := request(d)
+	again.Repeat = true
+	op, err := f.Service.Register(t.Context(), again)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if st, err := f.Service.Status(t.Context(), request(d), op.OperationID); err != nil || st.Status != dps.Disabled {
+		t.Errorf("repeated: %+v, %v", st, err)
+	}
+}
+
+// A device that hangs up and comes again finds its registration, and not its own hanging up.
+func TestHangUp(t *testing.T) {
+	f := registrationtest.NewFixture(t, "a.example")
+	waiting, goOn := make(chan struct{}), make(chan struct{})
+	s := registration.New(registration.Config{Store: &hook{f.Store, func() { close(waiting); <-goOn }}, Scope: registrationtest.Scope, Hubs: []string{"a.example"}, Now: f.Now})
+	d := f.Derived("dev-1")
+	ctx, hangUp := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() { _, _ = s.Register(ctx, request(d)) })
+	<-waiting
+	hangUp()
+	wg.Go(func() {
+		if _, err := s.Register(t.Context(), request(d)); err != nil {
+			t.Errorf("the second call: %v", err)
+		}
+	})
+	time.Sleep(50 * time.Millisecond) // it joins the first
+	close(goOn)
+	wg.Wait()
 }
 
 func entries(e ...bundle.Entry) iter.Seq2[bundle.Entry, error] {

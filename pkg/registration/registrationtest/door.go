@@ -42,7 +42,7 @@ type Fixture struct {
 	Root, Mid *attesttest.Holder
 	Own       *attesttest.Holder // the self-signed certificate of the individual enrollment "own-cert"
 
-	store  registration.Store
+	Store  registration.Store
 	offset atomic.Int64
 }
 
@@ -58,7 +58,7 @@ func NewFixture(t testing.TB, hubs ...string) *Fixture {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = store.Close() })
-	f := &Fixture{store: store, GroupKey: bytes.Repeat([]byte("g"), 64), OwnKey: bytes.Repeat([]byte("k"), 32), OtherKey: bytes.Repeat([]byte("l"), 32)}
+	f := &Fixture{Store: store, GroupKey: bytes.Repeat([]byte("g"), 64), OwnKey: bytes.Repeat([]byte("k"), 32), OtherKey: bytes.Repeat([]byte("l"), 32)}
 	f.Service = f.Replica(hubs...)
 	f.Root = attesttest.CA(t, nil, "factory root")
 	f.Mid = attesttest.CA(t, f.Root, "line 3")
@@ -73,14 +73,14 @@ func NewFixture(t testing.TB, hubs ...string) *Fixture {
 
 // Replica returns another service on the same store.
 func (f *Fixture) Replica(hubs ...string) *registration.Service {
-	return registration.New(registration.Config{Store: f.store, Scope: Scope, Hubs: hubs, Now: f.Now})
+	return registration.New(registration.Config{Store: f.Store, Scope: Scope, Hubs: hubs, Now: f.Now})
 }
 
 // Policy makes, or replaces, a shared access policy with these keys.
 func (f *Fixture) Policy(t testing.TB, name, rights string, primary, secondary []byte) {
 	t.Helper()
 	p := &registration.Policy{Name: name, Rights: rights, Primary: primary, Secondary: secondary}
-	update(t, f.store, func(tx registration.Tx) error { return tx.PutPolicy(strings.ToLower(Scope), p) })
+	update(t, f.Store, func(tx registration.Tx) error { return tx.PutPolicy(strings.ToLower(Scope), p) })
 }
 
 // Put writes an enrollment over whatever is there.
