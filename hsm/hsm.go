@@ -30,6 +30,10 @@ var (
 	ErrUnsupported = errors.New("not supported")
 	// ErrPINIncorrect says that the PIN or passphrase was refused. It is never tried twice.
 	ErrPINIncorrect = errors.New("PIN or passphrase incorrect")
+	// ErrNoPIN says that a PIN or passphrase is needed and that there is nowhere to learn it from.
+	ErrNoPIN = errors.New("no way to learn")
+	// ErrNoModule says that no PKCS#11 module was named.
+	ErrNoModule = errors.New("no PKCS#11 module")
 	// ErrPINLocked says that the PIN is locked, or that one more wrong try would lock it and none was made.
 	ErrPINLocked = errors.New("PIN locked or on its last try")
 	// ErrFull says that the store has no room for another key.

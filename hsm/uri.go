@@ -5,7 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
+	"io"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -290,16 +290,16 @@ func (u URI) ResolvePIN(ctx context.Context, cfg PINConfig) (Secret, error) {
 		if !filepath.IsAbs(path) {
 			path = filepath.Join(cfg.Base, path)
 		}
-		return readPIN(path)
+		return readPIN(path, what)
 	}
 	if path, ok := env(name + "_FILE"); ok && path != "" {
-		return readPIN(path)
+		return readPIN(path, what+" from the file that "+name+"_FILE names")
 	}
 	if pin, ok := env(name); ok && pin != "" {
 		return Secret(pin), nil
 	}
 	if cfg.Prompt == nil {
-		return nil, fmt.Errorf("no way to learn the %s: name a file with pin-source in the key URI, or in %s_FILE", what, name)
+		return nil, fmt.Errorf("%w the %s: name a file with pin-source in the key URI, or in %s_FILE", ErrNoPIN, what, name)
 	}
 	pin, err := cfg.Prompt(ctx, what)
 	if err != nil {
@@ -308,24 +308,25 @@ func (u URI) ResolvePIN(ctx context.Context, cfg PINConfig) (Secret, error) {
 	return pin, nil
 }
 
-// readPIN reads a PIN from a file, less the end of its line.
-func readPIN(path string) (Secret, error) {
+// readPIN reads a PIN or passphrase from a file, less the end of its line.
+func readPIN(path, what string) (_ Secret, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("reading the %s: %w", what, err)
+		}
+	}()
 	f, err := os.Open(path)
 	if err != nil {
-		return nil, fmt.Errorf("reading the PIN: %w", err)
+		return nil, err
 	}
 	defer f.Close()
-	b := make([]byte, maxPIN+3)
-	n, err := f.Read(b)
-	if n == 0 {
-		if errors.Is(err, fs.ErrPermission) {
-			return nil, fmt.Errorf("reading the PIN: %w", err)
-		}
-		return nil, fmt.Errorf("reading the PIN: %s is empty", path)
+	b, err := io.ReadAll(io.LimitReader(f, maxPIN+3))
+	if err != nil {
+		return nil, err
 	}
-	pin := bytes.TrimRight(b[:n], "\r\n")
+	pin := bytes.TrimRight(b, "\r\n")
 	if len(pin) == 0 || len(pin) > maxPIN || bytes.ContainsAny(pin, "\r\n") {
-		return nil, fmt.Errorf("reading the PIN: %s must hold one line of 1 to %d octets", path, maxPIN)
+		return nil, fmt.Errorf("%s must hold one line of 1 to %d octets", path, maxPIN)
 	}
 	return Secret(pin), nil
 }

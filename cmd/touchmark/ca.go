@@ -86,8 +86,17 @@ func (a *app) runCAExport(dir, which, out string, force bool) error {
 	}
 	b := ca.EncodeChain(chain...)
 	if out == "-" {
+		if a.json {
+			return a.printJSON(map[string]string{"which": which, "pem": string(b)})
+		}
 		_, err := a.out.Write(b)
 		return err
 	}
-	return writeFile(out, b, os.FileMode(0o644), force)
+	if err := writeFile(out, b, os.FileMode(0o644), force); err != nil {
+		return err
+	}
+	if a.json {
+		return a.printJSON(map[string]string{"which": which, "out": out})
+	}
+	return nil
 }

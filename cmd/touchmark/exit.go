@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -11,8 +12,10 @@ import (
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/device"
+	"github.com/touchmark/touchmark/pkg/filelock"
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/mint"
+	"github.com/touchmark/touchmark/pkg/settings"
 	"github.com/touchmark/touchmark/pkg/stamp"
 )
 
@@ -68,7 +71,10 @@ type refusedError struct{ error }
 func (e refusedError) Unwrap() error { return e.error }
 
 // partialError is work that was done in part and can be taken up again.
-type partialError struct{ error }
+type partialError struct {
+	error
+	done string // how far it came, if that is known
+}
 
 func (e partialError) Unwrap() error { return e.error }
 
@@ -96,6 +102,10 @@ func (a *app) report(ctx context.Context, err error) int {
 	text := err.Error()
 	if code == exitInterrupted {
 		text = "interrupted"
+		var partial partialError
+		if errors.As(err, &partial) && partial.done != "" {
+			text += ": " + partial.done
+		}
 	}
 	label := a.paint(a.err, "31", "error:")
 	for _, line := range strings.Split(strings.TrimSpace(text), "\n") {
@@ -124,9 +134,8 @@ func classify(ctx context.Context, err error) (code int, help string) {
 	var partial partialError
 	var refused refusedError
 	var denied *device.RefusedError
-	var profile *mint.ProfileError
+	var faults *settings.Error
 	var list *mint.ListError
-	var dup *ledger.DuplicateError
 	switch {
 	case errors.As(err, &partial):
 		if ctx.Err() != nil && errors.Is(err, context.Canceled) {
@@ -137,10 +146,14 @@ func classify(ctx context.Context, err error) (code int, help string) {
 		return exitPartial, help
 	case ctx.Err() != nil && errors.Is(err, context.Canceled):
 		return exitInterrupted, help
-	case errors.As(err, &usage), errors.As(err, &profile), errors.As(err, &list):
+	case errors.Is(err, fs.ErrPermission):
+		return exitRefused, help
+	case errors.As(err, &usage), errors.As(err, &faults), errors.As(err, &list), errors.Is(err, mint.ErrNeedsOut), errors.Is(err, hsm.ErrNoPIN),
+		errors.Is(err, hsm.ErrNoModule), strings.HasPrefix(err.Error(), "if any flags in the group"):
 		return exitUsage, help
 	case strings.HasPrefix(err.Error(), "unknown command"), strings.HasPrefix(err.Error(), "required flag"):
-		return exitUsage, "touchmark --help shows the commands"
+		suggest("touchmark --help shows the commands")
+		return exitUsage, help
 	case errors.Is(err, hsm.ErrPINIncorrect):
 		suggest("it was tried once and will not be tried again by itself; check the file that pin-source or the environment names (touchmark help environment), or unset it to be asked")
 		return exitRefused, help
@@ -152,14 +165,15 @@ func classify(ctx context.Context, err error) (code int, help string) {
 	case errors.Is(err, bundle.ErrUntrusted):
 		suggest("name the station's public key with --trust station.pem, if it is one that you trust")
 		return exitUnverified, help
+	case errors.Is(err, ledger.ErrStation):
+		suggest("name the public key of the station that keeps this ledger with --trust")
+		return exitUnverified, help
 	case errors.Is(err, bundle.ErrCorrupt), errors.Is(err, ledger.ErrDamaged):
 		return exitUnverified, help
-	case errors.As(err, &dup):
-		suggest("touchmark ledger show --line DIR --serial " + dup.Unit.Serial + " tells more")
 	case errors.Is(err, ledger.ErrFull), errors.Is(err, stamp.ErrFull), errors.Is(err, mint.ErrNoSpace):
 		suggest("make room on the disk and run the same command again")
-	case errors.Is(err, ledger.ErrLocked):
-		suggest("another touchmark is at work on this line: wait for it, or stop it")
+	case errors.Is(err, filelock.ErrLocked):
+		suggest("another touchmark is at work there: wait for it, or stop it")
 	case errors.Is(err, hsm.ErrFull):
 		suggest("the token has no room for more keys: delete some, or make device keys in memory")
 	}

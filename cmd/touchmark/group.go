@@ -48,8 +48,8 @@ line's token.`,
 }
 
 func (a *app) runGroupKey(ctx context.Context, o *groupKeyOptions) error {
-	if err := dps.CheckRegistrationID(o.name); err != nil {
-		return usageError{fmt.Errorf("group name: %w", err)}
+	if err := dps.CheckGroupID(o.name); err != nil {
+		return usageError{err}
 	}
 	o.recipient = strings.TrimSpace(o.recipient)
 	if _, err := sealing.ParseRecipient(o.recipient); err != nil {

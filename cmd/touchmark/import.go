@@ -103,7 +103,7 @@ func (a *app) runImport(ctx context.Context, o *importOptions) error {
 		return err
 	}
 	if res.Conflicting > 0 {
-		return hint(partialError{fmt.Errorf("%d entries conflict with what the service knows and were left out", res.Conflicting)},
+		return hint(partialError{error: fmt.Errorf("%d entries conflict with what the service knows and were left out", res.Conflicting)},
 			"delete the old enrollment first where the bundle is right")
 	}
 	return nil
@@ -117,7 +117,7 @@ func importError(err error) error {
 	}
 	switch {
 	case se.code.Status() == http.StatusUnauthorized:
-		return refusedError{err}
+		return hint(refusedError{err}, "the connection string is not this service's, or not any more: take the one in owner.connection of its data directory")
 	case se.code == dps.CodeBundleUntrusted:
 		return fmt.Errorf("%w: %w", bundle.ErrUntrusted, err)
 	case se.code == dps.CodeBundleCorrupt:

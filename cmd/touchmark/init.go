@@ -122,7 +122,6 @@ func (a *app) runInit(ctx context.Context, o *initOptions) (err error) {
 	make := func(name string, usage hsm.Usage) (hsm.Key, error) {
 		k, err := store.Generate(ctx, hsm.Spec{Name: name, Algorithm: hsm.ECP256, Usage: usage})
 		if err != nil {
-			err = fmt.Errorf("making key %q: %w", name, err)
 			if errors.Is(err, hsm.ErrExists) {
 				err = hint(err, "another line has its keys there: say --key-prefix NAME-")
 			}
@@ -214,16 +213,16 @@ func (a *app) createKeyFiles(ctx context.Context, uri hsm.URI, base string) erro
 		path = filepath.Join(base, path)
 	}
 	asked := false
-	pass, err := uri.ResolvePIN(ctx, hsm.PINConfig{Base: base, Env: a.env, Prompt: func(_ context.Context, what string) (hsm.Secret, error) {
+	pass, err := uri.ResolvePIN(ctx, hsm.PINConfig{Base: base, Env: a.env, Prompt: func(ctx context.Context, what string) (hsm.Secret, error) {
 		asked = true
-		return a.askSecret("New " + what)
+		return a.askSecret(ctx, "new "+what)
 	}})
 	if err != nil {
 		return err
 	}
 	defer pass.Wipe()
 	if asked {
-		again, err := a.askSecret("The same again")
+		again, err := a.askSecret(ctx, "same again")
 		if err != nil {
 			return err
 		}

@@ -183,7 +183,7 @@ func (a *app) runKeyNew(ctx context.Context, o *keyOptions) error {
 	return a.withStore(ctx, o, func(store hsm.Store, _ *line) error {
 		k, err := store.Generate(ctx, hsm.Spec{Name: o.name, Algorithm: alg})
 		if err != nil {
-			return fmt.Errorf("making key %q: %w", o.name, err)
+			return err
 		}
 		r, err := describeKey(ctx, k)
 		if err != nil {
@@ -202,11 +202,11 @@ func (a *app) runKeyDelete(ctx context.Context, o *keyOptions) error {
 		if l != nil && slices.Contains([]string{l.Keys.Root, l.Keys.Issuing, l.Keys.Station, l.Keys.Recipient}, o.name) {
 			a.note("warning: the line cannot work without key %s", o.name)
 		}
-		if err := a.confirm(o.yes, "deleting key "+o.name, o.name); err != nil {
+		if err := a.confirm(ctx, o.yes, "deleting key "+o.name, o.name); err != nil {
 			return err
 		}
 		if err := store.Delete(ctx, o.name); err != nil {
-			return fmt.Errorf("deleting key %q: %w", o.name, err)
+			return err
 		}
 		if a.json {
 			return a.printJSON(map[string]any{"deleted": o.name})
@@ -252,7 +252,7 @@ func (a *app) runKeyImport(ctx context.Context, o *keyOptions) error {
 		if err := json.Unmarshal(plain, &doc); err != nil || doc.PrimaryKey == "" {
 			return fmt.Errorf("%s opens, and holds no group key", o.in)
 		}
-		if err := dps.CheckRegistrationID(doc.Group); err != nil {
+		if err := dps.CheckGroupID(doc.Group); err != nil {
 			return fmt.Errorf("%s opens, and names no group: %w", o.in, err)
 		}
 		secret, err := base64.StdEncoding.DecodeString(doc.PrimaryKey)
@@ -263,7 +263,7 @@ func (a *app) runKeyImport(ctx context.Context, o *keyOptions) error {
 		defer key.Wipe()
 		made, err := store.Import(ctx, hsm.Spec{Name: o.name, Algorithm: hsm.HMACSHA256}, key)
 		if err != nil {
-			return fmt.Errorf("importing key %q: %w", o.name, err)
+			return err
 		}
 		r, err := describeKey(ctx, made)
 		if err != nil {
@@ -298,7 +298,7 @@ func unseal(sealed []byte, identities ...age.Identity) (hsm.Secret, error) {
 func (a *app) readInput(path string, limit int64) ([]byte, error) {
 	in := a.in
 	if path != "-" {
-		f, err := os.Open(path)
+		f, err := openFile(path)
 		if err != nil {
 			return nil, err
 		}

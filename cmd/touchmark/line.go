@@ -12,7 +12,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/pelletier/go-toml/v2"
 	"github.com/spf13/cobra"
 
 	"github.com/touchmark/touchmark/hsm"
@@ -22,6 +21,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/mint"
+	"github.com/touchmark/touchmark/pkg/settings"
 	"github.com/touchmark/touchmark/templates"
 )
 
@@ -83,35 +83,18 @@ func (a *app) loadLine(dir string) (*line, error) {
 		return nil, err
 	}
 	l := &line{dir: dir}
-	err = toml.NewDecoder(strings.NewReader(string(b))).DisallowUnknownFields().Decode(&l.lineConfig)
-	var unknown *toml.StrictMissingError
-	var bad *toml.DecodeError
-	switch {
-	case errors.As(err, &unknown):
-		var all []string
-		for _, e := range unknown.Errors {
-			row, _ := e.Position()
-			all = append(all, fmt.Sprintf("%s, line %d: %s is not a setting", path, row, strings.Join(e.Key(), ".")))
-		}
-		return nil, usageError{errors.New(strings.Join(all, "\n"))}
-	case errors.As(err, &bad):
-		row, _ := bad.Position()
-		return nil, usageError{fmt.Errorf("%s, line %d: %s", path, row, strings.TrimPrefix(bad.Error(), "toml: "))}
-	case err != nil:
-		return nil, usageError{fmt.Errorf("%s: %w", path, err)}
-	}
-	var all []error
+	faults := settings.Decode(path, b, &l.lineConfig)
 	if err := dps.CheckIDScope(l.IDScope); err != nil {
-		all = append(all, fmt.Errorf("%s: id-scope: %w", path, err))
+		faults.Key("id-scope", "id-scope: %v", err)
 	}
-	for name, v := range map[string]string{"name": l.Name, "global-endpoint": l.GlobalEndpoint, "store": l.Store,
-		"keys.root": l.Keys.Root, "keys.issuing": l.Keys.Issuing, "keys.station": l.Keys.Station, "keys.recipient": l.Keys.Recipient} {
-		if v == "" {
-			all = append(all, fmt.Errorf("%s: %s is missing", path, name))
+	for _, must := range [][2]string{{"name", l.Name}, {"global-endpoint", l.GlobalEndpoint}, {"store", l.Store}, {"keys.root", l.Keys.Root},
+		{"keys.issuing", l.Keys.Issuing}, {"keys.station", l.Keys.Station}, {"keys.recipient", l.Keys.Recipient}} {
+		if must[1] == "" {
+			faults.Key(must[0], "%s is missing", must[0])
 		}
 	}
-	if len(all) > 0 {
-		return nil, usageError{errors.Join(all...)}
+	if err := faults.Err(); err != nil {
+		return nil, err
 	}
 	return l, nil
 }
@@ -128,8 +111,8 @@ func (a *app) openStore(ctx context.Context, raw, base string) (hsm.Store, error
 		a.note("warning: %s", w)
 	}
 	pin := func(ctx context.Context) (hsm.Secret, error) {
-		return uri.ResolvePIN(ctx, hsm.PINConfig{Base: base, Env: a.env, Prompt: func(_ context.Context, what string) (hsm.Secret, error) {
-			return a.askSecret(what)
+		return uri.ResolvePIN(ctx, hsm.PINConfig{Base: base, Env: a.env, Prompt: func(ctx context.Context, what string) (hsm.Secret, error) {
+			return a.askSecret(ctx, what)
 		}})
 	}
 	if uri.Scheme == hsm.SchemeFile {
@@ -137,9 +120,17 @@ func (a *app) openStore(ctx context.Context, raw, base string) (hsm.Store, error
 		if !filepath.IsAbs(dir) {
 			dir = filepath.Join(base, dir)
 		}
-		return keyfile.Open(ctx, keyfile.Config{Dir: dir, Passphrase: pin})
+		store, err := keyfile.Open(ctx, keyfile.Config{Dir: dir, Passphrase: pin})
+		if err != nil {
+			return nil, err // and not a nil pointer that is no nil interface
+		}
+		return store, nil
 	}
-	return pkcs11.Open(ctx, pkcs11.Config{URI: uri, PIN: pin})
+	store, err := pkcs11.Open(ctx, pkcs11.Config{URI: uri, PIN: pin})
+	if err != nil {
+		return nil, err
+	}
+	return store, nil
 }
 
 func (a *app) openLineStore(ctx context.Context, l *line) (hsm.Store, error) {
@@ -259,7 +250,7 @@ func readCertificates(path string) ([]*x509.Certificate, error) {
 func readPublicKey(path string) (crypto.PublicKey, error) {
 	b, err := readSmall(path)
 	if err != nil {
-		return nil, err
+		return nil, usageError{fmt.Errorf("reading a public key: %w", err)}
 	}
 	block, _ := pem.Decode(b)
 	if block == nil {
@@ -287,6 +278,10 @@ func readPublicKey(path string) (crypto.PublicKey, error) {
 func writeFile(path string, data []byte, mode fs.FileMode, force bool) (err error) {
 	dir := filepath.Dir(path)
 	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*")
+	var file *fs.PathError
+	if errors.As(err, &file) {
+		return fmt.Errorf("writing %s: %w", path, file.Err) // the temporary file's name tells nobody anything
+	}
 	if err != nil {
 		return err
 	}

@@ -8,6 +8,8 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"slices"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -61,6 +63,8 @@ type app struct {
 	color   string
 }
 
+var colorModes = []string{"auto", "always", "never"}
+
 func newRoot(a *app) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "touchmark",
@@ -75,14 +79,23 @@ The journey:  init → mint → (bundle) → serve → import → register`,
 		SilenceErrors:     true,
 		SilenceUsage:      true,
 		DisableAutoGenTag: true,
+		Version:           versionText(),
 		Args:              cobra.NoArgs,
 		RunE:              func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		PersistentPreRunE: func(*cobra.Command, []string) error {
+			if !slices.Contains(colorModes, a.color) {
+				return usageError{fmt.Errorf("--color %s: want %s", a.color, strings.Join(colorModes, ", "))}
+			}
+			return nil
+		},
 	}
+	root.SetVersionTemplate("touchmark {{.Version}}\n")
 	f := root.PersistentFlags()
 	f.BoolVar(&a.json, "json", false, "print one JSON object, or one per line for lists")
 	f.BoolVar(&a.quiet, "quiet", false, "no progress on stderr")
 	f.BoolVar(&a.noInput, "no-input", false, "never ask on the terminal")
-	f.StringVar(&a.color, "color", "auto", "colour on a terminal: auto, always, never")
+	f.StringVar(&a.color, "color", colorModes[0], "colour on a terminal: "+strings.Join(colorModes, ", "))
+	_ = root.RegisterFlagCompletionFunc("color", cobra.FixedCompletions(colorModes, cobra.ShellCompDirectiveNoFileComp))
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w\nusage: %s", err, cmd.UseLine())}
 	})
@@ -135,7 +148,11 @@ func parent(use, short string, subs ...*cobra.Command) *cobra.Command {
 	c := &cobra.Command{
 		Use: use, Short: short, Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return usageError{fmt.Errorf("which one?\n%s", cmd.UsageString())}
+			var names []string
+			for _, s := range cmd.Commands() {
+				names = append(names, s.Name())
+			}
+			return hint(usageError{fmt.Errorf("%s what? One of %s", cmd.CommandPath(), strings.Join(names, ", "))}, "%s --help tells more", cmd.CommandPath())
 		},
 	}
 	c.AddCommand(subs...)

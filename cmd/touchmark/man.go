@@ -19,9 +19,10 @@ func newMan(a *app) *cobra.Command {
 			if err := doc.GenManTree(cmd.Root(), &doc.GenManHeader{Title: "TOUCHMARK", Section: "1", Source: "touchmark"}, args[0]); err != nil {
 				return err
 			}
-			if !a.json {
-				fmt.Fprintf(a.out, "Manual pages are in %s\n", args[0])
+			if a.json {
+				return a.printJSON(map[string]string{"directory": args[0]})
 			}
+			fmt.Fprintf(a.out, "Manual pages are in %s\n", args[0])
 			return nil
 		},
 	}

@@ -71,6 +71,7 @@ type mintResult struct {
 	Minted  int             `json:"minted"`
 	Before  int             `json:"before"`
 	Voided  int             `json:"voided"`
+	Absent  int             `json:"absent"` // units minted before whose stamps are not in Out any more
 	Resumed bool            `json:"resumed"`
 	Out     string          `json:"out,omitempty"`
 	Bundle  *bundle.Summary `json:"bundle,omitempty"`
@@ -80,6 +81,9 @@ type mintResult struct {
 
 func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 	start := time.Now()
+	if o.jobs < 0 {
+		return usageError{fmt.Errorf("--jobs %d: want 1 or more", o.jobs)}
+	}
 	l, err := a.loadLine(o.line)
 	if err != nil {
 		return err
@@ -106,6 +110,11 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 	}
 	if o.out != "" {
 		if o.out, err = filepath.Abs(o.out); err != nil {
+			return err
+		}
+	}
+	if o.bundle != "" {
+		if o.bundle, err = filepath.Abs(o.bundle); err != nil {
 			return err
 		}
 	}
@@ -178,22 +187,28 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 		sink = w.Add
 	}
 	summary, err := run.Mint(ctx, sink)
-	res.Minted, res.Before, res.Voided, res.Resumed = summary.Minted, summary.Before, summary.Voided, summary.Resumed && summary.Before > 0
+	res.Minted, res.Before, res.Voided, res.Absent = summary.Minted, summary.Before, summary.Voided, summary.Absent
+	res.Resumed = summary.Resumed && summary.Before > 0
 	progress.clear()
 	if err != nil {
 		for range led.Units(context.WithoutCancel(ctx), run.Job().ID) {
-			return partialError{err} // something of this job is in the ledger
+			// Something of this job is in the ledger.
+			return partialError{err, fmt.Sprintf("%d of %d devices are done", summary.Before+summary.Minted, len(list.Rows))}
+		}
+		var dup *ledger.DuplicateError
+		if errors.As(err, &dup) {
+			return hint(err, "touchmark ledger show --line %s --serial %s tells more", l.dir, dup.Unit.Serial)
 		}
 		return err
 	}
 	if w != nil {
 		sum, err := a.finishBundle(ctx, w, led)
 		if err != nil {
-			return partialError{err}
+			return partialError{error: err}
 		}
 		res.Bundle, res.Path = &sum, o.bundle
 		if err := mint.Seal(ctx, led, summary, sum.ID); err != nil {
-			return partialError{err}
+			return partialError{error: err}
 		}
 	}
 	res.Seconds = time.Since(start).Seconds()
@@ -239,6 +254,9 @@ func (a *app) printMint(res *mintResult) error {
 	}
 	if res.Voided > 0 {
 		rows = append(rows, []string{"  voided", fmt.Sprintf("%d (keys lost in a crash; their serials have new ones)", res.Voided)})
+	}
+	if res.Absent > 0 {
+		rows = append(rows, []string{"  stamps not here", fmt.Sprintf("%d (moved away since they were minted; a key is never made twice)", res.Absent)})
 	}
 	if res.Out != "" {
 		rows = append(rows, []string{"Stamps", res.Out})

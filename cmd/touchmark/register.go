@@ -5,6 +5,7 @@ import (
 	"crypto"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 
 	"github.com/spf13/cobra"
@@ -55,6 +56,9 @@ func (a *app) runRegister(ctx context.Context, o *registerOptions) (err error) {
 		return err
 	}
 	stamp, err := device.LoadStamp(o.stamp)
+	if errors.Is(err, fs.ErrNotExist) {
+		return usageError{err}
+	}
 	if err != nil {
 		return err
 	}
@@ -68,8 +72,12 @@ func (a *app) runRegister(ctx context.Context, o *registerOptions) (err error) {
 		cfg.Signer = signer
 	}
 	state, err := device.Register(ctx, cfg)
+	var refused *device.RefusedError
+	if errors.As(err, &refused) {
+		return hint(err, "the service does not know the device with this proof: was its bundle imported there, and is the stamp that of the last minting?")
+	}
 	if err != nil {
-		return err
+		return connectHint(err)
 	}
 	if state.Status == dps.Assigned {
 		if err := device.SaveAssignment(o.stamp, state); err != nil {

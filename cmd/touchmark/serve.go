@@ -32,6 +32,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/ca"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/filelock"
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/mqttd"
 	"github.com/touchmark/touchmark/pkg/registration"
@@ -59,6 +60,8 @@ const (
 	connectionFile = "owner.connection"
 	trustDir       = "trust"
 )
+
+const lockFile = "service.lock"
 
 const ownerPolicy = "provisioningserviceowner"
 
@@ -116,6 +119,11 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
+	lock, err := filelock.Lock(filepath.Join(dir, lockFile))
+	if err != nil {
+		return fmt.Errorf("opening the service's directory %s: %w", dir, err)
+	}
+	defer lock.Close()
 	d := &serviceData{dir: dir}
 	if err := d.load(o); err != nil {
 		return err
@@ -211,6 +219,11 @@ func listen(what, address string) (net.Listener, error) {
 	l, err := net.Listen("tcp", address)
 	if err != nil {
 		err = fmt.Errorf("opening the %s door: %w", what, err)
+		var address *net.AddrError
+		var name *net.DNSError
+		if errors.As(err, &address) || errors.As(err, &name) {
+			return nil, hint(usageError{err}, "--%s wants HOST:PORT, :PORT or off", what)
+		}
 		if errors.Is(err, syscall.EADDRINUSE) {
 			return nil, hint(err, "another program listens there: stop it, or choose another address with --%s", what)
 		}

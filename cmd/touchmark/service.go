@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/touchmark/touchmark/pkg/dps"
@@ -144,12 +145,7 @@ func (s *service) call(ctx context.Context, method, path string, query url.Value
 	req.Header.Set("Authorization", s.token(time.Now()))
 	res, err := s.client.Do(req)
 	if err != nil {
-		var unknown x509.UnknownAuthorityError
-		err = fmt.Errorf("calling the service at %s: %w", s.host, err)
-		if errors.As(err, &unknown) {
-			err = hint(err, "name the CA of the service's certificate with --ca")
-		}
-		return err
+		return connectHint(fmt.Errorf("calling the service at %s: %w", s.host, err))
 	}
 	defer res.Body.Close()
 	b, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer))
@@ -174,6 +170,27 @@ func (s *service) call(ctx context.Context, method, path string, query url.Value
 		return fmt.Errorf("the answer of %s is not what was expected: %w", s.host, err)
 	}
 	return nil
+}
+
+// connectHint says what helps most often against what keeps two programs from talking.
+func connectHint(err error) error {
+	var unknown x509.UnknownAuthorityError
+	var name x509.HostnameError
+	var record tls.RecordHeaderError
+	var lookup *net.DNSError
+	switch {
+	case errors.As(err, &unknown):
+		return hint(err, "the service's certificate is from a CA that is not trusted here: name its file with --ca (touchmark serve keeps it in ca.pem)")
+	case errors.As(err, &name):
+		return hint(err, "the service's certificate is for other names: use one of them, or start the service with --hostname")
+	case errors.As(err, &record):
+		return hint(err, "what answers there does not speak TLS: look at the port")
+	case errors.As(err, &lookup):
+		return hint(err, "the host's name is not known here: look at its spelling, or at this machine's name service")
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return hint(err, "nothing listens there: is the service running, and is this its port?")
+	}
+	return err
 }
 
 func (s *service) callJSON(ctx context.Context, method, path string, in, out any) error {

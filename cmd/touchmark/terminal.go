@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -106,19 +107,46 @@ func (a *app) table(header []string, rows [][]string) error {
 }
 
 // askSecret reads a PIN or passphrase from the terminal without showing it.
-func (a *app) askSecret(what string) ([]byte, error) {
+func (a *app) askSecret(ctx context.Context, what string) ([]byte, error) {
+	if a.noInput {
+		return nil, usageError{fmt.Errorf("--no-input forbids to ask for the %s", what)}
+	}
 	f, ok := a.in.(*os.File)
-	if a.noInput || !ok || !term.IsTerminal(int(f.Fd())) {
-		return nil, usageError{fmt.Errorf("no terminal to ask for %s on", what)}
+	if !ok || !term.IsTerminal(int(f.Fd())) {
+		return nil, usageError{fmt.Errorf("no terminal to ask for the %s on", what)}
+	}
+	state, err := term.GetState(int(f.Fd()))
+	if err != nil {
+		return nil, err
 	}
 	fmt.Fprintf(a.err, "%s: ", what)
-	b, err := term.ReadPassword(int(f.Fd()))
-	fmt.Fprintln(a.err)
-	return b, err
+	defer fmt.Fprintln(a.err)
+	return interruptible(ctx, func() ([]byte, error) { return term.ReadPassword(int(f.Fd())) }, func() { _ = term.Restore(int(f.Fd()), state) })
+}
+
+// interruptible waits for a person's answer, and no longer than the context. What reads on behind it ends with the program.
+func interruptible[T any](ctx context.Context, read func() (T, error), restore func()) (T, error) {
+	type answer struct {
+		v   T
+		err error
+	}
+	done := make(chan answer, 1)
+	go func() {
+		v, err := read()
+		done <- answer{v, err}
+	}()
+	select {
+	case x := <-done:
+		return x.v, x.err
+	case <-ctx.Done():
+		restore()
+		var none T
+		return none, ctx.Err()
+	}
 }
 
 // confirm makes sure of something that destroys: --yes, or the name typed back.
-func (a *app) confirm(yes bool, what, name string) error {
+func (a *app) confirm(ctx context.Context, yes bool, what, name string) error {
 	if yes {
 		return nil
 	}
@@ -126,7 +154,10 @@ func (a *app) confirm(yes bool, what, name string) error {
 		return usageError{fmt.Errorf("%s cannot be undone: say --yes", what)}
 	}
 	fmt.Fprintf(a.err, "%s cannot be undone. Type %s to go on: ", what, name)
-	line, err := bufio.NewReader(a.in).ReadString('\n')
+	line, err := interruptible(ctx, func() (string, error) { return bufio.NewReader(a.in).ReadString('\n') }, func() {})
+	if ctx.Err() != nil {
+		return err
+	}
 	if err != nil || strings.TrimSpace(line) != name {
 		return refusedError{fmt.Errorf("%s: not confirmed", what)}
 	}

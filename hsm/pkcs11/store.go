@@ -68,7 +68,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		path = os.Getenv("TOUCHMARK_PKCS11_MODULE")
 	}
 	if path == "" {
-		return nil, errors.New("no PKCS#11 module: name its library with module-path in the key URI, or in TOUCHMARK_PKCS11_MODULE")
+		return nil, fmt.Errorf("%w: name its library with module-path in the key URI, or in TOUCHMARK_PKCS11_MODULE", hsm.ErrNoModule)
 	}
 	mod, err := loadModule(path)
 	if err != nil {
@@ -94,7 +94,7 @@ func (s *Store) start(ctx context.Context, cfg Config) error {
 			return err
 		}
 		if cfg.PIN == nil {
-			return errors.New("it needs a PIN and there is no way to learn it")
+			return fmt.Errorf("%w its PIN", hsm.ErrNoPIN)
 		}
 		if s.pin, err = cfg.PIN(ctx); err != nil {
 			return err

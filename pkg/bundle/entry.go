@@ -41,7 +41,7 @@ func (e *Entry) Check() error {
 		}
 		return nil
 	case e.Group != nil && e.Individual == nil && e.Device == nil:
-		if err := dps.CheckRegistrationID(e.Group.EnrollmentGroupID); err != nil {
+		if err := dps.CheckGroupID(e.Group.EnrollmentGroupID); err != nil {
 			return fmt.Errorf("enrollment group: %w", err)
 		}
 		if err := e.Group.Attestation.Check(); err != nil {
@@ -52,7 +52,7 @@ func (e *Entry) Check() error {
 		if err := dps.CheckRegistrationID(e.Device.RegistrationID); err != nil {
 			return err
 		}
-		return dps.CheckRegistrationID(e.Device.Group)
+		return dps.CheckGroupID(e.Device.Group)
 	}
 	return errors.New("entry must hold exactly one of individual, group and device")
 }

@@ -98,6 +98,14 @@ func Verify(r io.Reader, cfg OpenConfig) (Summary, error) {
 	return Summary{ID: m.ID, IDScope: m.IDScope, Created: m.Created, Entries: m.Counts.Total(), Counts: m.Counts, KeyID: b.keyID}, nil
 }
 
+// errNoBundle says that a file is something else altogether. It counts as ErrCorrupt.
+var errNoBundle error = notBundle{}
+
+type notBundle struct{}
+
+func (notBundle) Error() string        { return "not a touchmark bundle" }
+func (notBundle) Is(target error) bool { return target == ErrCorrupt }
+
 func corrupt(format string, args ...any) error {
 	return fmt.Errorf("%w: %w", ErrCorrupt, fmt.Errorf(format, args...))
 }
@@ -115,9 +123,15 @@ const block = 512
 func (m *members) next(name string, limit int64) ([]byte, error) {
 	raw := make([]byte, block)
 	if _, err := io.ReadFull(m.r, raw); err != nil {
+		if !m.seen {
+			return nil, errNoBundle
+		}
 		return nil, corrupt("it ends before %s", name)
 	}
 	h, err := tar.NewReader(bytes.NewReader(raw)).Next()
+	if err != nil && !m.seen {
+		return nil, errNoBundle
+	}
 	if err != nil {
 		return nil, corrupt("the header of %s: %w", name, err)
 	}

@@ -74,7 +74,7 @@ func NewWriter(cfg WriterConfig) (*Writer, error) {
 	// no name once it is open: a crash leaves nothing behind.
 	spool, err := os.CreateTemp(filepath.Dir(cfg.Path), ".bundle-*")
 	if err != nil {
-		return nil, fmt.Errorf("writing bundle: %w", err)
+		return nil, writing(cfg.Path, err)
 	}
 	if err := os.Remove(spool.Name()); err != nil {
 		return nil, errors.Join(err, spool.Close())
@@ -86,6 +86,15 @@ func NewWriter(cfg WriterConfig) (*Writer, error) {
 	w := &Writer{cfg: cfg, spool: spool, zstd: enc}
 	w.manifest = Manifest{Version: formatVersion, Created: cfg.Created.UTC().Format(time.RFC3339), IDScope: cfg.IDScope, Info: cfg.Info, Entries: []Chunk{}}
 	return w, nil
+}
+
+// writing says what could not be written by its own name: the temporary files' names tell nobody anything.
+func writing(path string, err error) error {
+	var file *fs.PathError
+	if errors.As(err, &file) {
+		err = file.Err
+	}
+	return fmt.Errorf("writing bundle %s: %w", path, err)
 }
 
 // sealedKey is a line of a sealed chunk.
@@ -212,7 +221,7 @@ func (w *Writer) put(list *[]Chunk, name string, b []byte, count int64) error {
 		return fmt.Errorf("bundle member %s is too large", name)
 	}
 	if _, err := w.spool.Write(b); err != nil {
-		return fmt.Errorf("writing bundle: %w", err)
+		return writing(w.cfg.Path, err)
 	}
 	sum := sha256.Sum256(b)
 	c := Chunk{Name: name, Size: int64(len(b)), SHA256: hex.EncodeToString(sum[:]), Count: count}
@@ -279,7 +288,7 @@ func (w *Writer) Close() (_ Summary, err error) {
 
 	out, err := os.CreateTemp(filepath.Dir(w.cfg.Path), "."+filepath.Base(w.cfg.Path)+".*")
 	if err != nil {
-		return none, fmt.Errorf("writing bundle: %w", err)
+		return none, writing(w.cfg.Path, err)
 	}
 	defer func() {
 		if err != nil {
@@ -288,14 +297,14 @@ func (w *Writer) Close() (_ Summary, err error) {
 		}
 	}()
 	if err := w.assemble(out, manifest, signature); err != nil {
-		return none, fmt.Errorf("writing bundle: %w", err)
+		return none, writing(w.cfg.Path, err)
 	}
 	size, err := out.Seek(0, io.SeekCurrent)
 	if err != nil {
 		return none, err
 	}
 	if err := errors.Join(out.Chmod(0o644), out.Sync(), out.Close()); err != nil {
-		return none, fmt.Errorf("writing bundle: %w", err)
+		return none, writing(w.cfg.Path, err)
 	}
 	if w.cfg.Overwrite {
 		err = os.Rename(out.Name(), w.cfg.Path)
@@ -303,7 +312,7 @@ func (w *Writer) Close() (_ Summary, err error) {
 		err = os.Remove(out.Name())
 	}
 	if err != nil {
-		return none, fmt.Errorf("writing bundle: %w", err)
+		return none, writing(w.cfg.Path, err)
 	}
 	dir, err := os.Open(filepath.Dir(w.cfg.Path))
 	if err != nil {

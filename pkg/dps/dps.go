@@ -18,22 +18,27 @@ const (
 	MaxCommonName     = 64
 )
 
-// CheckRegistrationID says what keeps id from being a registration ID or an enrollment group ID: 1 to 128 letters, digits
-// and "-._:", the last of them a letter, a digit or "-". It returns nil for a good one.
-func CheckRegistrationID(id string) error {
+// CheckRegistrationID says what keeps id from being a registration ID: 1 to 128 letters, digits and "-._:", the last of them
+// a letter, a digit or "-". It returns nil for a good one.
+func CheckRegistrationID(id string) error { return checkID("registration ID", id) }
+
+// CheckGroupID says what keeps id from being an enrollment group ID, which has the grammar of a registration ID.
+func CheckGroupID(id string) error { return checkID("group ID", id) }
+
+func checkID(what, id string) error {
 	if id == "" {
-		return fmt.Errorf("registration ID is empty")
+		return fmt.Errorf("%s is empty", what)
 	}
 	if len(id) > MaxRegistrationID {
-		return fmt.Errorf("registration ID has %d characters, at most %d are allowed", len(id), MaxRegistrationID)
+		return fmt.Errorf("%s has %d characters, at most %d are allowed", what, len(id), MaxRegistrationID)
 	}
 	for i := 0; i < len(id); i++ {
 		if !idByte(id[i]) {
-			return fmt.Errorf("registration ID %q: character %d is not one of letters, digits and -._: characters", id, i+1)
+			return fmt.Errorf("%s %q: character %d is not one of letters, digits and -._: characters", what, id, i+1)
 		}
 	}
 	if c := id[len(id)-1]; c == '.' || c == '_' || c == ':' {
-		return fmt.Errorf("registration ID %q ends in %q: the last character must be a letter, a digit or -", id, c)
+		return fmt.Errorf("%s %q ends in %q: the last character must be a letter, a digit or -", what, id, c)
 	}
 	return nil
 }

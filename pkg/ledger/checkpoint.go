@@ -27,6 +27,9 @@ func checkpointText(origin string, size int64, root tlog.Hash) string {
 	return origin + "\n" + strconv.FormatInt(size, 10) + "\n" + base64.StdEncoding.EncodeToString(root[:]) + "\n"
 }
 
+// ErrStation says that a checkpoint is signed by another key than the one it was held against.
+var ErrStation = errors.New("the checkpoint is not signed by this station key")
+
 // A Checkpoint is what a signed checkpoint says.
 type Checkpoint struct {
 	Origin string `json:"origin"`
@@ -47,6 +50,10 @@ func OpenCheckpoint(signed []byte, pub crypto.PublicKey) (Checkpoint, error) {
 	}
 	n, err := note.Open(signed, note.VerifierList(v))
 	if err != nil {
+		var other *note.UnverifiedNoteError
+		if errors.As(err, &other) {
+			return c, ErrStation
+		}
 		return c, fmt.Errorf("checkpoint: %w", err)
 	}
 	lines := strings.Split(n.Text, "\n")

@@ -30,8 +30,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
-	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -39,12 +40,12 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 	"modernc.org/sqlite" // also registers the driver
 	sqlite3 "modernc.org/sqlite/lib"
+
+	"github.com/touchmark/touchmark/pkg/filelock"
 )
 
 // Errors that callers branch on.
 var (
-	// ErrLocked says that another process is writing this ledger.
-	ErrLocked = errors.New("ledger is in use by another process")
 	// ErrClock says that the clock stands before the ledger's last entry.
 	ErrClock = errors.New("clock is behind the ledger")
 	// ErrDamaged says that the ledger does not verify.
@@ -63,8 +64,11 @@ type DuplicateError struct {
 
 // Error tells where and when the value was first made.
 func (e *DuplicateError) Error() string {
-	return fmt.Sprintf("%s %s was first made on %s with profile %s (serial %s, %s)", e.Field, e.Value,
-		e.Unit.At.UTC().Format(time.RFC3339), e.Job.Profile, e.Unit.Serial, e.Unit.State)
+	whose := e.Unit.State.String()
+	if e.Field != "serial" {
+		whose = "serial " + e.Unit.Serial + ", " + whose
+	}
+	return fmt.Sprintf("%s %s was first made on %s with profile %s (%s)", e.Field, e.Value, e.Unit.At.UTC().Format(time.RFC3339), e.Job.Profile, whose)
 }
 
 // Config says where a ledger is and who signs it.
@@ -203,7 +207,7 @@ func Create(ctx context.Context, cfg Config) (err error) {
 	return err
 }
 
-// Open opens a ledger for writing and holds its lock until Close. The error is ErrLocked while another process has it.
+// Open opens a ledger for writing and holds its lock until Close. The error is filelock.ErrLocked while another process has it.
 func Open(ctx context.Context, cfg Config) (*Ledger, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
@@ -211,7 +215,7 @@ func Open(ctx context.Context, cfg Config) (*Ledger, error) {
 	if _, err := os.Stat(cfg.Path); err != nil {
 		return nil, fmt.Errorf("opening ledger: %w", err)
 	}
-	lock, err := lockFile(cfg.Path + ".lock")
+	lock, err := filelock.Lock(cfg.Path + ".lock")
 	if err != nil {
 		return nil, fmt.Errorf("opening ledger %s: %w", cfg.Path, err)
 	}
@@ -223,7 +227,7 @@ func Open(ctx context.Context, cfg Config) (*Ledger, error) {
 		l.signer, err = newSigner(cfg.Origin, cfg.Signer)
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("opening ledger %s: %w", cfg.Path, err), l.Close())
+		return nil, errors.Join(fmt.Errorf("opening ledger %s: %w", cfg.Path, denied(err)), l.Close())
 	}
 	return l, nil
 }
@@ -239,7 +243,7 @@ func View(ctx context.Context, path string) (*Ledger, error) {
 	}
 	l := &Ledger{cfg: Config{Path: path, Now: time.Now}, db: db, broken: errors.New("ledger is open for reading only")}
 	if err := l.db.QueryRowContext(ctx, `SELECT CAST(value AS TEXT) FROM meta WHERE name = 'origin'`).Scan(&l.cfg.Origin); err != nil {
-		return nil, errors.Join(fmt.Errorf("opening ledger %s: %w", path, err), db.Close())
+		return nil, errors.Join(fmt.Errorf("opening ledger %s: %w", path, denied(err)), db.Close())
 	}
 	return l, nil
 }
@@ -391,6 +395,15 @@ func full(err error) error {
 	return err
 }
 
+// denied marks SQLite's answers to a file that may not be opened, or not written. That there is one was looked at before.
+func denied(err error) error {
+	var se *sqlite.Error
+	if errors.As(err, &se) && slices.Contains([]int{sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY}, se.Code()&0xff) {
+		return fmt.Errorf("%w: %w", fs.ErrPermission, err)
+	}
+	return err
+}
+
 // BeginJob records a job, or finds the one of that digest. A job found again keeps what it was recorded with.
 func (l *Ledger) BeginJob(ctx context.Context, j Job) (_ Job, resumed bool, err error) {
 	l.mu.Lock()
@@ -442,20 +455,4 @@ func scanUnit(row interface{ Scan(...any) error }) (Unit, error) {
 
 func (l *Ledger) unitWhere(ctx context.Context, where string, arg any) (Unit, error) {
 	return scanUnit(l.db.QueryRowContext(ctx, unitColumns+where, arg))
-}
-
-func lockFile(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if err := flock(f); err != nil {
-		holder := make([]byte, 32)
-		n, _ := f.ReadAt(holder, 0)
-		return nil, errors.Join(fmt.Errorf("%w (process %s, by %s)", ErrLocked, strings.TrimSpace(string(holder[:n])), filepath.Base(path)), f.Close())
-	}
-	// The process number is only for the message above; the lock itself is the kernel's and goes with the process.
-	_ = f.Truncate(0)
-	_, _ = f.WriteAt([]byte(fmt.Sprintf("%d\n", os.Getpid())), 0)
-	return f, nil
 }

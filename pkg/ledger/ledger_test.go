@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/touchmark/touchmark/pkg/filelock"
 	"github.com/touchmark/touchmark/pkg/ledger"
 )
 
@@ -281,7 +282,7 @@ func TestClock(t *testing.T) {
 func TestOneWriter(t *testing.T) {
 	line := newLine(t)
 	led := line.open(t)
-	if _, err := ledger.Open(t.Context(), line.cfg); !errors.Is(err, ledger.ErrLocked) {
+	if _, err := ledger.Open(t.Context(), line.cfg); !errors.Is(err, filelock.ErrLocked) {
 		t.Errorf("second writer: %v", err)
 	}
 	view, err := ledger.View(t.Context(), line.cfg.Path)

@@ -278,6 +278,9 @@ func (l *Ledger) Verify(ctx context.Context, station crypto.PublicKey) (Report, 
 		return damaged("checkpoint: %w", err)
 	}
 	r.Checkpoint, err = OpenCheckpoint([]byte(signed), station)
+	if errors.Is(err, ErrStation) {
+		return r, err // nothing says that the ledger is damaged
+	}
 	if err != nil {
 		return damaged("%w", err)
 	}

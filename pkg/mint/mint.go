@@ -52,6 +52,9 @@ const (
 // ErrUnproven says that a unit of an earlier run can be neither finished nor voided without a person looking.
 var ErrUnproven = errors.New("cannot be rolled forward")
 
+// ErrNeedsOut says that keys would be made in memory and stamped nowhere.
+var ErrNeedsOut = errors.New("its keys are made in memory: it needs a directory to stamp them to (--out)")
+
 // ErrNoSpace says that the disk has not the room that the job needs; nothing was started.
 var ErrNoSpace = errors.New("not enough free space")
 
@@ -95,6 +98,7 @@ type Summary struct {
 	Minted  int // identities made in this run
 	Before  int // identities that an earlier run had made
 	Voided  int // identities given up because their key was lost in a crash
+	Absent  int // of Before: their stamps are not in Out any more
 	Units   []int64
 }
 
@@ -127,7 +131,7 @@ func (r *Run) Close() error {
 // ledger, and another run takes it up from there.
 func (r *Run) Mint(ctx context.Context, sink func(*bundle.Entry) error) (Summary, error) {
 	err := r.r.run(ctx, sink)
-	r.r.summary.Voided = int(r.r.voids.Load())
+	r.r.summary.Voided, r.r.summary.Absent = int(r.r.voids.Load()), int(r.r.absent.Load())
 	return r.r.summary, err
 }
 
@@ -141,6 +145,7 @@ type run struct {
 	chain    []byte // PEM of the issuing certificates below the root
 	alg      hsm.Algorithm
 	voids    atomic.Int64
+	absent   atomic.Int64
 
 	fromToken bool // device keys are made in a token, which can vouch for them; key files cannot
 
@@ -162,7 +167,7 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 		r.jobs = runtime.GOMAXPROCS(0) + 1
 	}
 	if cfg.Out == "" && p.Key.Made == madeMemory {
-		return nil, fmt.Errorf("profile %s makes keys in memory: it needs a directory to stamp them to (--out)", p.Name)
+		return nil, fmt.Errorf("profile %s: %w", p.Name, ErrNeedsOut)
 	}
 	if err := cfg.Ledger.CheckClock(); err != nil {
 		return nil, err

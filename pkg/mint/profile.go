@@ -9,12 +9,10 @@ import (
 	"strings"
 	"time"
 
-	"github.com/pelletier/go-toml/v2"
-	"github.com/pelletier/go-toml/v2/unstable"
-
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/pkg/ca"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/settings"
 )
 
 // A Profile says what identities of a kind look like: one TOML file per product. The fields' comments are its manual.
@@ -108,43 +106,21 @@ func LoadProfile(name string, r io.Reader) (*Profile, error) {
 		return nil, fmt.Errorf("profile %s is larger than %d octets", name, maxProfile)
 	}
 	p := &Profile{Name: name}
-	faults := &faults{file: name, lines: keyLines(b)}
-	err = toml.NewDecoder(strings.NewReader(string(b))).DisallowUnknownFields().Decode(p)
-	var unknown *toml.StrictMissingError
-	var bad *toml.DecodeError
-	switch {
-	case errors.As(err, &unknown):
-		for _, e := range unknown.Errors {
-			line, _ := e.Position()
-			faults.at(line, "%s is not a setting of a profile", strings.Join(e.Key(), "."))
-		}
-		// The rest was not decoded past the first unknown key on every path: decode again for the other faults.
-		if err := toml.Unmarshal(b, p); err != nil && errors.As(err, &bad) {
-			line, _ := bad.Position()
-			faults.at(line, "%s", strings.TrimPrefix(bad.Error(), "toml: "))
-			return nil, faults.err()
-		}
-	case errors.As(err, &bad):
-		line, _ := bad.Position()
-		faults.at(line, "%s", strings.TrimPrefix(bad.Error(), "toml: "))
-		return nil, faults.err()
-	case err != nil:
-		return nil, fmt.Errorf("profile %s: %w", name, err)
-	}
+	faults := settings.Decode("profile "+name, b, p)
 	p.check(faults)
-	if err := faults.err(); err != nil {
+	if err := faults.Err(); err != nil {
 		return nil, err
 	}
 	return p, nil
 }
 
-func (p *Profile) check(f *faults) {
+func (p *Profile) check(f *settings.Faults) {
 	oneOf := func(key, value string, words ...string) bool {
 		if !slices.Contains(words, value) {
 			if value == "" {
-				f.key(key, "%s is missing: one of %s", key, strings.Join(words, ", "))
+				f.Key(key, "%s is missing: one of %s", key, strings.Join(words, ", "))
 			} else {
-				f.key(key, "%s is %q: want one of %s", key, value, strings.Join(words, ", "))
+				f.Key(key, "%s is %q: want one of %s", key, value, strings.Join(words, ", "))
 			}
 			return false
 		}
@@ -152,9 +128,9 @@ func (p *Profile) check(f *faults) {
 	}
 	var err error
 	if p.RegistrationID == "" {
-		f.key("registration-id", `registration-id is missing, for instance "pump-{serial}"`)
+		f.Key("registration-id", `registration-id is missing, for instance "pump-{serial}"`)
 	} else if p.pattern, err = parsePattern(p.RegistrationID); err != nil {
-		f.key("registration-id", "registration-id: %v", err)
+		f.Key("registration-id", "registration-id: %v", err)
 	}
 	x509 := p.Attestation == AttestationX509
 	known := oneOf("attestation", p.Attestation, AttestationX509, AttestationSymmetricKey)
@@ -162,13 +138,13 @@ func (p *Profile) check(f *faults) {
 	group := p.Enrollment == "group"
 	switch {
 	case group && p.Group == "":
-		f.key("enrollment", "a group enrollment needs the group's ID: group")
+		f.Key("enrollment", "a group enrollment needs the group's ID: group")
 	case group:
-		if err := dps.CheckRegistrationID(p.Group); err != nil {
-			f.key("group", "group: %s", strings.Replace(err.Error(), "registration ID", "group ID", 1))
+		if err := dps.CheckGroupID(p.Group); err != nil {
+			f.Key("group", "group: %v", err)
 		}
 	case p.Group != "":
-		f.key("group", "group goes with enrollment = \"group\" only")
+		f.Key("group", "group goes with enrollment = \"group\" only")
 	}
 	switch {
 	case !known:
@@ -181,10 +157,10 @@ func (p *Profile) check(f *faults) {
 			p.Key.Algorithm = string(hsm.ECP256)
 		}
 		if a, err := hsm.ParseAlgorithm(p.Key.Algorithm); err != nil || a == hsm.HMACSHA256 {
-			f.key("key.algorithm", "key.algorithm %q is not one for certificates: one of %v", p.Key.Algorithm, hsm.Algorithms[:len(hsm.Algorithms)-1])
+			f.Key("key.algorithm", "key.algorithm %q is not one for certificates: one of %v", p.Key.Algorithm, hsm.Algorithms[:len(hsm.Algorithms)-1])
 		}
 		if p.Key.GroupKey != "" {
-			f.key("key.group-key", "key.group-key goes with symmetric-key groups only")
+			f.Key("key.group-key", "key.group-key goes with symmetric-key groups only")
 		}
 	default:
 		want := madeDerived
@@ -196,12 +172,12 @@ func (p *Profile) check(f *faults) {
 		}
 		oneOf("key.made", p.Key.Made, want)
 		if p.Key.Algorithm != "" {
-			f.key("key.algorithm", "key.algorithm goes with x509 only")
+			f.Key("key.algorithm", "key.algorithm goes with x509 only")
 		}
 		if p.Key.GroupKey == "" {
 			p.Key.GroupKey = "group-key"
 		} else if !group {
-			f.key("key.group-key", "key.group-key goes with symmetric-key groups only")
+			f.Key("key.group-key", "key.group-key goes with symmetric-key groups only")
 		}
 	}
 	if p.Certificate.Template == "" {
@@ -211,37 +187,37 @@ func (p *Profile) check(f *faults) {
 		p.Certificate.Days = 3650
 	}
 	if p.Certificate.Days < 0 || p.Certificate.Days > 100*366 {
-		f.key("certificate.days", "certificate.days is %d: want 1 to 36600", p.Certificate.Days)
+		f.Key("certificate.days", "certificate.days is %d: want 1 to 36600", p.Certificate.Days)
 	}
 	if p.Certificate.BackdateMinutes == nil {
 		ten := 10
 		p.Certificate.BackdateMinutes = &ten
 	}
 	if b := *p.Certificate.BackdateMinutes; b < 0 || b > 7*24*60 {
-		f.key("certificate.backdate-minutes", "certificate.backdate-minutes is %d: want 0 to 10080", b)
+		f.Key("certificate.backdate-minutes", "certificate.backdate-minutes is %d: want 0 to 10080", b)
 	}
 	seen := map[string]bool{chainFile: true, keyFile: true, stampFile: true, "assignment.json": true}
 	for _, s := range p.Stamp.File {
 		switch {
 		case s.Name == "" || s.Template == "":
-			f.key("stamp.file", "each stamp.file needs a name and a template")
+			f.Key("stamp.file", "each stamp.file needs a name and a template")
 		case !hsm.ValidName(s.Name):
-			f.key("stamp.file", "stamp.file name %q: want letters, digits and -._ without separators", s.Name)
+			f.Key("stamp.file", "stamp.file name %q: want letters, digits and -._ without separators", s.Name)
 		case seen[s.Name]:
-			f.key("stamp.file", "stamp.file name %q is taken", s.Name)
+			f.Key("stamp.file", "stamp.file name %q is taken", s.Name)
 		}
 		seen[s.Name] = true
 	}
 	if p.Hubs.Allocation != "" {
 		oneOf("hubs.allocation", p.Hubs.Allocation, "hashed", "geoLatency", "static")
 	} else if len(p.Hubs.Names) > 0 {
-		f.key("hubs.names", "hubs.names needs hubs.allocation beside it")
+		f.Key("hubs.names", "hubs.names needs hubs.allocation beside it")
 	}
 	if p.Hubs.Reprovision != "" {
 		oneOf("hubs.reprovision", p.Hubs.Reprovision, "migrate", "reset", "never")
 	}
 	if group && p.DeviceInformation != nil {
-		f.key("device-information", "device-information goes with individual enrollments only")
+		f.Key("device-information", "device-information goes with individual enrollments only")
 	}
 }
 
@@ -322,83 +298,4 @@ func parsePattern(s string) ([]segment, error) {
 		return nil, errors.New("the pattern has no column, so every device would get the same ID")
 	}
 	return out, nil
-}
-
-// faults collects everything that is wrong with a file.
-type faults struct {
-	file  string
-	lines map[string]int
-	list  []fault
-}
-
-type fault struct {
-	line int
-	text string
-}
-
-func (f *faults) at(line int, format string, args ...any) {
-	f.list = append(f.list, fault{line, fmt.Sprintf(format, args...)})
-}
-
-// key reports a fault at the line where a setting stands, or at its table, or at the end of the list.
-func (f *faults) key(key, format string, args ...any) {
-	line, ok := f.lines[key]
-	for !ok && strings.Contains(key, ".") {
-		key = key[:strings.LastIndexByte(key, '.')]
-		line, ok = f.lines[key]
-	}
-	f.at(line, format, args...)
-}
-
-// A ProfileError lists the faults of a profile in the order of their lines.
-type ProfileError struct{ Faults []string }
-
-// Error returns the faults, one per line.
-func (e *ProfileError) Error() string { return strings.Join(e.Faults, "\n") }
-
-func (f *faults) err() error {
-	if len(f.list) == 0 {
-		return nil
-	}
-	slices.SortStableFunc(f.list, func(a, b fault) int { return a.line - b.line })
-	e := &ProfileError{}
-	for _, x := range f.list {
-		if x.line > 0 {
-			e.Faults = append(e.Faults, fmt.Sprintf("profile %s, line %d: %s", f.file, x.line, x.text))
-		} else {
-			e.Faults = append(e.Faults, fmt.Sprintf("profile %s: %s", f.file, x.text))
-		}
-	}
-	return e
-}
-
-// keyLines maps each setting's dotted name to the line where it first stands.
-func keyLines(b []byte) map[string]int {
-	lines := make(map[string]int)
-	p := unstable.Parser{}
-	p.Reset(b)
-	var table []string
-	for p.NextExpression() {
-		e := p.Expression()
-		var parts []string
-		line := 0
-		for it := e.Key(); it.Next(); {
-			n := it.Node()
-			if line == 0 {
-				line = p.Shape(n.Raw).Start.Line
-			}
-			parts = append(parts, string(n.Data))
-		}
-		switch e.Kind {
-		case unstable.Table, unstable.ArrayTable:
-			table = parts
-		case unstable.KeyValue:
-			parts = append(slices.Clone(table), parts...)
-		}
-		name := strings.Join(parts, ".")
-		if _, ok := lines[name]; !ok {
-			lines[name] = line
-		}
-	}
-	return lines
 }

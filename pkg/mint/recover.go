@@ -92,6 +92,9 @@ func (r *run) prove(ctx context.Context, u *unit, have *ledger.Unit) error {
 	u.found, u.id, u.state, u.keyHash = true, have.ID, have.State, have.KeyHash
 	u.published = r.out != nil && r.out.Published(u.row.RegistrationID)
 	done := u.state >= ledger.Verified || u.state == ledger.Minted && r.out == nil
+	if done && r.out != nil && !u.published {
+		r.absent.Add(1)
+	}
 	if r.Profile.Attestation == AttestationX509 {
 		if u.state == ledger.Begun {
 			var err error

@@ -184,7 +184,7 @@ func checkHeader(name string, columns []string, p *Profile) error {
 	}
 	for _, want := range p.columns() {
 		if !slices.Contains(columns, want) {
-			return fmt.Errorf("serial list %s, line 1: column %q is missing (columns are %s)", name, want, strings.Join(columns, ", "))
+			return fmt.Errorf("serial list %s, line 1: column %q is missing (columns are %q)", name, want, columns)
 		}
 	}
 	return nil

@@ -495,7 +495,7 @@ func (s *Service) QueryRegistrations(ctx context.Context, group, after string, l
 // GroupKey returns the primary key of a symmetric-key group, which it makes if there is none of that name. The caller seals
 // it and wipes it.
 func (s *Service) GroupKey(ctx context.Context, group string) (key []byte, created bool, err error) {
-	if err := dps.CheckRegistrationID(group); err != nil {
+	if err := dps.CheckGroupID(group); err != nil {
 		return nil, false, invalid("%v", err)
 	}
 	for range 2 {
