@@ -26,6 +26,12 @@ func (r *run) stamp(ctx context.Context, units []unit) error {
 		if u.published {
 			continue
 		}
+		if u.found {
+			if err := r.out.Replace(u.row.RegistrationID, u.files...); err != nil {
+				return err
+			}
+			continue
+		}
 		if err := r.out.Stage(u.row.RegistrationID, r.unstaged(u)...); err != nil {
 			return err
 		}
@@ -52,11 +58,8 @@ func (r *run) stamp(ctx context.Context, units []unit) error {
 	return r.commit(ctx, minted, ledger.Verified, nil)
 }
 
-// unstaged returns the files that are not in the staged directory yet.
+// unstaged returns the files that this run has not staged yet.
 func (r *run) unstaged(u *unit) []stamp.File {
-	if u.found {
-		return u.files // what a dead run left there may be half-written
-	}
 	if r.Profile.Attestation == AttestationX509 {
 		if r.Profile.Key.Made == madeMemory {
 			return u.files[1:] // the key went first

@@ -112,22 +112,21 @@ func Free(path string) (octets, files uint64, err error) {
 	return uint64(st.Bavail) * uint64(st.Bsize), st.Ffree, nil
 }
 
-// Stage writes files into the device's staged directory, over what a run before may have left there half-written.
+// Stage writes files into the device's staged directory. What stands there already is not kept: see Replace.
 func (f *Files) Stage(device string, files ...File) error {
 	dir := int(f.stage.Fd())
 	if err := unix.Mkdirat(dir, device, 0o700); err != nil && err != unix.EEXIST {
 		return f.fail("making the staged directory", device, err)
 	}
 	for i := range files {
-		if err := writeAt(dir, device+"/"+files[i].Name, &files[i]); err != nil {
+		if err := writeAt(dir, device+"/"+files[i].Name, &files[i], false); err != nil {
 			return f.fail("writing "+files[i].Name, device, err)
 		}
 	}
 	return nil
 }
 
-func writeAt(dir int, name string, file *File) (err error) {
-	// O_TRUNC on a staged file harms nobody: nothing points to a staged directory but the run that owns it.
+func writeAt(dir int, name string, file *File, flush bool) (err error) {
 	fd, err := unix.Openat(dir, name, unix.O_WRONLY|unix.O_CREAT|unix.O_TRUNC|unix.O_CLOEXEC|unix.O_NOFOLLOW, file.mode())
 	if err != nil {
 		return err
@@ -142,6 +141,48 @@ func writeAt(dir int, name string, file *File) (err error) {
 			return err
 		}
 		b = b[n:]
+	}
+	if flush {
+		return unix.Fsync(fd)
+	}
+	return nil
+}
+
+// Replace makes the staged directory of a device hold these files and nothing else, whatever a run before left there. What
+// is as it should be is not touched, the rest is written beside its name, flushed, and renamed over it: a file may hold the
+// only copy of a key, and is whole at every instant.
+func (f *Files) Replace(device string, files ...File) error {
+	if err := f.Stage(device); err != nil {
+		return err
+	}
+	dir := int(f.stage.Fd())
+	keep := make(map[string]bool, len(files))
+	for i := range files {
+		name := device + "/" + files[i].Name
+		keep[files[i].Name] = true
+		mode, same, err := compareAt(dir, name, &files[i], make([]byte, len(files[i].Data)+1))
+		if err == nil && same && (!files[i].Secret || mode == files[i].mode()) {
+			continue
+		}
+		beside := name + "~" // in no file's name
+		if err = writeAt(dir, beside, &files[i], true); err == nil {
+			err = unix.Renameat(dir, beside, dir, name)
+		}
+		if err != nil {
+			return f.fail("writing "+files[i].Name, device, err)
+		}
+	}
+	path := filepath.Join(f.root, f.hidden, device)
+	entries, err := os.ReadDir(path)
+	if err != nil {
+		return f.fail("reading the staged directory", device, err)
+	}
+	for _, e := range entries {
+		if !keep[e.Name()] {
+			if err := os.RemoveAll(filepath.Join(path, e.Name())); err != nil {
+				return f.fail("clearing the staged directory", device, err)
+			}
+		}
 	}
 	return nil
 }

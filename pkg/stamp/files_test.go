@@ -2,10 +2,12 @@ package stamp_test
 
 import (
 	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"testing"
 
 	"github.com/touchmark/touchmark/pkg/stamp"
@@ -139,5 +141,59 @@ func TestStagedSurvives(t *testing.T) {
 	}
 	if entries, err := os.ReadDir(root); err != nil || len(entries) != 0 {
 		t.Errorf("left behind: %v, %v", entries, err)
+	}
+}
+
+// A stamp that a run before staged is made whole without ever cutting off the only copy of its key: an earlier version
+// truncated the file and lost the key to a kill before the write.
+func TestReplace(t *testing.T) {
+	root := filepath.Join(t.TempDir(), "out")
+	f := open(t, root)
+	if err := f.Stage("pump-1", files("one")...); err != nil {
+		t.Fatal(err)
+	}
+	staged := filepath.Join(root, ".staged~0a1b", "pump-1")
+	for _, name := range []string{"provisioning.json~", "old.toml"} {
+		if err := os.WriteFile(filepath.Join(staged, name), []byte("half"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	inode := func(name string) (uint64, *os.File) {
+		h, err := os.Open(filepath.Join(staged, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		st, err := h.Stat()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return st.Sys().(*syscall.Stat_t).Ino, h
+	}
+	keyBefore, h := inode("device-key.pem")
+	h.Close()
+	_, document := inode("provisioning.json")
+	defer document.Close()
+	want := files("one")
+	want[1].Data = []byte("another endpoint")
+	if err := f.Replace("pump-1", want...); err != nil {
+		t.Fatal(err)
+	}
+	if keyAfter, h := inode("device-key.pem"); keyAfter != keyBefore {
+		t.Error("a key that was right was written again")
+	} else {
+		h.Close()
+	}
+	if b, err := io.ReadAll(document); err != nil || string(b) != "one" {
+		t.Errorf("the file that was there before holds %q, %v: it was written over in place", b, err)
+	}
+	entries, err := os.ReadDir(staged)
+	if err != nil || len(entries) != 2 {
+		t.Errorf("%v, %v: want the two files and nothing else", entries, err)
+	}
+	if err := f.Publish("pump-1"); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.ReadBack("pump-1", want...); err != nil {
+		t.Error(err)
 	}
 }
