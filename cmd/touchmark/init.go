@@ -85,6 +85,10 @@ func (a *app) runInit(ctx context.Context, o *initOptions) (err error) {
 
 	// Everything is made in a directory beside its place and renamed there at the end: a line is there whole or not at all.
 	tmp, err := os.MkdirTemp(filepath.Dir(dir), "."+filepath.Base(dir)+".*")
+	var file *fs.PathError
+	if errors.As(err, &file) {
+		err = file.Err
+	}
 	if err != nil {
 		return fmt.Errorf("making line %s: %w", dir, err)
 	}

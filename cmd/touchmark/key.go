@@ -175,7 +175,19 @@ func yesNo(b bool) string {
 	return "no"
 }
 
+// checkName refuses a name that no store would take, before a token is asked.
+func (o *keyOptions) checkName() error {
+	_, err := hsm.Spec{Name: o.name, Algorithm: hsm.HMACSHA256}.Resolved()
+	if err != nil {
+		return usageError{err}
+	}
+	return nil
+}
+
 func (a *app) runKeyNew(ctx context.Context, o *keyOptions) error {
+	if err := o.checkName(); err != nil {
+		return err
+	}
 	alg, err := hsm.ParseAlgorithm(o.algorithm)
 	if err != nil {
 		return usageError{err}
@@ -226,6 +238,9 @@ type sealedGroupKey struct {
 const maxSealed = 64 << 10
 
 func (a *app) runKeyImport(ctx context.Context, o *keyOptions) error {
+	if err := o.checkName(); err != nil {
+		return err
+	}
 	sealed, err := a.readInput(o.in, maxSealed)
 	if err != nil {
 		return err
