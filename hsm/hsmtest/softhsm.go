@@ -78,3 +78,32 @@ func SoftHSMIn(t testing.TB, dir string, labels ...string) hsm.URI {
 	}
 	return hsm.URI{Scheme: hsm.SchemePKCS11, Token: labels[0], ModulePath: module, PINSource: "file:" + pin}
 }
+
+// Mender remembers what SoftHSM wrote down about its tokens (label, PIN, not their keys) and returns a function that puts
+// it back where a kill cut it off, and reports whether it had to. SoftHSM truncates and rewrites that file at each login, so
+// a process that is killed in that instant leaves no token behind; a token of silicon does no such thing.
+func Mender(t testing.TB) (mend func() bool) {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(filepath.Dir(os.Getenv("SOFTHSM2_CONF")), "tokens", "*", "token.object"))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no token of SoftHSM: %v", err)
+	}
+	whole := make(map[string][]byte, len(files))
+	for _, f := range files {
+		if whole[f], err = os.ReadFile(f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return func() (mended bool) {
+		for f, b := range whole {
+			if st, err := os.Stat(f); err != nil || st.Size() >= int64(len(b)) {
+				continue
+			}
+			if err := os.WriteFile(f, b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			mended = true
+		}
+		return mended
+	}
+}
