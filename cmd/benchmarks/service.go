@@ -22,9 +22,9 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/touchmark/touchmark/pkg/bundle"
@@ -282,7 +282,16 @@ func runImportChild(dir string) error {
 		check(f.Close())
 	}
 	seconds := time.Since(start).Seconds()
-	var usage syscall.Rusage
-	check(syscall.Getrusage(syscall.RUSAGE_SELF, &usage))
-	return json.NewEncoder(os.Stdout).Encode(map[string]float64{"seconds": seconds, "mib": float64(usage.Maxrss) / 1024})
+	return json.NewEncoder(os.Stdout).Encode(map[string]float64{"seconds": seconds, "mib": peakMiB()})
+}
+
+// peakMiB returns the most memory that this process ever had. getrusage would count what its parent had when it started
+// it, too.
+func peakMiB() float64 {
+	for line := range strings.Lines(string(must(os.ReadFile("/proc/self/status")))) {
+		if kib, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+			return float64(must(strconv.Atoi(strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(kib), "kB"))))) / 1024
+		}
+	}
+	panic("no VmHWM in /proc/self/status")
 }
