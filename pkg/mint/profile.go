@@ -34,7 +34,7 @@ type Profile struct {
 		// made says where the device's key is made: "memory" (then stamped and forgotten), "token" (and stays there; x509
 		// only), or "derived" from the group key (symmetric-key groups, their only choice).
 		Made string `toml:"made"`
-		// algorithm of x509 keys: EC-P256 (default), EC-P384, RSA-2048, RSA-3072, RSA-4096, Ed25519.
+		// algorithm of x509 keys: EC-P256 (default), EC-P384, EC-P521, RSA-2048, RSA-3072, RSA-4096, Ed25519.
 		Algorithm string `toml:"algorithm"`
 		// group-key is the name of the group key in the line's key store; default "group-key".
 		GroupKey string `toml:"group-key"`
@@ -156,8 +156,8 @@ func (p *Profile) check(f *settings.Faults) {
 		if p.Key.Algorithm == "" {
 			p.Key.Algorithm = string(hsm.ECP256)
 		}
-		if a, err := hsm.ParseAlgorithm(p.Key.Algorithm); err != nil || a == hsm.HMACSHA256 {
-			f.Key("key.algorithm", "key.algorithm %q is not one for certificates: one of %v", p.Key.Algorithm, hsm.Algorithms[:len(hsm.Algorithms)-1])
+		if !slices.Contains(hsm.KeyPairs(), hsm.Algorithm(p.Key.Algorithm)) {
+			f.Key("key.algorithm", "key.algorithm %q is not one for certificates: one of %v", p.Key.Algorithm, hsm.KeyPairs())
 		}
 		if p.Key.GroupKey != "" {
 			f.Key("key.group-key", "key.group-key goes with symmetric-key groups only")
