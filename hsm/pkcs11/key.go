@@ -414,7 +414,9 @@ func (s *Store) byTemplate(h pkcs11.SessionHandle, spec hsm.Spec, make func(leve
 	first, _ := s.levels.Load(kind)
 	level, _ := first.(int)
 	for ; level < templates; level++ {
-		if priv, pub, err = make(level); err != nil {
+		priv, pub, err = make(level)
+		s.mod.beat() // what comes next waits behind other keys that are being made
+		if err != nil {
 			if refusesTemplate(err) {
 				continue
 			}
