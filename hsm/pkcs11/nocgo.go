@@ -6,16 +6,19 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"time"
 
 	"github.com/touchmark/touchmark/hsm"
 )
 
 // Config says which token to open and how.
 type Config struct {
-	URI      hsm.URI
-	PIN      func(context.Context) (hsm.Secret, error)
-	Sessions int
-	Log      *slog.Logger
+	URI         hsm.URI
+	PIN         func(context.Context) (hsm.Secret, error)
+	Sessions    int
+	Log         *slog.Logger
+	Patience    time.Duration
+	CallTimeout time.Duration
 }
 
 // Store is a PKCS#11 token. This build has none.
@@ -25,3 +28,9 @@ type Store struct{ hsm.Store }
 func Open(context.Context, Config) (*Store, error) {
 	return nil, fmt.Errorf("this build of touchmark cannot load PKCS#11 modules; the one built with cgo can: %w", hsm.ErrUnsupported)
 }
+
+// Capabilities answers hsm.ErrUnsupported.
+func (*Store) Capabilities(context.Context) ([]Capability, error) { return nil, hsm.ErrUnsupported }
+
+// Explain answers false: without modules there is no token whose answer it could be.
+func Explain(error) (meaning, try string, ok bool) { return "", "", false }

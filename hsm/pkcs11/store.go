@@ -257,8 +257,9 @@ func (s *Store) with(ctx context.Context, repeat bool, f func(pkcs11.SessionHand
 		if try == operationTries {
 			return explained(err)
 		}
-		// A module that cannot even log in again is as good as lost: tpm2-pkcs11 answers so when its TPM is gone.
-		if gone || s.relogin(ctx, gen, err) != nil {
+		// A module that cannot even log in again is as good as lost: tpm2-pkcs11 answers so when its TPM is gone. It also takes
+		// a key that it could not load once for one that is in use, until it is initialized anew.
+		if gone || try > 1 && s.mod.loads || s.relogin(ctx, gen, err) != nil {
 			if rerr := s.reconnect(ctx, gen, err); rerr != nil {
 				return explained(rerr)
 			}
