@@ -219,21 +219,12 @@ func (a *app) createKeyFiles(ctx context.Context, uri hsm.URI, base string) erro
 	asked := false
 	pass, err := uri.ResolvePIN(ctx, hsm.PINConfig{Base: base, Env: a.env, Prompt: func(ctx context.Context, what string) (hsm.Secret, error) {
 		asked = true
-		return a.askSecret(ctx, "new "+what)
+		return a.askNew(ctx, what)
 	}})
 	if err != nil {
 		return err
 	}
 	defer pass.Wipe()
-	if asked {
-		again, err := a.askSecret(ctx, "same again")
-		if err != nil {
-			return err
-		}
-		if string(again) != string(pass) {
-			return refusedError{errors.New("the two passphrases differ")}
-		}
-	}
 	if len(pass) == 0 {
 		return refusedError{errors.New("the passphrase is empty")}
 	}

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -63,12 +62,9 @@ type Store struct {
 // Open loads the module, finds the token and logs in. Errors: hsm.ErrNotFound for a module or token that is not there,
 // hsm.ErrPINIncorrect, hsm.ErrPINLocked.
 func Open(ctx context.Context, cfg Config) (*Store, error) {
-	path := cfg.URI.ModulePath
-	if path == "" {
-		path = os.Getenv("TOUCHMARK_PKCS11_MODULE")
-	}
-	if path == "" {
-		return nil, fmt.Errorf("%w: name its library with module-path in the key URI, or in TOUCHMARK_PKCS11_MODULE", hsm.ErrNoModule)
+	path, err := modulePath(cfg.URI.ModulePath)
+	if err != nil {
+		return nil, err
 	}
 	mod, err := loadModule(path)
 	if err != nil {
