@@ -317,7 +317,7 @@ func (cfg *PINConfig) resolve(ctx context.Context, source, name, what, where str
 		err = errors.New("no PIN given")
 	}
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w: name a file with %s, or in %s_FILE", err, where, name)
 	}
 	return pin, nil
 }

@@ -191,12 +191,12 @@ func examineKey(ctx context.Context, d *doctor, store *pkcs11.Store) {
 	}
 	name := "doctor:" + hex.EncodeToString(random)
 	try := func() (attr hsm.Attributes, err error) {
-		k, err := store.Generate(ctx, hsm.Spec{Name: name, Algorithm: hsm.ECP256})
-		if err != nil {
+		if _, err := store.Generate(ctx, hsm.Spec{Name: name, Algorithm: hsm.ECP256}); err != nil {
 			return attr, err
 		}
 		defer func() { err = errors.Join(err, store.Delete(context.WithoutCancel(ctx), name)) }()
-		if k, err = store.Open(ctx, name); err != nil {
+		k, err := store.Open(ctx, name)
+		if err != nil {
 			return attr, fmt.Errorf("reading it back: %w", err)
 		}
 		signer, err := hsm.SigningKeyOf(k)

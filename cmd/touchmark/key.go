@@ -81,7 +81,7 @@ line's store, where it cannot be read again. The key is in memory for that momen
 	deleteCmd.Flags().StringVar(&del.name, "name", "", "the key's name (required)")
 	deleteCmd.Flags().BoolVar(&del.yes, "yes", false, "do not ask")
 	_ = deleteCmd.MarkFlagRequired("name")
-	return parent("key", "Keys that stay where they were made", append(a.keyUses(), listCmd, newCmd, importCmd, deleteCmd)...)
+	return parent("key", "Keys that stay where they were made", append(append(a.keyUses(), a.evidenceCommands()...), listCmd, newCmd, importCmd, deleteCmd)...)
 }
 
 // withStore opens the store that the options name, and closes it after f.

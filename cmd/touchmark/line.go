@@ -256,21 +256,25 @@ func readPublicKey(path string) (crypto.PublicKey, error) {
 	if block == nil {
 		return nil, usageError{fmt.Errorf("%s holds no PEM", path)}
 	}
+	pub, err := parsePublic(block)
+	if err != nil {
+		return nil, usageError{fmt.Errorf("%s: %w", path, err)}
+	}
+	return pub, nil
+}
+
+func parsePublic(block *pem.Block) (crypto.PublicKey, error) {
 	switch block.Type {
 	case "PUBLIC KEY":
-		pub, err := x509.ParsePKIXPublicKey(block.Bytes)
-		if err != nil {
-			return nil, usageError{fmt.Errorf("%s: %w", path, err)}
-		}
-		return pub, nil
+		return x509.ParsePKIXPublicKey(block.Bytes)
 	case "CERTIFICATE":
 		cert, err := x509.ParseCertificate(block.Bytes)
 		if err != nil {
-			return nil, usageError{fmt.Errorf("%s: %w", path, err)}
+			return nil, err
 		}
 		return cert.PublicKey, nil
 	}
-	return nil, usageError{fmt.Errorf("%s holds a %s, want a PUBLIC KEY or a CERTIFICATE", path, block.Type)}
+	return nil, fmt.Errorf("it holds a %s, want a PUBLIC KEY or a CERTIFICATE", block.Type)
 }
 
 // writeFile puts a file in place whole: written beside it, flushed, renamed, the directory flushed. Without force nothing

@@ -9,6 +9,8 @@ import (
 	"crypto/elliptic"
 	"crypto/rsa"
 	"crypto/sha256"
+	"encoding/asn1"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -16,6 +18,7 @@ import (
 
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/evidence"
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/stamp"
 )
@@ -72,7 +75,7 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 		}
 	}
 	return r.commit(ctx, begun, ledger.Minted, func(u *unit, e *ledger.Event) {
-		e.Data = u.cert
+		e.Data = append(bytes.Clone(u.cert), u.evidence...) // see splitCertificate
 		if !inMemory {
 			e.KeyHash = u.keyHash
 		}
@@ -93,29 +96,58 @@ func (r *run) tokenKey(ctx context.Context, u *unit) error {
 	if u.found {
 		k, err = r.keyInToken(ctx, name)
 	}
-	if errors.Is(err, hsm.ErrNotFound) {
-		if k, err = r.Store.Generate(ctx, hsm.Spec{Name: name, Algorithm: r.alg}); err == nil {
-			if err = r.staysInside(ctx, k); err != nil {
-				err = errors.Join(err, r.Store.Delete(context.WithoutCancel(ctx), name))
-			}
-		}
+	fresh := errors.Is(err, hsm.ErrNotFound)
+	if fresh {
+		k, err = r.Store.Generate(ctx, hsm.Spec{Name: name, Algorithm: r.alg})
 	}
 	if err != nil {
 		return fmt.Errorf("serial %s: %w", u.row.Serial, err)
 	}
-	return u.setTokenKey(k)
-}
-
-// staysInside asks the token what it made: some do not do what a template says.
-func (r *run) staysInside(ctx context.Context, k hsm.Key) error {
-	a, err := k.Attributes(ctx)
-	if err != nil {
-		return fmt.Errorf("reading the attributes of key %q back: %w", k.Name(), err)
+	if err = u.setTokenKey(k); err == nil {
+		err = r.staysInside(ctx, u, k)
 	}
-	if a.Extractable || !a.Sensitive || r.fromToken && !(a.Local && a.NeverExtractable) {
-		return fmt.Errorf("key %q can leave its token, although it was not asked to: %+v", k.Name(), a)
+	if err != nil && fresh {
+		err = errors.Join(err, r.Store.Delete(context.WithoutCancel(ctx), name))
+	}
+	if err != nil {
+		return fmt.Errorf("serial %s: %w", u.row.Serial, err)
 	}
 	return nil
+}
+
+// staysInside asks the token what it made: some do not do what a template says. What a token vouches for is the unit's
+// evidence.
+func (r *run) staysInside(ctx context.Context, u *unit, k hsm.Key) error {
+	signing, err := hsm.SigningKeyOf(k)
+	if err != nil {
+		return err
+	}
+	e, err := evidence.OfToken(ctx, signing, r.identity)
+	if err != nil {
+		return err
+	}
+	if a := e.Attributes; a.Extractable || !a.Sensitive {
+		return fmt.Errorf("key %q can leave its token, although it was not asked to: %+v", k.Name(), *a)
+	}
+	if !r.fromToken {
+		return nil // key files are encrypted, and whoever has the passphrase copies them
+	}
+	if err := e.Check(evidence.Token, e.KeyHash); err != nil {
+		return fmt.Errorf("key %q: %w", k.Name(), err)
+	}
+	u.evidence, err = json.Marshal(e)
+	return err
+}
+
+// splitCertificate takes apart what the ledger keeps of a minted unit: its certificate, which says itself how long it is,
+// and the evidence behind it, if there is any.
+func splitCertificate(data []byte) (cert, evidence []byte, err error) {
+	var der asn1.RawValue
+	rest, err := asn1.Unmarshal(data, &der)
+	if err != nil {
+		return nil, nil, fmt.Errorf("the certificate in the ledger: %w", err)
+	}
+	return der.FullBytes, rest, nil
 }
 
 // keyInToken finds a key that an earlier run made. All of them are listed once: a search for each would cost the square of

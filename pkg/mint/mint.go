@@ -147,7 +147,8 @@ type run struct {
 	voids    atomic.Int64
 	absent   atomic.Int64
 
-	fromToken bool // device keys are made in a token, which can vouch for them; key files cannot
+	fromToken bool         // device keys are made in a token, which can vouch for them; key files cannot
+	identity  hsm.Identity // of that token
 
 	listOnce sync.Once // of the keys that earlier runs made in the token
 	listErr  error
@@ -161,7 +162,13 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 	}
 	r := &run{Config: cfg, jobs: cfg.Jobs, alg: hsm.Algorithm(p.Key.Algorithm)}
 	if cfg.Store != nil {
-		r.fromToken = strings.HasPrefix(cfg.Store.URI(), hsm.SchemePKCS11+":")
+		r.fromToken = strings.HasPrefix(cfg.Store.URI(), hsm.SchemePKCS11+":") && p.Key.Made == madeToken
+	}
+	if id, ok := cfg.Store.(hsm.Identifier); ok && r.fromToken {
+		var err error
+		if r.identity, err = id.Identity(ctx); err != nil {
+			return nil, err
+		}
 	}
 	if r.jobs <= 0 {
 		r.jobs = runtime.GOMAXPROCS(0) + 1
@@ -269,6 +276,7 @@ type unit struct {
 	pub       crypto.PublicKey
 	keyURI    string
 	cert      []byte // DER
+	evidence  []byte // JSON; nil where the key may go anywhere
 	symmetric hsm.Secret
 	files     []stamp.File
 }
@@ -348,7 +356,11 @@ func (r *run) emit(ctx context.Context, order <-chan *group, sink func(*bundle.E
 		}
 		for i := range g.units {
 			u := &g.units[i]
-			if err := sink(r.entry(u)); err != nil {
+			e, err := r.entry(u)
+			if err != nil {
+				return err
+			}
+			if err := sink(e); err != nil {
 				return err
 			}
 			r.summary.Units = append(r.summary.Units, u.id)

@@ -103,7 +103,10 @@ func (r *run) prove(ctx context.Context, u *unit, have *ledger.Unit) error {
 			}
 			u.plan.Unit = r.unitOf(u.row)
 		} else {
-			u.cert = have.Data
+			var err error
+			if u.cert, u.evidence, err = splitCertificate(have.Data); err != nil {
+				return err
+			}
 		}
 		switch {
 		case done:
