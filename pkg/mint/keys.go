@@ -28,7 +28,7 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 	if err := r.inTheWay(ctx, fresh); err != nil {
 		return err
 	}
-	inMemory := r.Profile.Key.Made == madeMemory
+	in := r.Profile.Key.In
 	for _, u := range fresh {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -37,7 +37,12 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 		if u.plan, err = r.Issuer.Plan(r.unitOf(u.row)); err != nil {
 			return fmt.Errorf("serial %s: %w", u.row.Serial, err)
 		}
-		if !inMemory {
+		if in == keyInCSR {
+			if err := r.readCSR(ctx, u); err != nil {
+				return fmt.Errorf("serial %s: %w", u.row.Serial, err)
+			}
+		}
+		if in != keyInMemory {
 			continue
 		}
 		if u.signer, err = generate(r.alg, r.Rand); err != nil {
@@ -50,7 +55,7 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 			return err
 		}
 	}
-	if inMemory && len(fresh) > 0 {
+	if in == keyInMemory && len(fresh) > 0 {
 		// The key is durable before the ledger says that it is this unit's.
 		if err := r.out.Sync(); err != nil {
 			return err
@@ -64,7 +69,7 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if !inMemory {
+		if in == keyInToken {
 			if err := r.tokenKey(ctx, u); err != nil {
 				return err
 			}
@@ -76,7 +81,7 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 	}
 	return r.commit(ctx, begun, ledger.Minted, func(u *unit, e *ledger.Event) {
 		e.Data = append(bytes.Clone(u.cert), u.evidence...) // see splitCertificate
-		if !inMemory {
+		if in == keyInToken {
 			e.KeyHash = u.keyHash
 		}
 	})

@@ -162,7 +162,7 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 	}
 	r := &run{Config: cfg, jobs: cfg.Jobs, alg: hsm.Algorithm(p.Key.Algorithm)}
 	if cfg.Store != nil {
-		r.fromToken = strings.HasPrefix(cfg.Store.URI(), hsm.SchemePKCS11+":") && p.Key.Made == madeToken
+		r.fromToken = strings.HasPrefix(cfg.Store.URI(), hsm.SchemePKCS11+":") && p.Key.In == keyInToken
 	}
 	if id, ok := cfg.Store.(hsm.Identifier); ok && r.fromToken {
 		var err error
@@ -173,7 +173,7 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 	if r.jobs <= 0 {
 		r.jobs = runtime.GOMAXPROCS(0) + 1
 	}
-	if cfg.Out == "" && p.Key.Made == madeMemory {
+	if cfg.Out == "" && p.Key.In == keyInMemory {
 		return nil, fmt.Errorf("profile %s: %w", p.Name, ErrNeedsOut)
 	}
 	if err := cfg.Ledger.CheckClock(); err != nil {
@@ -304,7 +304,7 @@ func (r *run) run(ctx context.Context, sink func(*bundle.Entry) error) error {
 	eg.Go(func() error {
 		defer close(order)
 		rows, size := r.List.Rows, stampGroup
-		if r.out == nil && r.Profile.Key.Made != madeToken {
+		if r.out == nil && r.Profile.Key.In != keyInToken {
 			size = ledgerGroup
 		}
 		for len(rows) > 0 {
@@ -389,7 +389,7 @@ func (r *run) work(ctx context.Context, units []unit) error {
 	make := r.makeX509
 	switch {
 	case r.Profile.Attestation == AttestationX509:
-	case r.Profile.Key.Made == madeDerived:
+	case r.Profile.Key.In == keyDerived:
 		make = r.makeDerived
 	default:
 		make = r.makeRandom

@@ -70,8 +70,10 @@ func (r *run) recover(ctx context.Context, units []unit) error {
 		}
 		if errors.Is(err, errNoKey) {
 			void = append(void, ledger.Event{State: ledger.Voided, Unit: have.ID, Data: []byte("its key was lost before it reached the device")})
-			if err := r.out.Discard(u.row.RegistrationID); err != nil {
-				return err
+			if r.out != nil {
+				if err := r.out.Discard(u.row.RegistrationID); err != nil {
+					return err
+				}
 			}
 			*u = unit{row: u.row}
 			continue
@@ -111,10 +113,12 @@ func (r *run) prove(ctx context.Context, u *unit, have *ledger.Unit) error {
 		switch {
 		case done:
 			return nil
-		case r.Profile.Key.Made == madeMemory:
+		case r.Profile.Key.In == keyInMemory:
 			return r.keyOnDisk(u)
-		case u.state == ledger.Begun:
-			return nil // tokenKey looks for the key by its name
+		case r.Profile.Key.In == keyInCSR && u.state == ledger.Begun:
+			return r.sameCSR(ctx, u)
+		case r.Profile.Key.In == keyInCSR, u.state == ledger.Begun:
+			return nil // the certificate is in the ledger; or tokenKey looks for the key by its name
 		}
 		k, err := r.keyInToken(ctx, tokenKeyName(u.row.RegistrationID))
 		if err != nil {
@@ -129,7 +133,7 @@ func (r *run) prove(ctx context.Context, u *unit, have *ledger.Unit) error {
 		}
 		return nil
 	}
-	if r.Profile.Key.Made == madeDerived {
+	if r.Profile.Key.In == keyDerived {
 		return nil
 	}
 	return r.secretOnDisk(u, done)

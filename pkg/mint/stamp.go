@@ -61,12 +61,12 @@ func (r *run) stamp(ctx context.Context, units []unit) error {
 // unstaged returns the files that this run has not staged yet.
 func (r *run) unstaged(u *unit) []stamp.File {
 	if r.Profile.Attestation == AttestationX509 {
-		if r.Profile.Key.Made == madeMemory {
+		if r.Profile.Key.In == keyInMemory {
 			return u.files[1:] // the key went first
 		}
 		return u.files
 	}
-	if r.Profile.Key.Made == madeMemory {
+	if r.Profile.Key.In == keyInMemory {
 		return nil
 	}
 	return u.files
@@ -93,9 +93,11 @@ func (r *run) render(u *unit) error {
 	files := make([]stamp.File, 0, 3+len(r.Templates))
 	if r.Profile.Attestation == AttestationX509 {
 		doc.Attestation, doc.CertificateChain = "x509", chainFile
-		if r.Profile.Key.Made == madeMemory {
+		if r.Profile.Key.In == keyInMemory {
 			doc.PrivateKey = keyFile
 			files = append(files, stamp.File{Name: keyFile, Data: u.keyPEM, Secret: true})
+		} else if r.Profile.Key.In == keyInCSR {
+			doc.KeyURI = expand(r.Profile.uri, r.List.Columns, u.row.Fields)
 		} else {
 			doc.KeyURI = u.keyURI
 		}
