@@ -96,45 +96,74 @@ const tokenKeyPrefix = "device:"
 // key by it and makes no second one.
 func (r *run) tokenKey(ctx context.Context, u *unit) error {
 	name := tokenKeyName(u.row.RegistrationID)
-	var k hsm.Key
-	err := hsm.ErrNotFound
-	if u.found {
-		k, err = r.keyInToken(ctx, name)
-	}
-	fresh := errors.Is(err, hsm.ErrNotFound)
-	if fresh {
-		k, err = r.Store.Generate(ctx, hsm.Spec{Name: name, Algorithm: r.alg})
-	}
-	if err != nil {
-		return fmt.Errorf("serial %s: %w", u.row.Serial, err)
-	}
-	if err = u.setTokenKey(k); err == nil {
-		err = r.staysInside(ctx, u, k)
-	}
-	if err != nil && fresh {
-		err = errors.Join(err, r.Store.Delete(context.WithoutCancel(ctx), name))
-	}
+	err := r.withKeys(ctx, u, func(store hsm.Store) error {
+		var k hsm.Key
+		err := hsm.ErrNotFound
+		if u.found {
+			k, err = r.keyInToken(ctx, store, name)
+		}
+		fresh := errors.Is(err, hsm.ErrNotFound)
+		if fresh {
+			k, err = store.Generate(ctx, hsm.Spec{Name: name, Algorithm: r.alg})
+		}
+		if err != nil {
+			return err
+		}
+		if err = r.setTokenKey(u, k); err == nil {
+			err = r.staysInside(ctx, u, store, k)
+		}
+		if err != nil && fresh {
+			err = errors.Join(err, store.Delete(context.WithoutCancel(ctx), name))
+		}
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("serial %s: %w", u.row.Serial, err)
 	}
 	return nil
 }
 
+// withKeys calls f with the store that a unit's key is in: the line's, or the device's own, opened for the call alone.
+func (r *run) withKeys(ctx context.Context, u *unit, f func(hsm.Store) error) (err error) {
+	if r.Profile.store == nil {
+		return f(r.Store)
+	}
+	uri := expand(r.Profile.store, r.List.Columns, u.row.Fields)
+	store, err := r.OpenStore(ctx, uri)
+	if err != nil {
+		return fmt.Errorf("opening the device's store: %w", err)
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+	return f(store)
+}
+
 // staysInside asks the token what it made: some do not do what a template says. What a token vouches for is the unit's
 // evidence.
-func (r *run) staysInside(ctx context.Context, u *unit, k hsm.Key) error {
+func (r *run) staysInside(ctx context.Context, u *unit, store hsm.Store, k hsm.Key) error {
 	signing, err := hsm.SigningKeyOf(k)
 	if err != nil {
 		return err
 	}
-	e, err := evidence.OfToken(ctx, signing, r.identity)
+	identifier, vouches := store.(hsm.Identifier)
+	var id hsm.Identity
+	switch {
+	case vouches && store == r.Store: // asked once, not for each device
+		r.identityOnce.Do(func() { r.identity, r.identityErr = identifier.Identity(ctx) })
+		id, err = r.identity, r.identityErr
+	case vouches:
+		id, err = identifier.Identity(ctx)
+	}
+	if err != nil {
+		return err
+	}
+	e, err := evidence.OfToken(ctx, signing, id)
 	if err != nil {
 		return err
 	}
 	if a := e.Attributes; a.Extractable || !a.Sensitive {
 		return fmt.Errorf("key %q can leave its token, although it was not asked to: %+v", k.Name(), *a)
 	}
-	if !r.fromToken {
+	if !vouches {
 		return nil // key files are encrypted, and whoever has the passphrase copies them
 	}
 	if err := e.Check(evidence.Token, e.KeyHash); err != nil {
@@ -157,7 +186,10 @@ func splitCertificate(data []byte) (cert, evidence []byte, err error) {
 
 // keyInToken finds a key that an earlier run made. All of them are listed once: a search for each would cost the square of
 // their number.
-func (r *run) keyInToken(ctx context.Context, name string) (hsm.Key, error) {
+func (r *run) keyInToken(ctx context.Context, store hsm.Store, name string) (hsm.Key, error) {
+	if store != r.Store {
+		return store.Open(ctx, name)
+	}
 	r.listOnce.Do(func() {
 		lister, ok := r.Store.(hsm.Lister)
 		if !ok {
@@ -184,12 +216,15 @@ func (r *run) keyInToken(ctx context.Context, name string) (hsm.Key, error) {
 	return nil, fmt.Errorf("key %q: %w", name, hsm.ErrNotFound)
 }
 
-func (u *unit) setTokenKey(k hsm.Key) error {
+func (r *run) setTokenKey(u *unit, k hsm.Key) error {
 	signing, err := hsm.SigningKeyOf(k)
 	if err != nil {
 		return err
 	}
 	u.pub, u.keyURI = signing.Public(), k.URI()
+	if r.Profile.uri != nil {
+		u.keyURI = expand(r.Profile.uri, r.List.Columns, u.row.Fields)
+	}
 	u.keyHash, err = publicKeyHash(u.pub)
 	return err
 }

@@ -27,7 +27,6 @@ import (
 	"io"
 	"path/filepath"
 	"runtime"
-	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -65,6 +64,8 @@ type Config struct {
 	List    *List
 	// Store holds device keys that are made in a token; for such profiles only.
 	Store hsm.Store
+	// OpenStore opens a device's own store by its key URI, for profiles that name one.
+	OpenStore func(ctx context.Context, uri string) (hsm.Store, error)
 	// Issuer signs leaves; for x509 profiles only.
 	Issuer *ca.Prepared
 	// GroupKey derives device keys; for symmetric-key groups only.
@@ -147,8 +148,11 @@ type run struct {
 	voids    atomic.Int64
 	absent   atomic.Int64
 
-	fromToken bool         // device keys are made in a token, which can vouch for them; key files cannot
-	identity  hsm.Identity // of that token
+	stampless bool // nothing is stamped: a minted unit is finished
+
+	identityOnce sync.Once // of the line's store
+	identityErr  error
+	identity     hsm.Identity
 
 	listOnce sync.Once // of the keys that earlier runs made in the token
 	listErr  error
@@ -160,16 +164,7 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 	if cfg.Rand == nil {
 		cfg.Rand = rand.Reader
 	}
-	r := &run{Config: cfg, jobs: cfg.Jobs, alg: hsm.Algorithm(p.Key.Algorithm)}
-	if cfg.Store != nil {
-		r.fromToken = strings.HasPrefix(cfg.Store.URI(), hsm.SchemePKCS11+":") && p.Key.In == keyInToken
-	}
-	if id, ok := cfg.Store.(hsm.Identifier); ok && r.fromToken {
-		var err error
-		if r.identity, err = id.Identity(ctx); err != nil {
-			return nil, err
-		}
-	}
+	r := &run{Config: cfg, jobs: cfg.Jobs, alg: hsm.Algorithm(p.Key.Algorithm), stampless: cfg.Out == "" && !p.Stamp.Token}
 	if r.jobs <= 0 {
 		r.jobs = runtime.GOMAXPROCS(0) + 1
 	}
@@ -274,7 +269,7 @@ type unit struct {
 	signer    crypto.Signer // x509, key in memory
 	keyPEM    []byte        // secret
 	pub       crypto.PublicKey
-	keyURI    string
+	keyURI    string // of a key in a store
 	cert      []byte // DER
 	evidence  []byte // JSON; nil where the key may go anywhere
 	symmetric hsm.Secret
@@ -397,7 +392,7 @@ func (r *run) work(ctx context.Context, units []unit) error {
 	if err := make(ctx, units); err != nil {
 		return err
 	}
-	if r.out == nil {
+	if r.stampless {
 		return nil
 	}
 	return r.stamp(ctx, units)

@@ -40,7 +40,12 @@ type Profile struct {
 		// csr-command is a program and its arguments that prints the request, with columns in braces: ["ssh", "{host}",
 		// "make-csr"]. It is run without a shell, at most a minute.
 		CSRCommand []string `toml:"csr-command"`
-		// uri is the key URI that a stamp names for a key that was made elsewhere, with columns in braces; optional.
+		// store is the key URI of the device's own store, with columns in braces, where in = "token" makes the key in that one
+		// and not in the line's: "pkcs11:token={serial}?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:pin".
+		// Relative paths in it count from the line's directory.
+		Store string `toml:"store"`
+		// uri is the key URI that the stamp names, with columns in braces, where the device reaches its key by another one than
+		// the station did, or the key was made elsewhere; optional.
 		URI string `toml:"uri"`
 		// algorithm of x509 keys: EC-P256 (default), EC-P384, RSA-2048, RSA-3072, RSA-4096, Ed25519.
 		Algorithm string `toml:"algorithm"`
@@ -58,6 +63,9 @@ type Profile struct {
 	} `toml:"certificate"`
 
 	Stamp struct {
+		// token puts the stamp into the device's own token as well (key.store): the certificate beside the key, and each file of
+		// the stamp as a data object of its name, application "touchmark".
+		Token bool `toml:"token"`
 		// file lists further files to render into each device's directory.
 		File []StampFile `toml:"file"`
 	} `toml:"stamp"`
@@ -81,6 +89,7 @@ type Profile struct {
 	pattern []segment
 	csr     [][]segment // of the file's name, or of each word of the command
 	uri     []segment
+	store   []segment
 }
 
 // A StampFile is one rendered file of a stamp.
@@ -144,6 +153,9 @@ func (p *Profile) check(f *settings.Faults) {
 		f.Key("registration-id", "registration-id: %v", err)
 	}
 	x509 := p.Attestation == AttestationX509
+	if p.Stamp.Token && !x509 {
+		f.Key("stamp.token", "stamp.token goes with x509 only")
+	}
 	known := oneOf("attestation", p.Attestation, AttestationX509, AttestationSymmetricKey)
 	oneOf("enrollment", p.Enrollment, "group", "individual")
 	group := p.Enrollment == "group"
@@ -174,9 +186,10 @@ func (p *Profile) check(f *settings.Faults) {
 			f.Key("key.group-key", "key.group-key goes with symmetric-key groups only")
 		}
 		p.checkCSR(f)
+		p.checkStore(f)
 	default:
-		if p.Key.CSR != "" || p.Key.CSRCommand != nil || p.Key.URI != "" {
-			f.Key("key.csr", "key.csr, key.csr-command and key.uri go with key.in = \"csr\" only")
+		if p.Key.CSR != "" || p.Key.CSRCommand != nil || p.Key.URI != "" || p.Key.Store != "" {
+			f.Key("key.in", "key.csr, key.csr-command, key.store and key.uri go with x509 only")
 		}
 		if p.Key.In != "" {
 			f.Key("key.in", "key.in goes with x509 only")
@@ -239,8 +252,8 @@ func (p *Profile) check(f *settings.Faults) {
 func (p *Profile) checkCSR(f *settings.Faults) {
 	command := p.Key.CSRCommand != nil
 	if p.Key.In != keyInCSR {
-		if p.Key.CSR != "" || command || p.Key.URI != "" {
-			f.Key("key.csr", "key.csr, key.csr-command and key.uri go with key.in = \"csr\" only")
+		if p.Key.CSR != "" || command {
+			f.Key("key.csr", "key.csr and key.csr-command go with key.in = \"csr\" only")
 		}
 		return
 	}
@@ -268,9 +281,26 @@ func (p *Profile) checkCSR(f *settings.Faults) {
 	if !columns && words[0] != "" {
 		f.Key(key, "%s has no column in braces, so every device would get the same request", key)
 	}
+}
+
+// checkStore looks at where keys of devices are, for us and for them.
+func (p *Profile) checkStore(f *settings.Faults) {
 	var err error
 	if p.uri, err = parseText(p.Key.URI); err != nil {
 		f.Key("key.uri", "key.uri: %v", err)
+	}
+	if p.Key.URI != "" && p.Key.In == keyInMemory {
+		f.Key("key.uri", "key.uri does not go with key.in = \"memory\": the key is in the stamp")
+	}
+	if p.store, err = parseText(p.Key.Store); err != nil {
+		f.Key("key.store", "key.store: %v", err)
+	} else if p.Key.Store != "" && p.Key.In != keyInToken {
+		f.Key("key.store", "key.store goes with key.in = \"token\" only")
+	} else if p.Key.Store != "" && !hasColumn(p.store) {
+		f.Key("key.store", "key.store has no column in braces: name the line's own store in touchmark.toml")
+	}
+	if p.Stamp.Token && p.Key.Store == "" {
+		f.Key("stamp.token", "stamp.token needs key.store: the device's own token")
 	}
 }
 

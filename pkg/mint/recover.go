@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io/fs"
 
+	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/pkg/ca"
 	"github.com/touchmark/touchmark/pkg/ledger"
 )
@@ -93,7 +94,7 @@ func (r *run) recover(ctx context.Context, units []unit) error {
 func (r *run) prove(ctx context.Context, u *unit, have *ledger.Unit) error {
 	u.found, u.id, u.state, u.keyHash = true, have.ID, have.State, have.KeyHash
 	u.published = r.out != nil && r.out.Published(u.row.RegistrationID)
-	done := u.state >= ledger.Verified || u.state == ledger.Minted && r.out == nil
+	done := u.state >= ledger.Verified || u.state == ledger.Minted && r.stampless
 	if done && r.out != nil && !u.published {
 		r.absent.Add(1)
 	}
@@ -120,12 +121,15 @@ func (r *run) prove(ctx context.Context, u *unit, have *ledger.Unit) error {
 		case r.Profile.Key.In == keyInCSR, u.state == ledger.Begun:
 			return nil // the certificate is in the ledger; or tokenKey looks for the key by its name
 		}
-		k, err := r.keyInToken(ctx, tokenKeyName(u.row.RegistrationID))
-		if err != nil {
-			return fmt.Errorf("%w: its certificate was signed: %w", ErrUnproven, err)
-		}
 		hash := u.keyHash
-		if err := u.setTokenKey(k); err != nil {
+		err := r.withKeys(ctx, u, func(store hsm.Store) error {
+			k, err := r.keyInToken(ctx, store, tokenKeyName(u.row.RegistrationID))
+			if err != nil {
+				return fmt.Errorf("%w: its certificate was signed: %w", ErrUnproven, err)
+			}
+			return r.setTokenKey(u, k)
+		})
+		if err != nil {
 			return err
 		}
 		if !bytes.Equal(hash, u.keyHash) {

@@ -177,7 +177,7 @@ func checkHeader(name string, columns []string, p *Profile) error {
 // columns returns the columns that the profile needs.
 func (p *Profile) columns() []string {
 	need := []string{"serial"}
-	for _, segments := range append([][]segment{p.pattern, p.uri}, p.csr...) {
+	for _, segments := range append([][]segment{p.pattern, p.uri, p.store}, p.csr...) {
 		for _, g := range segments {
 			if g.column != "" && !slices.Contains(need, g.column) {
 				need = append(need, g.column)
