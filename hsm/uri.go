@@ -40,8 +40,11 @@ type URI struct {
 	Object string
 	// ID is the key's CKA_ID.
 	ID []byte
-	// ModulePath is the PKCS#11 module to load.
+	// ModulePath is the PKCS#11 module to load. Behind "p11-kit:" it is loaded in a process of its own.
 	ModulePath string
+	// InitArgs goes to the module when it is initialized, in CK_C_INITIALIZE_ARGS.pReserved: NSS wants its parameters there.
+	// In a URI it is x-init-reserved, as p11-kit calls it.
+	InitArgs string
 	// PINSource is where the PIN or passphrase is read from: a path, with or without "file:".
 	PINSource string
 
@@ -175,6 +178,8 @@ func (u *URI) parseQuery(query string) error {
 			u.pin = Secret(value)
 		case name == "module-path" && u.Scheme == SchemePKCS11:
 			u.ModulePath = value
+		case name == "x-init-reserved" && u.Scheme == SchemePKCS11:
+			u.InitArgs = value
 		case name == "module-name" && u.Scheme == SchemePKCS11:
 			return errors.New("attribute module-name is not taken: name the module by module-path")
 		case name == "object" && u.Scheme == SchemeFile:
@@ -236,6 +241,7 @@ func (u URI) String() string {
 		}
 	}
 	add(&query, "module-path", u.ModulePath, "/:")
+	add(&query, "x-init-reserved", u.InitArgs, "/:=',")
 	add(&query, "pin-source", u.PINSource, "/:")
 	s := u.Scheme + ":" + escape(u.Path, "/:") + strings.Join(path, ";")
 	if len(query) > 0 {

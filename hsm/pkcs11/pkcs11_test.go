@@ -43,6 +43,27 @@ func TestContract(t *testing.T) {
 	hsmtest.Run(t, hsmtest.Suite{Hardware: true, Open: func(t *testing.T) hsm.Store { return open(t, uri) }})
 }
 
+func TestContractNSS(t *testing.T) {
+	uri := hsmtest.NSS(t, "line-3")
+	hsmtest.Run(t, hsmtest.Suite{Hardware: true, Open: func(t *testing.T) hsm.Store { return open(t, uri) }})
+}
+
+func TestContractTPM2(t *testing.T) {
+	uri := hsmtest.TPM2(t, "line-3")
+	hsmtest.Run(t, hsmtest.Suite{Hardware: true, Open: func(t *testing.T) hsm.Store { return open(t, uri) }})
+}
+
+func TestContractP11Kit(t *testing.T) {
+	uri, _ := hsmtest.P11Kit(t, hsmtest.SoftHSM(t, "line-3"))
+	hsmtest.Run(t, hsmtest.Suite{Hardware: true, Open: func(t *testing.T) hsm.Store { return open(t, uri) }})
+}
+
+func TestContractOutOfProcess(t *testing.T) {
+	uri := hsmtest.SoftHSM(t, "line-3")
+	uri.ModulePath = "p11-kit:" + uri.ModulePath
+	hsmtest.Run(t, hsmtest.Suite{Hardware: true, Open: func(t *testing.T) hsm.Store { return open(t, uri) }})
+}
+
 func TestToken(t *testing.T) {
 	uri := hsmtest.SoftHSM(t, "line-3", "twin", "twin")
 	if _, err := Open(t.Context(), Config{URI: hsm.URI{Scheme: hsm.SchemePKCS11, Token: "twin", ModulePath: uri.ModulePath}}); err == nil || !strings.Contains(err.Error(), "2 tokens match") {

@@ -4,6 +4,7 @@ package pkcs11
 
 import (
 	"context"
+	"crypto"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -29,14 +30,18 @@ type Config struct {
 	Sessions int
 	// Log hears of tokens that were lost and came back; nil means nobody does.
 	Log *slog.Logger
+	// Patience is how long an operation looks for a token that was lost before it answers hsm.ErrLost; 0 means 5 seconds: a
+	// module that was restarted is back by then, and a person with a USB token in hand is asked to try again.
+	Patience time.Duration
+	// CallTimeout is for a module in a process of its own (module-path=p11-kit:…): one that is silent for longer is killed and
+	// started again. 0 means TOUCHMARK_PKCS11_TIMEOUT, or 60 seconds. Stores that share a module share the first one's.
+	CallTimeout time.Duration
 }
 
 const (
 	defaultSessions = 16
-	// How long a token may stay away before an operation gives up: a module that was restarted is back by then, and a
-	// person with a USB token in hand is asked to try again.
-	recoveryTries = 5
-	recoveryPause = 300 * time.Millisecond
+	defaultPatience = 5 * time.Second
+	recoveryPause   = 200 * time.Millisecond
 )
 
 // Store is a PKCS#11 token, logged in.
@@ -45,7 +50,8 @@ type Store struct {
 	log *slog.Logger
 	mod *module
 
-	slots chan struct{} // room for operations: as many as there may be sessions
+	patience time.Duration
+	slots    chan struct{} // room for operations: as many as there may be sessions
 
 	mu      sync.Mutex
 	closed  bool
@@ -54,7 +60,11 @@ type Store struct {
 	slot    uint
 	keeper  pkcs11.SessionHandle   // holds the login
 	idle    []pkcs11.SessionHandle // of the present generation
+	epoch   int64                  // of the module, that the sessions belong to
+	shrunk  int                    // slots that are kept taken because the token's session table is full
 	labels  map[string]bool        // names that are taken
+	levels  map[string]int         // the template that works, by kind of key
+	mechs   mechanisms             // what the token offers
 
 	generation atomic.Int64 // counts how often the token was found anew; handles belong to one
 }
@@ -66,22 +76,42 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	mod, err := loadModule(path)
+	bound, err := callTimeout(cfg)
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{uri: cfg.URI, log: cfg.Log, mod: mod}
+	s := &Store{uri: cfg.URI, log: cfg.Log, patience: cfg.Patience}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
+	if s.patience <= 0 {
+		s.patience = defaultPatience
+	}
+	if s.mod, err = loadModule(path, cfg.URI.InitArgs, bound, s.log); err != nil {
+		return nil, err
+	}
 	if err := s.start(ctx, cfg); err != nil {
-		return nil, errors.Join(fmt.Errorf("opening token %s: %w", describe(cfg.URI), err), s.Close())
+		return nil, errors.Join(fmt.Errorf("opening token %s: %w", describe(cfg.URI), explained(err)), s.Close())
 	}
 	return s, nil
 }
 
+func callTimeout(cfg Config) (time.Duration, error) {
+	text := os.Getenv("TOUCHMARK_PKCS11_TIMEOUT")
+	if cfg.CallTimeout > 0 || text == "" {
+		return cfg.CallTimeout, nil
+	}
+	d, err := time.ParseDuration(text)
+	if err != nil || d <= 0 {
+		return 0, fmt.Errorf("TOUCHMARK_PKCS11_TIMEOUT is %q: want a duration such as 30s", text)
+	}
+	return d, nil
+}
+
 func (s *Store) start(ctx context.Context, cfg Config) error {
+	s.mod.enter()
 	slot, token, err := s.mod.findSlot(s.uri)
+	s.mod.leave()
 	if err != nil {
 		return err
 	}
@@ -100,12 +130,18 @@ func (s *Store) start(ctx context.Context, cfg Config) error {
 	if sessions <= 0 {
 		sessions = defaultSessions
 	}
-	// 0 means that the token does not say, and all ones that it does not mind (CK_TOKEN_INFO). One session is the keeper.
-	if most := token.MaxRwSessionCount; most > 1 && most != pkcs11.CK_UNAVAILABLE_INFORMATION {
-		sessions = min(sessions, int(min(most-1, 1<<16)))
+	// 0 means that the token does not say, and all ones that it does not mind (CK_TOKEN_INFO). One session is the keeper,
+	// which does the work too when it is the only one.
+	if most := token.MaxRwSessionCount; most > 0 && most != pkcs11.CK_UNAVAILABLE_INFORMATION {
+		sessions = min(sessions, max(1, int(min(most-1, 1<<16))))
 	}
 	s.slots = make(chan struct{}, sessions)
+	s.mod.enter()
+	defer s.mod.leave()
 	if err := s.connect(slot); err != nil {
+		return err
+	}
+	if s.mechs, err = s.mod.mechanisms(slot); err != nil {
 		return err
 	}
 	return s.loadLabels()
@@ -124,7 +160,8 @@ func mayLogin(flags uint) error {
 	return nil
 }
 
-// connect opens the keeper session and logs in. Called with the mutex held, or before anyone else has the store.
+// connect opens the keeper session and logs in. Called inside the module, with the mutex held or before anyone else has the
+// store.
 func (s *Store) connect(slot uint) error {
 	h, err := s.mod.ctx.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
 	if err != nil {
@@ -137,7 +174,7 @@ func (s *Store) connect(slot uint) error {
 			return loginError(err)
 		}
 	}
-	s.slot, s.keeper, s.idle = slot, h, nil
+	s.slot, s.keeper, s.idle, s.epoch = slot, h, nil, s.mod.epoch
 	return nil
 }
 
@@ -164,45 +201,93 @@ func (s *Store) Close() error {
 	}
 	s.closed = true
 	s.pin.Wipe()
-	for _, h := range s.idle {
-		_ = s.mod.ctx.CloseSession(h)
-	}
-	if s.keeper != 0 {
-		_ = s.mod.ctx.CloseSession(s.keeper)
-	}
-	s.idle, s.keeper = nil, 0
+	s.dropSessions()
 	return s.mod.release()
 }
 
-var errClosed = errors.New("token is closed")
+// dropSessions closes every session that is not in use. Called with the mutex held.
+func (s *Store) dropSessions() {
+	s.mod.enter()
+	defer s.mod.leave()
+	if s.epoch == s.mod.epoch { // else they ended with the module, and their numbers may be somebody else's now
+		for _, h := range s.idle {
+			_ = s.mod.ctx.CloseSession(h)
+		}
+		if s.keeper != 0 {
+			_ = s.mod.ctx.CloseSession(s.keeper)
+		}
+	}
+	s.idle, s.keeper = nil, 0
+}
+
+var (
+	errClosed = errors.New("token is closed")
+	// errNoSession says that the token's session table is full.
+	errNoSession = errors.New("no session to be had")
+)
 
 // with borrows a session for one operation. When the token turns out to be lost it is found again, and an operation that
 // is safe to repeat runs once more.
 func (s *Store) with(ctx context.Context, repeat bool, f func(pkcs11.SessionHandle) error) error {
-	select {
-	case s.slots <- struct{}{}:
-	default:
-		select {
-		case s.slots <- struct{}{}:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-	defer func() { <-s.slots }()
-	gen, err := s.once(f)
+	gen, err := s.borrow(ctx, f)
 	if err == nil || !lost(err) {
-		return err
+		return explained(err)
 	}
 	if rerr := s.reconnect(ctx, gen, err); rerr != nil {
-		return rerr
+		return explained(rerr)
 	}
 	if !repeat {
 		return fmt.Errorf("%w: %w", hsm.ErrLost, err)
 	}
-	if _, err = s.once(f); err != nil && lost(err) {
-		return fmt.Errorf("%w: %w", hsm.ErrLost, err)
+	if _, err = s.borrow(ctx, f); err != nil && lost(err) {
+		err = fmt.Errorf("%w: %w", hsm.ErrLost, err)
 	}
-	return err
+	return explained(err)
+}
+
+// borrow waits for room and runs an operation. Where the token has fewer sessions than it said, or others hold them, it
+// makes do with those that are there.
+func (s *Store) borrow(ctx context.Context, f func(pkcs11.SessionHandle) error) (generation int64, err error) {
+	for deadline := time.Now().Add(s.patience); ; {
+		select {
+		case s.slots <- struct{}{}:
+		default:
+			select {
+			case s.slots <- struct{}{}:
+			case <-ctx.Done():
+				return 0, ctx.Err()
+			}
+		}
+		generation, err = s.once(f)
+		if !errors.Is(err, errNoSession) {
+			<-s.slots
+			return generation, err
+		}
+		if s.shrink() {
+			continue // the slot stays taken; the next one to be free has a session already
+		}
+		<-s.slots
+		if time.Now().After(deadline) {
+			return generation, fmt.Errorf("%w: %w", hsm.ErrLost, err)
+		}
+		select {
+		case <-time.After(recoveryPause):
+		case <-ctx.Done():
+			return generation, ctx.Err()
+		}
+	}
+}
+
+// shrink takes a slot out of the pool for good, unless it is the last one. The caller holds that slot.
+func (s *Store) shrink() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.shrunk >= cap(s.slots)-1 {
+		return false
+	}
+	s.shrunk++
+	s.log.Info("the token gives no more sessions", "token", s.URI(), "sessions", cap(s.slots)-s.shrunk)
+	return true
 }
 
 func (s *Store) once(f func(pkcs11.SessionHandle) error) (generation int64, err error) {
@@ -211,27 +296,58 @@ func (s *Store) once(f func(pkcs11.SessionHandle) error) (generation int64, err 
 		s.mu.Unlock()
 		return 0, errClosed
 	}
-	gen := s.generation.Load()
+	gen, slot, epoch, keeper := s.generation.Load(), s.slot, s.epoch, s.keeper
+	last := s.shrunk > 0 && s.shrunk == cap(s.slots)-1 || cap(s.slots) == 1
 	var h pkcs11.SessionHandle
 	if n := len(s.idle); n > 0 {
 		h, s.idle = s.idle[n-1], s.idle[:n-1]
-		s.mu.Unlock()
-	} else {
-		slot := s.slot
-		s.mu.Unlock()
-		if h, err = s.mod.ctx.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION); err != nil {
-			return gen, fmt.Errorf("opening a session: %w", err)
-		}
 	}
-	err = f(h)
+	s.mu.Unlock()
+
+	if h, err = s.inside(slot, epoch, keeper, h, last, f); h == 0 || h == keeper {
+		return gen, err
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closed || gen != s.generation.Load() || err != nil && lost(err) {
-		_ = s.mod.ctx.CloseSession(h) // it may be gone already
-	} else {
+	if !s.closed && gen == s.generation.Load() {
 		s.idle = append(s.idle, h)
+		return gen, err
+	}
+	s.mod.enter()
+	defer s.mod.leave()
+	if epoch == s.mod.epoch {
+		_ = s.mod.ctx.CloseSession(h)
 	}
 	return gen, err
+}
+
+// inside runs an operation in a session, a new one for h == 0, and returns the session when it is good for another.
+func (s *Store) inside(slot uint, epoch int64, keeper, h pkcs11.SessionHandle, last bool, f func(pkcs11.SessionHandle) error) (pkcs11.SessionHandle, error) {
+	s.mod.enter()
+	defer s.mod.leave()
+	if epoch != s.mod.epoch {
+		return 0, pkcs11.Error(pkcs11.CKR_SESSION_HANDLE_INVALID) // the module was restarted
+	}
+	if h == 0 {
+		var err error
+		h, err = s.mod.ctx.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+		switch {
+		case errors.Is(err, pkcs11.Error(pkcs11.CKR_SESSION_COUNT)) && last && keeper != 0:
+			h = keeper // nobody else is at work
+		case errors.Is(err, pkcs11.Error(pkcs11.CKR_SESSION_COUNT)):
+			return 0, fmt.Errorf("opening a session: %w: %w", errNoSession, err)
+		case err != nil:
+			return 0, fmt.Errorf("opening a session: %w", err)
+		}
+	}
+	err := f(h)
+	if err != nil && lost(err) {
+		if h != keeper {
+			_ = s.mod.ctx.CloseSession(h) // it may be gone already
+		}
+		return 0, err
+	}
+	return h, err
 }
 
 // lost reports whether an error means that the session, the login or the token is gone, rather than that the operation
@@ -264,34 +380,24 @@ func (s *Store) reconnect(ctx context.Context, gen int64, cause error) error {
 		return s.refused
 	}
 	s.log.Warn("token lost", "token", s.URI(), "cause", cause)
-	for _, h := range append(s.idle, s.keeper) {
-		_ = s.mod.ctx.CloseSession(h)
+	s.dropSessions()
+	for range s.shrunk {
+		<-s.slots // a table that was full may not be now
 	}
-	s.idle, s.keeper = nil, 0
+	s.shrunk = 0
 	var err error
-	for try := range recoveryTries {
+	for try, deadline := 0, time.Now().Add(s.patience); ; try++ {
 		if try > 0 {
+			if time.Now().After(deadline) {
+				return fmt.Errorf("%w: %w (looked for it %d times in %s: %w)", hsm.ErrLost, cause, try, s.patience, err)
+			}
 			select {
 			case <-time.After(recoveryPause):
 			case <-ctx.Done():
 				return fmt.Errorf("%w: %w: %w", hsm.ErrLost, cause, ctx.Err())
 			}
 		}
-		if err = s.mod.initialize(); err != nil {
-			continue
-		}
-		var slot uint
-		var token pkcs11.TokenInfo
-		if slot, token, err = s.mod.findSlot(s.uri); err != nil {
-			continue
-		}
-		if s.pin != nil {
-			if err := mayLogin(token.Flags); err != nil {
-				s.refused = err
-				return err
-			}
-		}
-		if err = s.connect(slot); err == nil {
+		if err = s.findAgain(ctx, try, cause, deadline); err == nil {
 			s.generation.Add(1)
 			s.log.Info("token found again", "token", s.URI())
 			return nil
@@ -301,7 +407,28 @@ func (s *Store) reconnect(ctx context.Context, gen int64, cause error) error {
 			return err
 		}
 	}
-	return fmt.Errorf("%w: %w (looked for it %d times: %w)", hsm.ErrLost, cause, recoveryTries, err)
+}
+
+// findAgain looks for the token once and logs in. The first time the module itself is left alone, unless it is what was lost.
+func (s *Store) findAgain(ctx context.Context, try int, cause error, deadline time.Time) error {
+	if try > 0 || s.mod.dead() || errors.Is(cause, pkcs11.Error(pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED)) {
+		if err := s.mod.restart(ctx, s.epoch, time.Until(deadline)); err != nil {
+			return err
+		}
+	}
+	s.mod.enter()
+	defer s.mod.leave()
+	s.epoch = s.mod.epoch
+	slot, token, err := s.mod.findSlot(s.uri)
+	if err != nil {
+		return err
+	}
+	if s.pin != nil {
+		if err := mayLogin(token.Flags); err != nil {
+			return err
+		}
+	}
+	return s.connect(slot)
 }
 
 // loadLabels reads the names of all keys, once.
@@ -318,6 +445,7 @@ func (s *Store) loadLabels() error {
 				continue // an object that does not show its label is nobody's key here
 			}
 			s.labels[string(attrs[0].Value)] = true
+			s.mod.beat()
 		}
 	}
 	return nil
@@ -349,6 +477,7 @@ func (s *Store) find(h pkcs11.SessionHandle, template ...*pkcs11.Attribute) (_ [
 			return all, nil
 		}
 		all = append(all, page...)
+		s.mod.beat()
 	}
 }
 
@@ -374,14 +503,11 @@ func (s *Store) unreserve(name string) {
 
 // notMade says why a token would not make a key.
 func notMade(err error) error {
-	if errors.Is(err, pkcs11.Error(pkcs11.CKR_DEVICE_MEMORY)) || errors.Is(err, pkcs11.Error(pkcs11.CKR_HOST_MEMORY)) {
+	if is(err, pkcs11.CKR_DEVICE_MEMORY, pkcs11.CKR_HOST_MEMORY) {
 		return fmt.Errorf("%w: %w", hsm.ErrFull, err)
 	}
-	if errors.Is(err, pkcs11.Error(pkcs11.CKR_MECHANISM_INVALID)) || errors.Is(err, pkcs11.Error(pkcs11.CKR_CURVE_NOT_SUPPORTED)) {
+	if is(err, pkcs11.CKR_MECHANISM_INVALID, pkcs11.CKR_CURVE_NOT_SUPPORTED, pkcs11.CKR_KEY_SIZE_RANGE, pkcs11.CKR_FUNCTION_NOT_SUPPORTED) {
 		return fmt.Errorf("%w: %w", hsm.ErrUnsupported, err)
-	}
-	if errors.Is(err, pkcs11.Error(pkcs11.CKR_FUNCTION_FAILED)) || errors.Is(err, pkcs11.Error(pkcs11.CKR_GENERAL_ERROR)) {
-		return fmt.Errorf("%w: the token gives no reason: it may be full, or the disk that it is on", err)
 	}
 	return err
 }
@@ -422,7 +548,13 @@ func (s *Store) create(ctx context.Context, spec hsm.Spec, do func(pkcs11.Sessio
 		if err != nil {
 			return notMade(err)
 		}
-		k, err = s.keyFrom(h, spec, id, priv, pub)
+		var public crypto.PublicKey
+		if pub != 0 {
+			if public, err = s.publicKey(h, pub); err != nil {
+				return err
+			}
+		}
+		k, err = s.keyFrom(spec, id, priv, public)
 		return err
 	}
 	err = s.with(ctx, false, make)
@@ -520,6 +652,7 @@ func (s *Store) List(ctx context.Context, prefix string) ([]hsm.Key, error) {
 					return fmt.Errorf("key %q: %w", name, err)
 				}
 				keys = append(keys, k)
+				s.mod.beat()
 			}
 		}
 		return nil
