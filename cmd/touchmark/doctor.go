@@ -95,13 +95,13 @@ func (a *app) runTokenDoctor(ctx context.Context, o *tokenOptions) (err error) {
 	d := &doctor{}
 	subject := "token " + uri.WithObject("").String()
 	a.examineClock(ctx, d, l)
-	m, t, err := findToken(ctx, uri)
+	m, t, can, err := pkcs11.Examine(ctx, uri)
 	if m == nil {
 		d.fail("module", "name the module's library with module-path in the key URI; is its package installed?", err)
 		return a.reportFindings(subject, d)
 	}
 	d.ok("module", "%s, %s %s (PKCS#11 %s)", m.Path, m.Description, m.Version, m.Cryptoki)
-	if err != nil {
+	if t == nil {
 		d.fail("token", "plug it in, or mend the key URI", err)
 		return a.reportFindings(subject, d)
 	}
@@ -110,6 +110,7 @@ func (a *app) runTokenDoctor(ctx context.Context, o *tokenOptions) (err error) {
 		return a.reportFindings(subject, d)
 	}
 	examineRoom(d, t)
+	a.examineMechanisms(d, l, can, err)
 	start := time.Now()
 	opened, err := a.openStore(ctx, o.store, base)
 	if err != nil {
@@ -161,6 +162,54 @@ func examinePINs(d *doctor, t *pkcs11.Token) (mayLogin bool) {
 		return true
 	}
 	return false
+}
+
+// need is an operation that a line or a profile cannot do without.
+type need struct {
+	operation string
+	algorithm hsm.Algorithm
+}
+
+// examineMechanisms holds what the token announces against what the line and its profiles need; without a line, against what
+// a line needs.
+func (a *app) examineMechanisms(d *doctor, l *line, can []pkcs11.Capability, err error) {
+	const check = "mechanisms"
+	if err != nil {
+		d.fail(check, "the module's own log may tell why", err)
+		return
+	}
+	needs := map[need]string{{"make", hsm.ECP256}: "the line's keys", {"sign", hsm.ECP256}: "the line's keys", {"agree", hsm.ECP256}: "the line's recipient key"}
+	if l != nil {
+		for _, name := range l.profileNames() {
+			p, err := l.profile(name)
+			switch {
+			case err != nil: // reported with the profile
+			case p.Key.In == "token" && p.Key.Store == "":
+				alg := hsm.Algorithm(p.Key.Algorithm)
+				needs[need{"make", alg}], needs[need{"sign", alg}] = "profile "+name, "profile "+name
+			case p.Attestation == mint.AttestationSymmetricKey && p.Enrollment == "group":
+				needs[need{"mac", hsm.HMACSHA256}] = "profile " + name
+			}
+		}
+	}
+	good := 0
+	for _, c := range can {
+		who, needed := needs[need{c.Operation, c.Algorithm}]
+		switch {
+		case !needed:
+		case !c.Can:
+			d.fail(check, "use a token that has it, or keys of another algorithm (touchmark token show lists what it can do)",
+				fmt.Errorf("to %s %s keys, for %s, takes %s, which the token does not offer", c.Operation, c.Algorithm, who, strings.Join(c.Mechanisms, " and ")))
+		case c.Fallback != "":
+			good++
+			d.ok(check, "%s %s is worked around: %s", c.Operation, c.Algorithm, c.Fallback)
+		default:
+			good++
+		}
+	}
+	if good == len(needs) {
+		d.ok(check, "all %d that are needed are there", good)
+	}
 }
 
 func examineRoom(d *doctor, t *pkcs11.Token) {

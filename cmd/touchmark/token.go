@@ -119,7 +119,7 @@ func (a *app) tokenURI(o *tokenOptions) (hsm.URI, string, *line, error) {
 }
 
 func (a *app) runTokenList(ctx context.Context, o *tokenOptions) error {
-	m, err := pkcs11.Inspect(ctx, o.module)
+	m, err := pkcs11.Inspect(ctx, hsm.URI{Scheme: hsm.SchemePKCS11, ModulePath: o.module})
 	if err != nil {
 		return err
 	}
@@ -156,54 +156,18 @@ func tokenURIText(t pkcs11.Token, module string) string {
 	return t.URI(module).String()
 }
 
-// findToken returns the module and the token that a URI names, without a login.
-func findToken(ctx context.Context, uri hsm.URI) (*pkcs11.Module, *pkcs11.Token, error) {
-	m, err := pkcs11.Inspect(ctx, uri.ModulePath)
-	if err != nil {
-		return nil, nil, err
-	}
-	is := func(want, have string) bool { return want == "" || want == have }
-	var found []*pkcs11.Token
-	var labels []string
-	for i := range m.Tokens {
-		t := &m.Tokens[i]
-		if !t.Initialized {
-			continue
-		}
-		labels = append(labels, fmt.Sprintf("%q (serial %s)", t.Label, t.Serial))
-		if is(uri.Token, t.Label) && is(uri.Serial, t.Serial) && is(uri.Manufacturer, t.Manufacturer) && is(uri.Model, t.Model) {
-			found = append(found, t)
-		}
-	}
-	switch len(found) {
-	case 1:
-		return m, found[0], nil
-	case 0:
-		err = fmt.Errorf("no token matches %s: %w", uri.WithObject(""), hsm.ErrNotFound)
-		if len(labels) > 0 {
-			err = hint(err, "the module reaches %s", strings.Join(labels, ", "))
-		} else {
-			err = hint(err, "the module reaches no token that is initialized: touchmark token init makes one ready")
-		}
-	default:
-		err = hint(fmt.Errorf("%d tokens match %s", len(found), uri.WithObject("")), "name one by its serial: %s", strings.Join(labels, ", "))
-	}
-	return m, nil, err
-}
-
 func (a *app) runTokenShow(ctx context.Context, o *tokenOptions) error {
 	uri, _, _, err := a.tokenURI(o)
 	if err != nil {
 		return err
 	}
-	m, t, err := findToken(ctx, uri)
+	m, t, can, err := pkcs11.Examine(ctx, uri)
 	if err != nil {
 		return err
 	}
 	if a.json {
-		module := *m
-		module.Tokens = nil
-		return a.printJSON(map[string]any{"module": module, "token": t, "uri": t.URI(m.Path).String()})
+		m.Tokens = nil
+		return a.printJSON(map[string]any{"module": m, "token": t, "uri": t.URI(m.Path).String(), "capabilities": can})
 	}
 	rows := [][]string{
 		{"Token", t.Label}, {"  serial", t.Serial}, {"  maker", t.Manufacturer + ", " + t.Model}, {"  firmware", t.Firmware},
@@ -211,7 +175,15 @@ func (a *app) runTokenShow(ctx context.Context, o *tokenOptions) error {
 		{"Module", m.Path}, {"  maker", m.Manufacturer}, {"  description", m.Description}, {"  version", m.Version + " (PKCS#11 " + m.Cryptoki + ")"},
 		{"Key URI", t.URI(m.Path).String()},
 	}
-	return a.table(nil, rows)
+	if err := a.table(nil, rows); err != nil {
+		return err
+	}
+	fmt.Fprintln(a.out)
+	rows = nil
+	for _, c := range can {
+		rows = append(rows, []string{string(c.Algorithm), c.Operation, yesNo(c.Can), strings.Join(c.Mechanisms, ", "), c.Fallback})
+	}
+	return a.table([]string{"KEYS", "OPERATION", "CAN", "MECHANISMS", "WORKED AROUND BY"}, rows)
 }
 
 func sessionsText(t *pkcs11.Token) string {
@@ -240,7 +212,7 @@ func (a *app) runTokenInit(ctx context.Context, o *tokenOptions) error {
 		return usageError{errors.New("the URI names no label for the token: want pkcs11:token=LABEL")}
 	}
 	cfg := hsm.PINConfig{Base: base, Env: a.env, Prompt: func(ctx context.Context, what string) (hsm.Secret, error) { return a.askNew(ctx, what) }}
-	t, err := pkcs11.Init(ctx, pkcs11.InitConfig{ModulePath: uri.ModulePath, Label: uri.Token, Serial: o.serial,
+	t, err := pkcs11.Init(ctx, pkcs11.InitConfig{URI: uri, Serial: o.serial,
 		SOPIN:   func(ctx context.Context) (hsm.Secret, error) { return uri.ResolveSOPIN(ctx, o.soPIN, cfg) },
 		UserPIN: func(ctx context.Context) (hsm.Secret, error) { return uri.ResolvePIN(ctx, cfg) }})
 	if errors.Is(err, hsm.ErrExists) {

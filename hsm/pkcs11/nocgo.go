@@ -29,7 +29,12 @@ func Open(context.Context, Config) (*Store, error) {
 var errNoCgo = fmt.Errorf("this build of touchmark cannot load PKCS#11 modules; the one built with cgo can: %w", hsm.ErrUnsupported)
 
 // Inspect answers hsm.ErrUnsupported.
-func Inspect(context.Context, string) (*Module, error) { return nil, errNoCgo }
+func Inspect(context.Context, hsm.URI) (*Module, error) { return nil, errNoCgo }
+
+// Examine answers hsm.ErrUnsupported.
+func Examine(context.Context, hsm.URI) (*Module, *Token, []Capability, error) {
+	return nil, nil, nil, errNoCgo
+}
 
 // Init answers hsm.ErrUnsupported.
 func Init(context.Context, InitConfig) (Token, error) { return Token{}, errNoCgo }

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 
 	"github.com/miekg/pkcs11"
@@ -24,29 +25,71 @@ func modulePath(path string) (string, error) {
 	return path, nil
 }
 
-// Inspect asks a module for itself and its tokens. Nobody logs in. Errors are those of Open for modules.
-func Inspect(_ context.Context, path string) (_ *Module, err error) {
-	if path, err = modulePath(path); err != nil {
-		return nil, err
+// load loads the module that a key URI names, or the environment does. The caller releases it.
+func load(u hsm.URI) (*module, string, error) {
+	path, err := modulePath(u.ModulePath)
+	if err != nil {
+		return nil, "", err
 	}
-	m, err := loadModule(path)
+	bound, err := callTimeout(Config{})
+	if err != nil {
+		return nil, "", err
+	}
+	m, err := loadModule(path, u.InitArgs, bound, slog.New(slog.DiscardHandler))
+	return m, path, err
+}
+
+// Inspect asks the module that a key URI names for itself and its tokens. Nobody logs in. Errors are those of Open for
+// modules.
+func Inspect(_ context.Context, u hsm.URI) (_ *Module, err error) {
+	m, path, err := load(u)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, m.release()) }()
-	return m.describe()
+	m.enter()
+	defer m.leave()
+	out, err := m.describe(path)
+	return out, explained(err)
 }
 
-func (m *module) describe() (*Module, error) {
+// Examine asks the module that a key URI names for the one token that it names, and for what that announces to be able to do.
+// Nobody logs in. The module comes back with an error about the token, too.
+func Examine(_ context.Context, u hsm.URI) (_ *Module, _ *Token, _ []Capability, err error) {
+	m, path, err := load(u)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	defer func() { err = errors.Join(explained(err), m.release()) }()
+	m.enter()
+	defer m.leave()
+	module, err := m.describe(path)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	slot, info, err := m.findSlot(u)
+	if err != nil {
+		return module, nil, nil, err
+	}
+	t := tokenOf(slot, info)
+	mechs, err := m.mechanisms(slot)
+	if err != nil {
+		return module, &t, nil, err
+	}
+	return module, &t, mechs.capabilities(), nil
+}
+
+// describe asks the module for itself. The caller has entered it.
+func (m *module) describe(path string) (*Module, error) {
 	info, err := m.ctx.GetInfo()
 	if err != nil {
-		return nil, fmt.Errorf("asking module %s for itself: %w", m.path, err)
+		return nil, fmt.Errorf("asking module %s for itself: %w", path, err)
 	}
-	out := &Module{Path: m.path, Manufacturer: trim(info.ManufacturerID), Description: trim(info.LibraryDescription),
+	out := &Module{Path: path, Manufacturer: trim(info.ManufacturerID), Description: trim(info.LibraryDescription),
 		Version: version(info.LibraryVersion), Cryptoki: version(info.CryptokiVersion), Tokens: []Token{}}
 	slots, err := m.ctx.GetSlotList(true)
 	if err != nil {
-		return nil, fmt.Errorf("listing the slots of module %s: %w", m.path, err)
+		return nil, fmt.Errorf("listing the slots of module %s: %w", path, err)
 	}
 	for _, s := range slots {
 		info, err := m.ctx.GetTokenInfo(s)
@@ -103,19 +146,18 @@ func known(n uint) *uint {
 // when there is no blank one, hsm.ErrPINIncorrect.
 func Init(ctx context.Context, cfg InitConfig) (_ Token, err error) {
 	var none Token
-	if cfg.Label == "" || len(cfg.Label) > 32 {
-		return none, fmt.Errorf("token label %q: want 1 to 32 octets", cfg.Label)
+	label := cfg.URI.Token
+	if label == "" || len(label) > 32 {
+		return none, fmt.Errorf("token label %q: want 1 to 32 octets", label)
 	}
-	path, err := modulePath(cfg.ModulePath)
+	m, path, err := load(cfg.URI)
 	if err != nil {
 		return none, err
 	}
-	m, err := loadModule(path)
-	if err != nil {
-		return none, err
-	}
-	defer func() { err = errors.Join(err, m.release()) }()
-	seen, err := m.describe()
+	defer func() { err = errors.Join(explained(err), m.release()) }()
+	m.enter()
+	seen, err := m.describe(path)
+	m.leave()
 	if err != nil {
 		return none, err
 	}
@@ -123,9 +165,9 @@ func Init(ctx context.Context, cfg InitConfig) (_ Token, err error) {
 	for i := range seen.Tokens {
 		t := &seen.Tokens[i]
 		switch {
-		case t.Initialized && t.Label == cfg.Label && t.UserPIN != PINUnset:
-			return none, fmt.Errorf("token %q: %w (serial %s)", cfg.Label, hsm.ErrExists, t.Serial)
-		case t.Initialized && t.Label == cfg.Label:
+		case t.Initialized && t.Label == label && t.UserPIN != PINUnset:
+			return none, fmt.Errorf("token %q: %w (serial %s)", label, hsm.ErrExists, t.Serial)
+		case t.Initialized && t.Label == label:
 			half = t
 		case !t.Initialized && (cfg.Serial == "" || t.Serial == cfg.Serial):
 			blank = t
@@ -144,13 +186,15 @@ func Init(ctx context.Context, cfg InitConfig) (_ Token, err error) {
 		return none, err
 	}
 	defer user.Wipe()
+	m.enter()
+	defer m.leave()
 	if half == nil {
-		if err := m.ctx.InitToken(blank.Slot, string(so), cfg.Label); err != nil {
+		if err := m.ctx.InitToken(blank.Slot, string(so), label); err != nil {
 			return none, fmt.Errorf("initializing the token in slot %d: %w", blank.Slot, err)
 		}
 	}
 	// The token may have another slot and serial by now, and is found by its new label.
-	slot, _, err := m.findSlot(hsm.URI{Scheme: hsm.SchemePKCS11, Token: cfg.Label})
+	slot, _, err := m.findSlot(hsm.URI{Scheme: hsm.SchemePKCS11, Token: label})
 	if err != nil {
 		return none, err
 	}
@@ -178,12 +222,13 @@ func Init(ctx context.Context, cfg InitConfig) (_ Token, err error) {
 
 // Token asks the token for itself.
 func (s *Store) Token(ctx context.Context) (t Token, err error) {
-	err = s.with(ctx, true, func(pkcs11.SessionHandle) error {
-		s.mu.Lock()
-		slot := s.slot
-		s.mu.Unlock()
-		info, err := s.mod.ctx.GetTokenInfo(slot)
-		t = tokenOf(slot, info)
+	err = s.with(ctx, true, func(h pkcs11.SessionHandle) error {
+		session, err := s.mod.ctx.GetSessionInfo(h)
+		if err != nil {
+			return err
+		}
+		info, err := s.mod.ctx.GetTokenInfo(session.SlotID)
+		t = tokenOf(session.SlotID, info)
 		return err
 	})
 	return t, err
@@ -211,9 +256,13 @@ func (s *Store) Identity(ctx context.Context) (hsm.Identity, error) {
 	if err != nil {
 		return hsm.Identity{}, err
 	}
-	info, err := s.mod.ctx.GetInfo()
+	var info pkcs11.Info
+	err = s.with(ctx, true, func(pkcs11.SessionHandle) (err error) {
+		info, err = s.mod.ctx.GetInfo()
+		return err
+	})
 	if err != nil {
-		return hsm.Identity{}, fmt.Errorf("asking module %s for itself: %w", s.mod.path, err)
+		return hsm.Identity{}, fmt.Errorf("asking the module for itself: %w", err)
 	}
 	return hsm.Identity{Label: t.Label, Serial: t.Serial, Manufacturer: t.Manufacturer, Model: t.Model, Firmware: t.Firmware,
 		Module: trim(info.LibraryDescription), ModuleVersion: version(info.LibraryVersion), ModuleManufacturer: trim(info.ManufacturerID)}, nil

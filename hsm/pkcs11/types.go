@@ -58,10 +58,9 @@ const (
 
 // InitConfig says how to make a blank token ready.
 type InitConfig struct {
-	// ModulePath is the library that reaches it.
-	ModulePath string
-	// Label is the token's name from then on, at most 32 octets. No other token of the module may have it.
-	Label string
+	// URI names the module, and the label that the token has from then on, at most 32 octets. No other token of the module may
+	// have it.
+	URI hsm.URI
 	// Serial chooses among blank tokens; empty is right when there is one alone, or when they are all alike.
 	Serial string
 	// SOPIN and UserPIN become the token's PINs. They are asked for once each.
