@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 )
 
 // Errors that callers branch on. Backends wrap them, and keep the vendor's answer beside them.
@@ -61,6 +62,11 @@ const (
 
 // Algorithms lists every algorithm in the order in which help texts show them.
 var Algorithms = []Algorithm{ECP256, ECP384, ECP521, RSA2048, RSA3072, RSA4096, Ed25519, HMACSHA256, AES256}
+
+// KeyPairs lists the algorithms of key pairs, which are those that certificates are for.
+func KeyPairs() []Algorithm {
+	return slices.DeleteFunc(slices.Clone(Algorithms), func(a Algorithm) bool { return a == HMACSHA256 || a == AES256 })
+}
 
 // ParseAlgorithm returns the algorithm of that exact name.
 func ParseAlgorithm(s string) (Algorithm, error) {

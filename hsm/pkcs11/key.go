@@ -411,8 +411,12 @@ func usages(t []*pkcs11.Attribute, level int, flags ...usageFlag) []*pkcs11.Attr
 // out to be what was asked for.
 func (s *Store) byTemplate(h pkcs11.SessionHandle, spec hsm.Spec, make func(level int) (priv, pub pkcs11.ObjectHandle, err error)) (priv, pub pkcs11.ObjectHandle, err error) {
 	kind := string(spec.Algorithm) + string(spec.Usage)
-	for level := s.level(kind); level < templates; level++ {
-		if priv, pub, err = make(level); err != nil {
+	first, _ := s.levels.Load(kind)
+	level, _ := first.(int)
+	for ; level < templates; level++ {
+		priv, pub, err = make(level)
+		s.mod.beat() // what comes next waits behind other keys that are being made
+		if err != nil {
 			if refusesTemplate(err) {
 				continue
 			}
@@ -423,25 +427,10 @@ func (s *Store) byTemplate(h pkcs11.SessionHandle, spec hsm.Spec, make func(leve
 				return 0, 0, errors.Join(err, s.destroy(h, pub, priv))
 			}
 		}
-		s.setLevel(kind, level)
+		s.levels.Store(kind, level)
 		return priv, pub, nil
 	}
 	return 0, 0, fmt.Errorf("%w: %w", hsm.ErrUnsupported, err)
-}
-
-func (s *Store) level(kind string) int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.levels[kind]
-}
-
-func (s *Store) setLevel(kind string, level int) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.levels == nil {
-		s.levels = make(map[string]int)
-	}
-	s.levels[kind] = level
 }
 
 // stays checks that a key that was not told to stay does.
@@ -798,7 +787,7 @@ func (s *Store) openObject(h pkcs11.SessionHandle, name string, class uint, o pk
 			if err != nil {
 				return nil, err
 			}
-			if size != 32 {
+			if size != 32 && size != 0 { // SoftHSM 2.6 says 0 of a key that was unwrapped
 				return nil, fmt.Errorf("an AES key of %d octets: %w", size, hsm.ErrUnsupported)
 			}
 			spec.Algorithm, spec.Usage = hsm.AES256, hsm.Wrap
@@ -913,17 +902,39 @@ func parsePoint(params, point []byte) (crypto.PublicKey, error) {
 		if !bytes.Equal(params, curveOID(alg)) {
 			continue
 		}
-		if len(point) > 0 && (point[0] == 2 || point[0] == 3) {
-			x, y := elliptic.UnmarshalCompressed(curve, point)
-			if x == nil {
-				return nil, fmt.Errorf("the point of a key of algorithm %s is not on its curve", alg)
-			}
-			point = make([]byte, 1+2*(len(point)-1))
-			point[0] = 4
-			x.FillBytes(point[1 : 1+len(point)/2])
-			y.FillBytes(point[1+len(point)/2:])
-		}
-		return ecdsa.ParseUncompressedPublicKey(curve, point)
+		return curvePoint(curve, point)
 	}
 	return nil, fmt.Errorf("curve %x: %w", params, hsm.ErrUnsupported)
+}
+
+// curvePoint reads a point in the forms that tokens give it in: uncompressed, compressed, and uncompressed with coordinates
+// that lost their leading zeros.
+func curvePoint(curve elliptic.Curve, point []byte) (*ecdsa.PublicKey, error) {
+	size := (curve.Params().BitSize + 7) / 8
+	if len(point) > 0 && (point[0] == 2 || point[0] == 3) {
+		x, y := elliptic.UnmarshalCompressed(curve, point)
+		if x == nil {
+			return nil, errors.New("the public key's point is not on its curve")
+		}
+		return ecdsa.ParseUncompressedPublicKey(curve, uncompressed(size, x.Bytes(), y.Bytes()))
+	}
+	if len(point) > 0 && point[0] == 4 && len(point) < 1+2*size {
+		// Where the first ends is not said; only one place gives a point on the curve.
+		xy := point[1:]
+		for i := max(0, len(xy)-size); i <= min(size, len(xy)); i++ {
+			if pub, err := ecdsa.ParseUncompressedPublicKey(curve, uncompressed(size, xy[:i], xy[i:])); err == nil {
+				return pub, nil
+			}
+		}
+	}
+	return ecdsa.ParseUncompressedPublicKey(curve, point)
+}
+
+// uncompressed is SEC 1 §2.3.3.
+func uncompressed(size int, x, y []byte) []byte {
+	p := make([]byte, 1+2*size)
+	p[0] = 4
+	copy(p[1+size-len(x):], x)
+	copy(p[1+2*size-len(y):], y)
+	return p
 }

@@ -12,13 +12,14 @@ import (
 	"github.com/touchmark/touchmark/hsm"
 )
 
-// Numbers that PKCS#11 3.0 added, which the binding does not name.
+// Numbers that PKCS#11 3.0 added, and NSS's name for an EC key's point in its private half, which the binding does not name.
 const (
 	ckkECEdwards           = 0x40
 	ckmEdwardsKeyPairGen   = 0x1055
 	ckmEdDSA               = 0x1057
 	ckmAESKeyWrapKWP       = 0x210B
 	ckmSHA256KeyGen        = 0x4005
+	ckaNSSDB               = 0xd5a0db00
 	ckaPublicKeyInfo       = 0x129
 	smallestPlausibleRSA   = 1024
 	largestImplausibleBits = 111

@@ -19,6 +19,28 @@ static const char *tm_probe(const char *path) {
 	dlclose(h);
 	return NULL;
 }
+
+// tm_wrap calls C_WrapKey once, with the buffer that it is given, where the binding asks for the length first. It is the
+// function list's 61st function (PKCS#11 2.40 §A, pkcs11f.h).
+typedef struct { unsigned char version[2]; void *functions[68]; } tm_list;
+typedef struct { unsigned long mechanism; void *parameter; unsigned long length; } tm_mechanism;
+typedef unsigned long (*tm_get_list)(tm_list **);
+typedef unsigned long (*tm_wrap_key)(unsigned long, tm_mechanism *, unsigned long, unsigned long, unsigned char *, unsigned long *);
+
+static unsigned long tm_wrap(const char *path, unsigned long session, unsigned long mechanism, unsigned long wrapping, unsigned long key, unsigned char *out, unsigned long *length) {
+	unsigned long rv = 0x54; // CKR_FUNCTION_NOT_SUPPORTED
+	void *h = dlopen(path, RTLD_LAZY);
+	if (h == NULL)
+		return rv;
+	tm_get_list get = (tm_get_list)dlsym(h, "C_GetFunctionList");
+	tm_list *list = NULL;
+	if (get != NULL && get(&list) == 0 && list != NULL) {
+		tm_mechanism m = {mechanism, NULL, 0};
+		rv = ((tm_wrap_key)list->functions[60])(session, &m, wrapping, key, out, length);
+	}
+	dlclose(h);
+	return rv;
+}
 */
 import "C"
 
@@ -49,6 +71,12 @@ type module struct {
 	args unsafe.Pointer // C string for C_Initialize, or nil; in C's memory until release
 	host *host          // the process that the vendor's module is in; nil when that is this one
 	refs int            // guarded by modulesMu
+	path string         // the library that ctx is
+	// loads says that the module loads keys into a TPM's few slots to use them, and forgets to unload one that is deleted
+	// (tpm2-pkcs11 1.9).
+	loads bool
+	// nss says that the module is NSS's, which wants to be told the public half of a key pair that it unwraps.
+	nss bool
 
 	// calls is held shared by whoever is inside the module, and exclusively to restart it: C_Finalize is undefined while
 	// other threads are in a call (PKCS#11 2.40 §5.4).
@@ -85,6 +113,8 @@ func loadModule(path, args string, bound time.Duration, log *slog.Logger) (*modu
 		}
 	} else if m.ctx, err = loadLibrary(vendor); err != nil {
 		return nil, fmt.Errorf("PKCS#11 module %s: %w", vendor, err)
+	} else {
+		m.path = vendor
 	}
 	if args != "" {
 		m.args = unsafe.Pointer(C.CString(args))
@@ -93,6 +123,11 @@ func loadModule(path, args string, bound time.Duration, log *slog.Logger) (*modu
 		m.unload()
 		return nil, fmt.Errorf("PKCS#11 module %s: %w", vendor, explained(err))
 	}
+	m.enter()
+	info, err := m.ctx.GetInfo()
+	m.leave()
+	m.nss = err == nil && strings.HasPrefix(trim(info.ManufacturerID), "Mozilla")
+	m.loads = err == nil && strings.HasPrefix(trim(info.ManufacturerID), "tpm2-software")
 	modules[name] = m
 	return m, nil
 }
@@ -150,31 +185,59 @@ func (m *module) beat() {
 	}
 }
 
-// restart finalizes and initializes the module, unless somebody did since epoch. It waits for whoever is inside, no longer
-// than patience: a call that never returns from a library in this process cannot be helped.
-func (m *module) restart(ctx context.Context, epoch int64, patience time.Duration) error {
+// alone runs f while nobody else is inside the module. It waits for whoever is, no longer than patience: a call that never
+// returns from a library in this process cannot be helped.
+func (m *module) alone(ctx context.Context, patience time.Duration, f func() error) error {
 	for wait := time.Now(); !m.calls.TryLock(); {
 		if time.Since(wait) > patience || ctx.Err() != nil {
-			return errors.New("the module cannot be restarted: a call into it does not come back")
+			return errors.New("a call into the module does not come back")
 		}
-		time.Sleep(5 * time.Millisecond)
+		time.Sleep(time.Millisecond)
 	}
 	defer m.calls.Unlock()
-	if m.epoch != epoch && !m.broken {
-		return nil
-	}
-	m.epoch++
 	if m.host != nil {
-		m.host.kill() // whatever is asked of it now, it may be what hung
+		m.host.enter()
+		defer m.host.leave()
 	}
-	_ = m.ctx.Finalize()
-	err := m.initialize()
-	m.broken = err != nil
-	return err
+	return f()
+}
+
+// restart finalizes and initializes the module, unless somebody did since epoch.
+func (m *module) restart(ctx context.Context, epoch int64, patience time.Duration) error {
+	return m.alone(ctx, patience, func() error {
+		if m.epoch != epoch && !m.broken {
+			return nil
+		}
+		m.epoch++
+		if m.host != nil {
+			m.host.kill() // whatever is asked of it now, it may be what hung
+		}
+		_ = m.ctx.Finalize()
+		err := m.initialize()
+		m.broken = err != nil
+		return err
+	})
 }
 
 // dead reports whether the module was in a process of its own that has ended.
 func (m *module) dead() bool { return m.host != nil && m.host.ended() }
+
+// wrapKey is C_WrapKey.
+func (m *module) wrapKey(h pkcs11.SessionHandle, mech uint, wrapping, key pkcs11.ObjectHandle) ([]byte, error) {
+	out, err := m.ctx.WrapKey(h, []*pkcs11.Mechanism{pkcs11.NewMechanism(mech, nil)}, wrapping, key)
+	if !is(err, pkcs11.CKR_BUFFER_TOO_SMALL) || m.path == "" {
+		return out, err
+	}
+	// NSS 3.87 announces fewer octets than it writes, and refuses a buffer of the size that it announced.
+	path := C.CString(m.path)
+	defer C.free(unsafe.Pointer(path))
+	buffer := make([]byte, maxWrapped)
+	length := C.ulong(len(buffer))
+	if rv := C.tm_wrap(path, C.ulong(h), C.ulong(mech), C.ulong(wrapping), C.ulong(key), (*C.uchar)(unsafe.Pointer(&buffer[0])), &length); rv != pkcs11.CKR_OK {
+		return nil, pkcs11.Error(rv)
+	}
+	return buffer[:min(int(length), len(buffer))], nil
+}
 
 // release gives a reference back; the last one finalizes the module.
 func (m *module) release() error {

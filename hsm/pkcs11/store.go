@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -64,8 +65,8 @@ type Store struct {
 	epoch   int64                  // of the module, that the sessions belong to
 	shrunk  int                    // slots that are kept taken because the token's session table is full
 	labels  map[string]bool        // names that are taken
-	levels  map[string]int         // the template that works, by kind of key
-	mechs   mechanisms             // what the token offers
+	mechs   mechanisms             // what the token offers; does not change
+	levels  sync.Map               // the template that works, an int by kind of key
 
 	generation atomic.Int64 // counts how often the token was found anew; handles belong to one
 }
@@ -169,22 +170,28 @@ func (s *Store) connect(slot uint) error {
 		return fmt.Errorf("opening a session: %w", err)
 	}
 	if s.pin != nil {
-		err := s.mod.ctx.Login(h, pkcs11.CKU_USER, string(s.pin))
-		if err != nil && !errors.Is(err, pkcs11.Error(pkcs11.CKR_USER_ALREADY_LOGGED_IN)) {
+		if err := s.login(h); err != nil {
 			_ = s.mod.ctx.CloseSession(h)
-			return loginError(err)
+			return err
 		}
 	}
 	s.slot, s.keeper, s.idle, s.epoch = slot, h, nil, s.mod.epoch
 	return nil
 }
 
+func (s *Store) login(h pkcs11.SessionHandle) error {
+	err := s.mod.ctx.Login(h, pkcs11.CKU_USER, string(s.pin))
+	if err == nil || is(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
+		return nil
+	}
+	return loginError(err)
+}
+
 func loginError(err error) error {
 	switch {
-	case errors.Is(err, pkcs11.Error(pkcs11.CKR_PIN_INCORRECT)), errors.Is(err, pkcs11.Error(pkcs11.CKR_PIN_INVALID)),
-		errors.Is(err, pkcs11.Error(pkcs11.CKR_PIN_LEN_RANGE)):
+	case is(err, pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE):
 		return fmt.Errorf("%w: %w", hsm.ErrPINIncorrect, err)
-	case errors.Is(err, pkcs11.Error(pkcs11.CKR_PIN_LOCKED)):
+	case is(err, pkcs11.CKR_PIN_LOCKED):
 		return fmt.Errorf("%w: %w", hsm.ErrPINLocked, err)
 	}
 	return fmt.Errorf("logging in: %w", err)
@@ -227,23 +234,50 @@ var (
 	errNoSession = errors.New("no session to be had")
 )
 
-// with borrows a session for one operation. When the token turns out to be lost it is found again, and an operation that
-// is safe to repeat runs once more.
+// operationTries is how often an operation is tried. What is lost or exhausted once may be so again, not for ever.
+const operationTries = 4
+
+// uncertainError says that an operation may or may not have taken effect, and that the token is there again.
+type uncertainError struct{ error }
+
+func (e uncertainError) Unwrap() error { return e.error }
+
+// with borrows a session for one operation. When the token turns out to be lost it is found again, and when it is out of
+// memory it is made to forget what it holds for us, by logging in anew. An operation that is safe to repeat runs again then;
+// for others the error is an uncertainError.
 func (s *Store) with(ctx context.Context, repeat bool, f func(pkcs11.SessionHandle) error) error {
-	gen, err := s.borrow(ctx, f)
-	if err == nil || !lost(err) {
-		return explained(err)
+	for try := 1; ; try++ {
+		gen, err := s.borrow(ctx, f)
+		gone := lost(err)
+		if err == nil || !gone && (!exhausted(err) || s.pin == nil) {
+			return explained(err)
+		}
+		if gone && try == operationTries {
+			return explained(fmt.Errorf("%w: %w", hsm.ErrLost, err))
+		}
+		if try == operationTries {
+			return explained(err)
+		}
+		// A module that cannot even log in again is as good as lost: tpm2-pkcs11 answers so when its TPM is gone.
+		if gone || s.relogin(ctx, gen, err) != nil {
+			if rerr := s.reconnect(ctx, gen, err); rerr != nil {
+				return explained(rerr)
+			}
+		}
+		if !repeat {
+			if gone {
+				err = fmt.Errorf("%w: %w", hsm.ErrLost, err)
+			}
+			return uncertainError{explained(err)}
+		}
 	}
-	if rerr := s.reconnect(ctx, gen, err); rerr != nil {
-		return explained(rerr)
-	}
-	if !repeat {
-		return fmt.Errorf("%w: %w", hsm.ErrLost, err)
-	}
-	if _, err = s.borrow(ctx, f); err != nil && lost(err) {
-		err = fmt.Errorf("%w: %w", hsm.ErrLost, err)
-	}
-	return explained(err)
+}
+
+// exhausted reports whether an error may mean that the token has no memory left for what it holds open. A TPM holds three
+// keys; tpm2-pkcs11 without a resource manager keeps each one that was used loaded until the logout, and then answers
+// CKR_GENERAL_ERROR.
+func exhausted(err error) bool {
+	return is(err, pkcs11.CKR_GENERAL_ERROR, pkcs11.CKR_FUNCTION_FAILED, pkcs11.CKR_DEVICE_MEMORY, pkcs11.CKR_HOST_MEMORY)
 }
 
 // borrow waits for room and runs an operation. Where the token has fewer sessions than it said, or others hold them, it
@@ -412,7 +446,7 @@ func (s *Store) reconnect(ctx context.Context, gen int64, cause error) error {
 
 // findAgain looks for the token once and logs in. The first time the module itself is left alone, unless it is what was lost.
 func (s *Store) findAgain(ctx context.Context, try int, cause error, deadline time.Time) error {
-	if try > 0 || s.mod.dead() || errors.Is(cause, pkcs11.Error(pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED)) {
+	if try > 0 || !lost(cause) || s.mod.dead() || is(cause, pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED) {
 		if err := s.mod.restart(ctx, s.epoch, time.Until(deadline)); err != nil {
 			return err
 		}
@@ -527,6 +561,11 @@ func (s *Store) Import(ctx context.Context, spec hsm.Spec, secret hsm.Secret) (h
 	})
 }
 
+// uselessError says that the token made a key that cannot be used.
+type uselessError struct{ error }
+
+func (e uselessError) Unwrap() error { return e.error }
+
 // create makes a key under its name. Should the token be lost in the middle it is looked for by name before anything is
 // made again, so a name never gets two keys.
 func (s *Store) create(ctx context.Context, spec hsm.Spec, do func(pkcs11.SessionHandle, hsm.Spec, []byte) (priv, pub pkcs11.ObjectHandle, err error)) (hsm.Key, error) {
@@ -551,17 +590,40 @@ func (s *Store) create(ctx context.Context, spec hsm.Spec, do func(pkcs11.Sessio
 		}
 		var public crypto.PublicKey
 		if pub != 0 {
-			if public, err = s.publicKey(h, pub); err != nil {
-				return err
-			}
+			public, err = s.publicKey(h, pub)
 		}
-		k, err = s.keyFrom(spec, id, priv, public)
+		if err == nil {
+			k, err = s.keyFrom(spec, id, priv, public)
+		}
+		if err != nil && !lost(err) {
+			err = uselessError{fmt.Errorf("%w: %w", hsm.ErrUnsupported, err)}
+		}
 		return err
 	}
-	err = s.with(ctx, false, make)
-	if errors.Is(err, hsm.ErrLost) && ctx.Err() == nil {
-		if k, err = s.Open(ctx, spec.Name); errors.Is(err, hsm.ErrNotFound) || spec.Ephemeral {
-			err = s.with(ctx, false, make)
+	for range operationTries {
+		err = s.with(ctx, false, make)
+		var uncertain uncertainError
+		var useless uselessError
+		if errors.As(err, &useless) && !spec.Ephemeral {
+			err = errors.Join(err, s.destroyByID(ctx, id))
+			break
+		}
+		if !errors.As(err, &uncertain) || ctx.Err() != nil {
+			break
+		}
+		if spec.Ephemeral {
+			continue
+		}
+		var found hsm.Key
+		var ferr error
+		if found, ferr = s.Open(ctx, spec.Name); ferr == nil {
+			k, err = found, nil
+			break
+		}
+		// Half a key is none: what there is of it has this ID, and goes.
+		if ferr = s.destroyByID(ctx, id); ferr != nil {
+			err = ferr
+			break
 		}
 	}
 	if err != nil {
@@ -571,6 +633,19 @@ func (s *Store) create(ctx context.Context, spec hsm.Spec, do func(pkcs11.Sessio
 		return nil, fmt.Errorf("making key %q: %w", spec.Name, err)
 	}
 	return k, nil
+}
+
+func (s *Store) destroyByID(ctx context.Context, id []byte) error {
+	if err := s.unload(ctx); err != nil && !lost(err) {
+		return err
+	}
+	return s.with(ctx, true, func(h pkcs11.SessionHandle) error {
+		objects, err := s.find(h, pkcs11.NewAttribute(pkcs11.CKA_ID, id), pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true))
+		if err != nil {
+			return err
+		}
+		return s.destroy(h, objects...)
+	})
 }
 
 // Open implements [hsm.Store].
@@ -583,16 +658,29 @@ func (s *Store) Open(ctx context.Context, name string) (hsm.Key, error) {
 		k, err = s.openKey(h, name)
 		return err
 	})
+	if errors.Is(err, hsm.ErrNotFound) {
+		return nil, fmt.Errorf("key %q: %w%s", name, err, s.near(name))
+	}
 	if err != nil {
 		return nil, fmt.Errorf("key %q: %w", name, err)
 	}
 	return k, nil
 }
 
+// near names the keys with names like that one.
+func (s *Store) near(name string) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return didYouMean(name, slices.Collect(maps.Keys(s.labels)))
+}
+
 // Delete implements [hsm.Store].
 func (s *Store) Delete(ctx context.Context, name string) error {
 	if !hsm.ValidName(name) {
 		return fmt.Errorf("key %q: %w", name, hsm.ErrNotFound)
+	}
+	if err := s.unload(ctx); err != nil && !lost(err) {
+		return fmt.Errorf("deleting key %q: %w", name, explained(err))
 	}
 	err := s.with(ctx, true, func(h pkcs11.SessionHandle) error {
 		found := false
@@ -620,6 +708,44 @@ func (s *Store) Delete(ctx context.Context, name string) error {
 	}
 	s.unreserve(name)
 	return nil
+}
+
+// unload goes before keys are destroyed. A module that keeps keys loaded lets go of them at a logout, and only then.
+func (s *Store) unload(ctx context.Context) error {
+	if !s.mod.loads {
+		return nil
+	}
+	return s.relogin(ctx, s.generation.Load(), nil)
+}
+
+// relogin logs out and in again, unless somebody did since generation gen. Object handles do not outlive it (PKCS#11 2.40
+// §5.6, C_Logout).
+func (s *Store) relogin(ctx context.Context, gen int64, cause error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.closed:
+		return errClosed
+	case s.refused != nil:
+		return s.refused
+	case gen != s.generation.Load():
+		return nil
+	}
+	s.log.Info("logging in anew, so that the token lets go of what it holds", "token", s.URI(), "cause", cause)
+	err := s.mod.alone(ctx, s.patience, func() error {
+		if s.epoch != s.mod.epoch {
+			return pkcs11.Error(pkcs11.CKR_SESSION_HANDLE_INVALID)
+		}
+		_ = s.mod.ctx.Logout(s.keeper)
+		return s.login(s.keeper)
+	})
+	if errors.Is(err, hsm.ErrPINIncorrect) || errors.Is(err, hsm.ErrPINLocked) {
+		s.refused = err
+	}
+	if err == nil {
+		s.generation.Add(1)
+	}
+	return err
 }
 
 // List implements [hsm.Lister].

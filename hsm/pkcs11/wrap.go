@@ -22,19 +22,19 @@ import (
 )
 
 // wrapping returns the token's mechanism for AES key wrap with padding and the wrapping key's base.
-func (s *Store) wrapping(operation string, key hsm.Key) (*base, []*pkcs11.Mechanism, error) {
+func (s *Store) wrapping(operation string, key hsm.Key) (*base, uint, error) {
 	w, err := s.mechs.way(operation, hsm.AES256)
 	if err != nil {
-		return nil, nil, err
+		return nil, 0, err
 	}
 	k, ok := key.(*wrapKey)
 	if !ok {
-		return nil, nil, fmt.Errorf("key %q is for %s (%s), not for %s: %w", key.Name(), key.Usage(), key.Algorithm(), hsm.Wrap, hsm.ErrUnsupported)
+		return nil, 0, fmt.Errorf("key %q is for %s (%s), not for %s: %w", key.Name(), key.Usage(), key.Algorithm(), hsm.Wrap, hsm.ErrUnsupported)
 	}
 	if k.store != s {
-		return nil, nil, fmt.Errorf("key %q is of another store: %w", key.Name(), hsm.ErrUnsupported)
+		return nil, 0, fmt.Errorf("key %q is of another store: %w", key.Name(), hsm.ErrUnsupported)
 	}
-	return &k.base, []*pkcs11.Mechanism{pkcs11.NewMechanism(w.mechs[0], nil)}, nil
+	return &k.base, w.mechs[0], nil
 }
 
 // baseOf returns what a key of this package has in common with the others.
@@ -81,7 +81,7 @@ func (s *Store) WrapKey(ctx context.Context, wrapping, key hsm.Key) (hsm.Wrapped
 	err = with.use(ctx, func(h pkcs11.SessionHandle, wo pkcs11.ObjectHandle) error {
 		o, err := b.handle(h)
 		if err == nil {
-			out.Wrapped, err = s.mod.ctx.WrapKey(h, mech, wo, o)
+			out.Wrapped, err = s.mod.wrapKey(h, mech, wo, o)
 		}
 		if is(err, pkcs11.CKR_KEY_NOT_WRAPPABLE, pkcs11.CKR_KEY_UNEXTRACTABLE, pkcs11.CKR_KEY_SIZE_RANGE, pkcs11.CKR_MECHANISM_INVALID) {
 			return fmt.Errorf("%w: %w", hsm.ErrUnsupported, err)
@@ -134,6 +134,11 @@ func (s *Store) UnwrapKey(ctx context.Context, wrapping hsm.Key, spec hsm.Spec, 
 	if spec.Algorithm != wrapped.Algorithm || spec.Usage != wrapped.Usage {
 		return fail(fmt.Errorf("it is a key of algorithm %s for %s", wrapped.Algorithm, wrapped.Usage))
 	}
+	// RFC 5649 §3: eight octets, and the key padded to a multiple of eight. SoftHSM does not say how long an unwrapped key is.
+	switch octets := len(wrapped.Wrapped) - 8; {
+	case spec.Algorithm == hsm.AES256 && octets != 32, spec.Algorithm == hsm.HMACSHA256 && (octets < 16 || octets > 64):
+		return fail(fmt.Errorf("a key of algorithm %s does not have %d octets", spec.Algorithm, octets))
+	}
 	var parts keyParts
 	var public crypto.PublicKey
 	if !secretKey(spec.Algorithm) {
@@ -161,6 +166,13 @@ func (s *Store) UnwrapKey(ctx context.Context, wrapping hsm.Key, spec hsm.Spec, 
 				private = append(private, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES))
 			default:
 				private = append(private, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), parts.public[0]) // its CKA_KEY_TYPE
+				if ec, ok := public.(*ecdsa.PublicKey); ok && s.mod.nss {
+					point, err := ec.Bytes()
+					if err != nil {
+						return 0, 0, err
+					}
+					private = append(private, pkcs11.NewAttribute(ckaNSSDB, point))
+				}
 			}
 			// The public half first, as for imports.
 			if public != nil {
@@ -168,7 +180,7 @@ func (s *Store) UnwrapKey(ctx context.Context, wrapping hsm.Key, spec hsm.Spec, 
 					return 0, 0, err
 				}
 			}
-			if priv, err = s.mod.ctx.UnwrapKey(h, mech, wo, wrapped.Wrapped, private); err == nil {
+			if priv, err = s.mod.ctx.UnwrapKey(h, []*pkcs11.Mechanism{pkcs11.NewMechanism(mech, nil)}, wo, wrapped.Wrapped, private); err == nil {
 				err = s.fits(h, spec, priv, public)
 			}
 			if err != nil {
@@ -179,18 +191,10 @@ func (s *Store) UnwrapKey(ctx context.Context, wrapping hsm.Key, spec hsm.Spec, 
 	})
 }
 
-// fits checks that a key that came out of a wrapping is what it was said to be: that a private half goes with the public one,
-// that an HMAC key has enough octets.
+// fits checks that a private key that came out of a wrapping goes with the public half that came beside it.
 func (s *Store) fits(h pkcs11.SessionHandle, spec hsm.Spec, o pkcs11.ObjectHandle, public crypto.PublicKey) error {
 	if secretKey(spec.Algorithm) {
-		size, err := s.number(h, o, pkcs11.CKA_VALUE_LEN)
-		if is(err, pkcs11.CKR_ATTRIBUTE_TYPE_INVALID) {
-			return nil
-		}
-		if err == nil && (spec.Algorithm == hsm.AES256 && size != 32 || size < 16 || size > 64) {
-			err = fmt.Errorf("a key of algorithm %s does not have %d octets", spec.Algorithm, size)
-		}
-		return err
+		return nil
 	}
 	if spec.Usage == hsm.Agree {
 		return s.agrees(h, o, public)

@@ -148,6 +148,8 @@ func algorithmOf(pub crypto.PublicKey) (hsm.Algorithm, error) {
 			return hsm.ECP256, nil
 		case elliptic.P384():
 			return hsm.ECP384, nil
+		case elliptic.P521():
+			return hsm.ECP521, nil
 		}
 	case *rsa.PublicKey:
 		switch k.N.BitLen() {

@@ -255,6 +255,8 @@ func generate(alg hsm.Algorithm, random io.Reader) (crypto.Signer, error) {
 		return ecdsa.GenerateKey(elliptic.P256(), random)
 	case hsm.ECP384:
 		return ecdsa.GenerateKey(elliptic.P384(), random)
+	case hsm.ECP521:
+		return ecdsa.GenerateKey(elliptic.P521(), random)
 	case hsm.RSA2048:
 		return rsa.GenerateKey(random, 2048)
 	case hsm.RSA3072:

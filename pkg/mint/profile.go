@@ -47,7 +47,7 @@ type Profile struct {
 		// uri is the key URI that the stamp names, with columns in braces, where the device reaches its key by another one than
 		// the station did, or the key was made elsewhere; optional.
 		URI string `toml:"uri"`
-		// algorithm of x509 keys: EC-P256 (default), EC-P384, RSA-2048, RSA-3072, RSA-4096, Ed25519.
+		// algorithm of x509 keys: EC-P256 (default), EC-P384, EC-P521, RSA-2048, RSA-3072, RSA-4096, Ed25519.
 		Algorithm string `toml:"algorithm"`
 		// group-key is the name of the group key in the line's key store; default "group-key".
 		GroupKey string `toml:"group-key"`
@@ -179,8 +179,8 @@ func (p *Profile) check(f *settings.Faults) {
 		if p.Key.Algorithm == "" {
 			p.Key.Algorithm = string(hsm.ECP256)
 		}
-		if a, err := hsm.ParseAlgorithm(p.Key.Algorithm); err != nil || a == hsm.HMACSHA256 {
-			f.Key("key.algorithm", "key.algorithm %q is not one for certificates: one of %v", p.Key.Algorithm, hsm.Algorithms[:len(hsm.Algorithms)-1])
+		if !slices.Contains(hsm.KeyPairs(), hsm.Algorithm(p.Key.Algorithm)) {
+			f.Key("key.algorithm", "key.algorithm %q is not one for certificates: one of %v", p.Key.Algorithm, hsm.KeyPairs())
 		}
 		if p.Key.GroupKey != "" {
 			f.Key("key.group-key", "key.group-key goes with symmetric-key groups only")
