@@ -341,7 +341,9 @@ func (a *app) examineLine(ctx context.Context, d *doctor, l *line, store *pkcs11
 			d.fail("line's keys", "is this the line's own token?", err)
 		}
 	}
-	if _, err := store.Open(ctx, l.Keys.Recipient); err != nil {
+	if l.Keys.Recipient == "" {
+		d.warn("line's keys", "make a line for symmetric keys on a token that has CKM_ECDH1_DERIVE", "no recipient key: group keys cannot be brought in")
+	} else if _, err := store.Open(ctx, l.Keys.Recipient); err != nil {
 		good = false
 		d.fail("line's keys", "group keys cannot be brought in without it", err)
 	}

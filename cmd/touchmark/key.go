@@ -246,6 +246,9 @@ func (a *app) runKeyImport(ctx context.Context, o *keyOptions) error {
 		return err
 	}
 	return a.withStore(ctx, o, func(store hsm.Store, l *line) error {
+		if l.Keys.Recipient == "" {
+			return hint(fmt.Errorf("line %s has no recipient key: %w", l.Name, hsm.ErrUnsupported), "its token cannot agree on secrets (touchmark token show), so nothing can be sealed to it")
+		}
 		k, err := store.Open(ctx, l.Keys.Recipient)
 		if err != nil {
 			return fmt.Errorf("opening the recipient key: %w", err)
