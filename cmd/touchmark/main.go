@@ -110,7 +110,7 @@ The journey:  init → mint → (bundle) → serve → import → register`,
 		c.GroupID = "tools"
 		root.AddCommand(c)
 	}
-	root.AddCommand(newVersion(a), newMan(a), exitCodesTopic, environmentTopic)
+	root.AddCommand(newVersion(a), newMan(a), exitCodesTopic, environmentTopic, hsmTopic)
 	wrapUsage(root)
 	return root
 }
