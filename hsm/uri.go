@@ -281,21 +281,32 @@ type PINConfig struct {
 const maxPIN = 1024
 
 // ResolvePIN returns the PIN of a token, or the passphrase of a key-file store: from pin-source, else the environment
-// (TOUCHMARK_PIN_FILE, TOUCHMARK_PIN; TOUCHMARK_PASSPHRASE_FILE, TOUCHMARK_PASSPHRASE), else a prompt.
+// (TOUCHMARK_PIN_FILE, TOUCHMARK_PIN; TOUCHMARK_PASSPHRASE_FILE, TOUCHMARK_PASSPHRASE), else a prompt. The error is ErrNoPIN
+// when there is none of these.
 func (u URI) ResolvePIN(ctx context.Context, cfg PINConfig) (Secret, error) {
 	if u.pin != nil {
 		return Secret(bytes.Clone(u.pin)), nil
-	}
-	env := cfg.Env
-	if env == nil {
-		env = os.LookupEnv
 	}
 	name, what := "TOUCHMARK_PIN", fmt.Sprintf("user PIN of token %q", u.Token)
 	if u.Scheme == SchemeFile {
 		name, what = "TOUCHMARK_PASSPHRASE", fmt.Sprintf("passphrase of the keys in %s", u.Path)
 	}
-	if u.PINSource != "" {
-		path := strings.TrimPrefix(strings.TrimPrefix(u.PINSource, "file:"), "//")
+	return cfg.resolve(ctx, u.PINSource, name, what, "pin-source in the key URI")
+}
+
+// ResolveSOPIN returns the PIN of a token's security officer: from a file, with or without "file:", else the environment
+// (TOUCHMARK_SO_PIN_FILE, TOUCHMARK_SO_PIN), else a prompt. The error is ErrNoPIN when there is none of these.
+func (u URI) ResolveSOPIN(ctx context.Context, source string, cfg PINConfig) (Secret, error) {
+	return cfg.resolve(ctx, source, "TOUCHMARK_SO_PIN", fmt.Sprintf("SO PIN of token %q", u.Token), "--so-pin-source")
+}
+
+func (cfg *PINConfig) resolve(ctx context.Context, source, name, what, where string) (Secret, error) {
+	env := cfg.Env
+	if env == nil {
+		env = os.LookupEnv
+	}
+	if source != "" {
+		path := strings.TrimPrefix(strings.TrimPrefix(source, "file:"), "//")
 		if !filepath.IsAbs(path) {
 			path = filepath.Join(cfg.Base, path)
 		}
@@ -308,11 +319,14 @@ func (u URI) ResolvePIN(ctx context.Context, cfg PINConfig) (Secret, error) {
 		return Secret(pin), nil
 	}
 	if cfg.Prompt == nil {
-		return nil, fmt.Errorf("%w the %s: name a file with pin-source in the key URI, or in %s_FILE", ErrNoPIN, what, name)
+		return nil, fmt.Errorf("%w the %s: name a file with %s, or in %s_FILE", ErrNoPIN, what, where, name)
 	}
 	pin, err := cfg.Prompt(ctx, what)
+	if err == nil && len(pin) == 0 {
+		err = errors.New("no PIN given")
+	}
 	if err != nil {
-		return nil, fmt.Errorf("%w: name a file with pin-source in the key URI, or in %s_FILE", err, name)
+		return nil, fmt.Errorf("%w: name a file with %s, or in %s_FILE", err, where, name)
 	}
 	return pin, nil
 }

@@ -13,10 +13,12 @@ import (
 	"github.com/touchmark/touchmark/hsm/pkcs11"
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/device"
+	"github.com/touchmark/touchmark/pkg/evidence"
 	"github.com/touchmark/touchmark/pkg/filelock"
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/mint"
 	"github.com/touchmark/touchmark/pkg/settings"
+	"github.com/touchmark/touchmark/pkg/signed"
 	"github.com/touchmark/touchmark/pkg/stamp"
 )
 
@@ -165,8 +167,13 @@ func classify(ctx context.Context, err error) (code int, help string) {
 		return exitRefused, help
 	case errors.As(err, &refused), errors.As(err, &denied):
 		return exitRefused, help
-	case errors.Is(err, bundle.ErrUntrusted):
+	case errors.Is(err, signed.ErrUntrusted):
 		suggest("name the station's public key with --trust station.pem, if it is one that you trust")
+		return exitUnverified, help
+	case errors.Is(err, evidence.ErrResidency):
+		suggest("mint with a profile whose keys are made in a token or TPM, or take the bundle without --require-residency")
+		return exitUnverified, help
+	case errors.Is(err, signed.ErrCorrupt):
 		return exitUnverified, help
 	case errors.Is(err, ledger.ErrStation):
 		suggest("name the public key of the station that keeps this ledger with --trust")

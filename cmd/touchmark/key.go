@@ -83,7 +83,7 @@ line's store, where it cannot be read again. The key is in memory for that momen
 	deleteCmd.Flags().StringVar(&del.name, "name", "", "the key's name (required)")
 	deleteCmd.Flags().BoolVar(&del.yes, "yes", false, "do not ask")
 	_ = deleteCmd.MarkFlagRequired("name")
-	return parent("key", "Keys that stay where they were made", listCmd, newCmd, importCmd, deleteCmd, newKeyWrap(a), newKeyUnwrap(a))
+	return parent("key", "Keys that stay where they were made", append(append(a.keyUses(), a.evidenceCommands()...), listCmd, newCmd, importCmd, deleteCmd, newKeyWrap(a), newKeyUnwrap(a))...)
 }
 
 // withStore opens the store that the options name, and closes it after f.
@@ -248,6 +248,9 @@ func (a *app) runKeyImport(ctx context.Context, o *keyOptions) error {
 		return err
 	}
 	return a.withStore(ctx, o, func(store hsm.Store, l *line) error {
+		if l.Keys.Recipient == "" {
+			return hint(fmt.Errorf("line %s has no recipient key: %w", l.Name, hsm.ErrUnsupported), "its token cannot agree on secrets (touchmark token show), so nothing can be sealed to it")
+		}
 		k, err := store.Open(ctx, l.Keys.Recipient)
 		if err != nil {
 			return fmt.Errorf("opening the recipient key: %w", err)

@@ -134,6 +134,7 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 	defer func() { err = errors.Join(err, led.Close()) }()
 	cfg := mint.Config{
 		Ledger: led, Profile: p, List: list, Store: store, IDScope: l.IDScope, GlobalEndpoint: l.GlobalEndpoint, Out: o.out, Jobs: o.jobs,
+		OpenStore: func(ctx context.Context, uri string) (hsm.Store, error) { return a.openStore(ctx, uri, l.dir) },
 	}
 	if p.Attestation == mint.AttestationX509 {
 		issuer, err := l.issuer(ctx, store)

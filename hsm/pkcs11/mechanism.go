@@ -191,10 +191,14 @@ func (s *Store) Capabilities(context.Context) ([]Capability, error) {
 	if s.closed {
 		return nil, errClosed
 	}
+	return s.mechs.capabilities(), nil
+}
+
+func (m mechanisms) capabilities() []Capability {
 	var all []Capability
 	add := func(operation string, alg hsm.Algorithm) {
 		c := Capability{Operation: operation, Algorithm: alg, Can: true}
-		w, err := s.mechs.way(operation, alg)
+		w, err := m.way(operation, alg)
 		if err != nil {
 			c.Can, w = false, ways(operation, alg)[0]
 		}
@@ -213,5 +217,5 @@ func (s *Store) Capabilities(context.Context) ([]Capability, error) {
 			add("agree", alg)
 		}
 	}
-	return all, nil
+	return all
 }

@@ -74,12 +74,9 @@ type Store struct {
 // Open loads the module, finds the token and logs in. Errors: hsm.ErrNotFound for a module or token that is not there,
 // hsm.ErrPINIncorrect, hsm.ErrPINLocked.
 func Open(ctx context.Context, cfg Config) (*Store, error) {
-	path := cfg.URI.ModulePath
-	if path == "" {
-		path = os.Getenv("TOUCHMARK_PKCS11_MODULE")
-	}
-	if path == "" {
-		return nil, fmt.Errorf("%w: name its library with module-path in the key URI, or in TOUCHMARK_PKCS11_MODULE", hsm.ErrNoModule)
+	path, err := modulePath(cfg.URI.ModulePath)
+	if err != nil {
+		return nil, err
 	}
 	bound, err := callTimeout(cfg)
 	if err != nil {
@@ -184,13 +181,17 @@ func (s *Store) connect(slot uint) error {
 
 func (s *Store) login(h pkcs11.SessionHandle) error {
 	err := s.mod.ctx.Login(h, pkcs11.CKU_USER, string(s.pin))
-	switch {
-	case err == nil, is(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN):
+	if err == nil || is(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
 		return nil
-	case errors.Is(err, pkcs11.Error(pkcs11.CKR_PIN_INCORRECT)), errors.Is(err, pkcs11.Error(pkcs11.CKR_PIN_INVALID)),
-		errors.Is(err, pkcs11.Error(pkcs11.CKR_PIN_LEN_RANGE)):
+	}
+	return loginError(err)
+}
+
+func loginError(err error) error {
+	switch {
+	case is(err, pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE):
 		return fmt.Errorf("%w: %w", hsm.ErrPINIncorrect, err)
-	case errors.Is(err, pkcs11.Error(pkcs11.CKR_PIN_LOCKED)):
+	case is(err, pkcs11.CKR_PIN_LOCKED):
 		return fmt.Errorf("%w: %w", hsm.ErrPINLocked, err)
 	}
 	return fmt.Errorf("logging in: %w", err)

@@ -9,6 +9,8 @@ import (
 	"crypto/elliptic"
 	"crypto/rsa"
 	"crypto/sha256"
+	"encoding/asn1"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -16,6 +18,7 @@ import (
 
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/evidence"
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/stamp"
 )
@@ -25,7 +28,7 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 	if err := r.inTheWay(ctx, fresh); err != nil {
 		return err
 	}
-	inMemory := r.Profile.Key.Made == madeMemory
+	in := r.Profile.Key.In
 	for _, u := range fresh {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -34,7 +37,12 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 		if u.plan, err = r.Issuer.Plan(r.unitOf(u.row)); err != nil {
 			return fmt.Errorf("serial %s: %w", u.row.Serial, err)
 		}
-		if !inMemory {
+		if in == keyInCSR {
+			if err := r.readCSR(ctx, u); err != nil {
+				return fmt.Errorf("serial %s: %w", u.row.Serial, err)
+			}
+		}
+		if in != keyInMemory {
 			continue
 		}
 		if u.signer, err = generate(r.alg, r.Rand); err != nil {
@@ -47,7 +55,7 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 			return err
 		}
 	}
-	if inMemory && len(fresh) > 0 {
+	if in == keyInMemory && len(fresh) > 0 {
 		// The key is durable before the ledger says that it is this unit's.
 		if err := r.out.Sync(); err != nil {
 			return err
@@ -61,7 +69,7 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if !inMemory {
+		if in == keyInToken {
 			if err := r.tokenKey(ctx, u); err != nil {
 				return err
 			}
@@ -72,8 +80,8 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 		}
 	}
 	return r.commit(ctx, begun, ledger.Minted, func(u *unit, e *ledger.Event) {
-		e.Data = u.cert
-		if !inMemory {
+		e.Data = append(bytes.Clone(u.cert), u.evidence...) // see splitCertificate
+		if in == keyInToken {
 			e.KeyHash = u.keyHash
 		}
 	})
@@ -88,39 +96,97 @@ const tokenKeyPrefix = "device:"
 // key by it and makes no second one.
 func (r *run) tokenKey(ctx context.Context, u *unit) error {
 	name := tokenKeyName(u.row.RegistrationID)
-	var k hsm.Key
-	err := hsm.ErrNotFound
-	if u.found {
-		k, err = r.keyInToken(ctx, name)
-	}
-	if errors.Is(err, hsm.ErrNotFound) {
-		if k, err = r.Store.Generate(ctx, hsm.Spec{Name: name, Algorithm: r.alg}); err == nil {
-			if err = r.staysInside(ctx, k); err != nil {
-				err = errors.Join(err, r.Store.Delete(context.WithoutCancel(ctx), name))
-			}
+	err := r.withKeys(ctx, u, func(store hsm.Store) error {
+		var k hsm.Key
+		err := hsm.ErrNotFound
+		if u.found {
+			k, err = r.keyInToken(ctx, store, name)
 		}
-	}
+		fresh := errors.Is(err, hsm.ErrNotFound)
+		if fresh {
+			k, err = store.Generate(ctx, hsm.Spec{Name: name, Algorithm: r.alg})
+		}
+		if err != nil {
+			return err
+		}
+		if err = r.setTokenKey(u, k); err == nil {
+			err = r.staysInside(ctx, u, store, k)
+		}
+		if err != nil && fresh {
+			err = errors.Join(err, store.Delete(context.WithoutCancel(ctx), name))
+		}
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("serial %s: %w", u.row.Serial, err)
-	}
-	return u.setTokenKey(k)
-}
-
-// staysInside asks the token what it made: some do not do what a template says.
-func (r *run) staysInside(ctx context.Context, k hsm.Key) error {
-	a, err := k.Attributes(ctx)
-	if err != nil {
-		return fmt.Errorf("reading the attributes of key %q back: %w", k.Name(), err)
-	}
-	if a.Extractable || !a.Sensitive || r.fromToken && !(a.Local && a.NeverExtractable) {
-		return fmt.Errorf("key %q can leave its token, although it was not asked to: %+v", k.Name(), a)
 	}
 	return nil
 }
 
+// withKeys calls f with the store that a unit's key is in: the line's, or the device's own, opened for the call alone.
+func (r *run) withKeys(ctx context.Context, u *unit, f func(hsm.Store) error) (err error) {
+	if r.Profile.store == nil {
+		return f(r.Store)
+	}
+	uri := expand(r.Profile.store, r.List.Columns, u.row.Fields)
+	store, err := r.OpenStore(ctx, uri)
+	if err != nil {
+		return fmt.Errorf("opening the device's store: %w", err)
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+	return f(store)
+}
+
+// staysInside asks the token what it made: some do not do what a template says. What a token vouches for is the unit's
+// evidence.
+func (r *run) staysInside(ctx context.Context, u *unit, store hsm.Store, k hsm.Key) error {
+	signing, err := hsm.SigningKeyOf(k)
+	if err != nil {
+		return err
+	}
+	identifier, vouches := store.(hsm.Identifier)
+	var id hsm.Identity
+	switch {
+	case vouches && store == r.Store: // asked once, not for each device
+		r.identityOnce.Do(func() { r.identity, r.identityErr = identifier.Identity(ctx) })
+		id, err = r.identity, r.identityErr
+	case vouches:
+		id, err = identifier.Identity(ctx)
+	}
+	if err != nil {
+		return err
+	}
+	e, err := evidence.OfToken(ctx, signing, id)
+	if err != nil {
+		return err
+	}
+	if a := e.Attributes; a.Extractable || !a.Sensitive {
+		return fmt.Errorf("key %q can leave its token, although it was not asked to: %+v", k.Name(), *a)
+	}
+	if !vouches || e.Check(evidence.Token, e.KeyHash) != nil {
+		return nil // key files are copied by whoever has the passphrase, and some tokens do not say where a key was made
+	}
+	u.evidence, err = json.Marshal(e)
+	return err
+}
+
+// splitCertificate takes apart what the ledger keeps of a minted unit: its certificate, which says itself how long it is,
+// and the evidence behind it, if there is any.
+func splitCertificate(data []byte) (cert, evidence []byte, err error) {
+	var der asn1.RawValue
+	rest, err := asn1.Unmarshal(data, &der)
+	if err != nil {
+		return nil, nil, fmt.Errorf("the certificate in the ledger: %w", err)
+	}
+	return der.FullBytes, rest, nil
+}
+
 // keyInToken finds a key that an earlier run made. All of them are listed once: a search for each would cost the square of
 // their number.
-func (r *run) keyInToken(ctx context.Context, name string) (hsm.Key, error) {
+func (r *run) keyInToken(ctx context.Context, store hsm.Store, name string) (hsm.Key, error) {
+	if store != r.Store {
+		return store.Open(ctx, name)
+	}
 	r.listOnce.Do(func() {
 		lister, ok := r.Store.(hsm.Lister)
 		if !ok {
@@ -147,12 +213,15 @@ func (r *run) keyInToken(ctx context.Context, name string) (hsm.Key, error) {
 	return nil, fmt.Errorf("key %q: %w", name, hsm.ErrNotFound)
 }
 
-func (u *unit) setTokenKey(k hsm.Key) error {
+func (r *run) setTokenKey(u *unit, k hsm.Key) error {
 	signing, err := hsm.SigningKeyOf(k)
 	if err != nil {
 		return err
 	}
 	u.pub, u.keyURI = signing.Public(), k.URI()
+	if r.Profile.uri != nil {
+		u.keyURI = expand(r.Profile.uri, r.List.Columns, u.row.Fields)
+	}
 	u.keyHash, err = publicKeyHash(u.pub)
 	return err
 }

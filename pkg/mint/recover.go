@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io/fs"
 
+	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/pkg/ca"
 	"github.com/touchmark/touchmark/pkg/ledger"
 )
@@ -70,8 +71,10 @@ func (r *run) recover(ctx context.Context, units []unit) error {
 		}
 		if errors.Is(err, errNoKey) {
 			void = append(void, ledger.Event{State: ledger.Voided, Unit: have.ID, Data: []byte("its key was lost before it reached the device")})
-			if err := r.out.Discard(u.row.RegistrationID); err != nil {
-				return err
+			if r.out != nil {
+				if err := r.out.Discard(u.row.RegistrationID); err != nil {
+					return err
+				}
 			}
 			*u = unit{row: u.row}
 			continue
@@ -91,7 +94,7 @@ func (r *run) recover(ctx context.Context, units []unit) error {
 func (r *run) prove(ctx context.Context, u *unit, have *ledger.Unit) error {
 	u.found, u.id, u.state, u.keyHash = true, have.ID, have.State, have.KeyHash
 	u.published = r.out != nil && r.out.Published(u.row.RegistrationID)
-	done := u.state >= ledger.Verified || u.state == ledger.Minted && r.out == nil
+	done := u.state >= ledger.Verified || u.state == ledger.Minted && r.stampless
 	if done && r.out != nil && !u.published {
 		r.absent.Add(1)
 	}
@@ -103,22 +106,30 @@ func (r *run) prove(ctx context.Context, u *unit, have *ledger.Unit) error {
 			}
 			u.plan.Unit = r.unitOf(u.row)
 		} else {
-			u.cert = have.Data
+			var err error
+			if u.cert, u.evidence, err = splitCertificate(have.Data); err != nil {
+				return err
+			}
 		}
 		switch {
 		case done:
 			return nil
-		case r.Profile.Key.Made == madeMemory:
+		case r.Profile.Key.In == keyInMemory:
 			return r.keyOnDisk(u)
-		case u.state == ledger.Begun:
-			return nil // tokenKey looks for the key by its name
-		}
-		k, err := r.keyInToken(ctx, tokenKeyName(u.row.RegistrationID))
-		if err != nil {
-			return fmt.Errorf("%w: its certificate was signed: %w", ErrUnproven, err)
+		case r.Profile.Key.In == keyInCSR && u.state == ledger.Begun:
+			return r.sameCSR(ctx, u)
+		case r.Profile.Key.In == keyInCSR, u.state == ledger.Begun:
+			return nil // the certificate is in the ledger; or tokenKey looks for the key by its name
 		}
 		hash := u.keyHash
-		if err := u.setTokenKey(k); err != nil {
+		err := r.withKeys(ctx, u, func(store hsm.Store) error {
+			k, err := r.keyInToken(ctx, store, tokenKeyName(u.row.RegistrationID))
+			if err != nil {
+				return fmt.Errorf("%w: its certificate was signed: %w", ErrUnproven, err)
+			}
+			return r.setTokenKey(u, k)
+		})
+		if err != nil {
 			return err
 		}
 		if !bytes.Equal(hash, u.keyHash) {
@@ -126,7 +137,7 @@ func (r *run) prove(ctx context.Context, u *unit, have *ledger.Unit) error {
 		}
 		return nil
 	}
-	if r.Profile.Key.Made == madeDerived {
+	if r.Profile.Key.In == keyDerived {
 		return nil
 	}
 	return r.secretOnDisk(u, done)
