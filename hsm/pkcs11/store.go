@@ -665,6 +665,9 @@ func (s *Store) Open(ctx context.Context, name string) (hsm.Key, error) {
 	if err != nil {
 		return nil, fmt.Errorf("key %q: %w", name, err)
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.labels[name] = true // somebody else may have made it meanwhile
 	return k, nil
 }
 
