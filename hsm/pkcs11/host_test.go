@@ -6,8 +6,11 @@ import (
 	"bytes"
 	"context"
 	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/sha256"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -21,6 +24,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/miekg/pkcs11"
 
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/hsm/hsmtest"
@@ -131,6 +136,114 @@ func TestKilledInABatch(t *testing.T) {
 		t.Fatalf("only %d kills", kills.Load())
 	}
 	orphans(t, s, count)
+}
+
+// Keys that are brought in have two halves that are made one after the other.
+func TestKilledInABatchOfImports(t *testing.T) {
+	s := openOutside(t, hsmtest.SoftHSM(t, "line-3"), time.Minute)
+	priv, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(priv)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const count = 200
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			case <-time.After(25 * time.Millisecond): // at any instant of an import
+				_ = syscall.Kill(s.mod.host.pid(), syscall.SIGKILL)
+			}
+		}
+	})
+	for i := range count {
+		for {
+			_, err := s.Import(t.Context(), hsm.Spec{Name: fmt.Sprintf("device:%03d", i), Algorithm: hsm.ECP256}, der)
+			if errors.Is(err, hsm.ErrLost) {
+				continue
+			}
+			if err != nil {
+				t.Errorf("key %d: %v", i, err)
+			}
+			break
+		}
+	}
+	close(done)
+	wg.Wait()
+	orphans(t, s, count)
+	for i := range count {
+		if err := s.Delete(t.Context(), fmt.Sprintf("device:%03d", i)); err != nil {
+			t.Error(err)
+		}
+	}
+	orphans(t, s, 0)
+}
+
+// A key that may have been made when its caller gave up is the one that the next caller gets.
+func TestDoubt(t *testing.T) {
+	s := openOutside(t, hsmtest.SoftHSM(t, "line-3"), time.Minute)
+	spec := hsm.Spec{Name: "device:1", Algorithm: hsm.ECP256}
+	ctx, cancel := context.WithCancel(t.Context())
+	_, err := s.create(ctx, spec, func(h pkcs11.SessionHandle, spec hsm.Spec, id []byte) (priv, pub pkcs11.ObjectHandle, err error) {
+		if _, _, err := s.generate(h, spec, id); err != nil {
+			t.Error(err)
+		}
+		cancel()
+		return 0, 0, pkcs11.Error(pkcs11.CKR_DEVICE_ERROR) // the answer is lost
+	})
+	if !errors.Is(err, hsm.ErrLost) {
+		t.Fatalf("the answer was lost: %v", err)
+	}
+	other := spec
+	other.Algorithm = hsm.ECP384
+	if _, err := s.Generate(t.Context(), other); !errors.Is(err, hsm.ErrExists) {
+		t.Errorf("a key of another kind: %v", err)
+	}
+	if _, err := s.Generate(t.Context(), spec); !errors.Is(err, hsm.ErrExists) {
+		t.Errorf("after that: %v", err) // its kind was looked at, and it is somebody's key
+	}
+	if err := s.Delete(t.Context(), spec.Name); err != nil {
+		t.Fatal(err)
+	}
+	// Again, and the caller who lost it comes back.
+	ctx, cancel = context.WithCancel(t.Context())
+	_, err = s.create(ctx, spec, func(h pkcs11.SessionHandle, spec hsm.Spec, id []byte) (priv, pub pkcs11.ObjectHandle, err error) {
+		_, _, _ = s.generate(h, spec, id)
+		cancel()
+		return 0, 0, pkcs11.Error(pkcs11.CKR_DEVICE_ERROR)
+	})
+	if !errors.Is(err, hsm.ErrLost) {
+		t.Fatalf("the answer was lost: %v", err)
+	}
+	k, err := s.Generate(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	hsmtest.Check(t, k.(hsm.SigningKey))
+	if _, err := s.Generate(t.Context(), spec); !errors.Is(err, hsm.ErrExists) {
+		t.Errorf("once it is known: %v", err)
+	}
+	orphans(t, s, 1)
+}
+
+func TestCallTimeout(t *testing.T) {
+	t.Setenv("TOUCHMARK_PKCS11_TIMEOUT", "soon")
+	if _, err := callTimeout(Config{}); err == nil || !strings.Contains(err.Error(), "TOUCHMARK_PKCS11_TIMEOUT") {
+		t.Errorf("%v", err)
+	}
+	t.Setenv("TOUCHMARK_PKCS11_TIMEOUT", "7s")
+	if d, err := callTimeout(Config{}); d != 7*time.Second || err != nil {
+		t.Errorf("%s, %v", d, err)
+	}
+	if d, err := callTimeout(Config{CallTimeout: time.Second}); d != time.Second || err != nil {
+		t.Errorf("%s, %v", d, err)
+	}
 }
 
 // The same with p11-kit's own server, which is killed and started again by somebody else.

@@ -459,11 +459,11 @@ func (s *Store) destroy(h pkcs11.SessionHandle, objects ...pkcs11.ObjectHandle) 
 }
 
 func (s *Store) generate(h pkcs11.SessionHandle, spec hsm.Spec, id []byte) (priv, pub pkcs11.ObjectHandle, err error) {
-	w, err := s.mechs.way("make", spec.Algorithm)
+	w, err := s.way("make", spec.Algorithm)
 	if err != nil {
 		return 0, 0, err
 	}
-	if _, err := s.mechs.way(use(spec.Algorithm, spec.Usage), spec.Algorithm); err != nil {
+	if _, err := s.way(use(spec.Algorithm, spec.Usage), spec.Algorithm); err != nil {
 		return 0, 0, err // a key that cannot be used is no key
 	}
 	mech := []*pkcs11.Mechanism{pkcs11.NewMechanism(w.mechs[0], nil)}
@@ -494,7 +494,7 @@ func (s *Store) generate(h pkcs11.SessionHandle, spec hsm.Spec, id []byte) (priv
 func secretKey(alg hsm.Algorithm) bool { return alg == hsm.HMACSHA256 || alg == hsm.AES256 }
 
 func (s *Store) importKey(h pkcs11.SessionHandle, spec hsm.Spec, id []byte, secret hsm.Secret) (priv, pub pkcs11.ObjectHandle, err error) {
-	if _, err := s.mechs.way(use(spec.Algorithm, spec.Usage), spec.Algorithm); err != nil {
+	if _, err := s.way(use(spec.Algorithm, spec.Usage), spec.Algorithm); err != nil {
 		return 0, 0, err
 	}
 	if secretKey(spec.Algorithm) {

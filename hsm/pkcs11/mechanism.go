@@ -147,6 +147,15 @@ func (m mechanisms) way(operation string, alg hsm.Algorithm) (way, error) {
 	return way{}, fmt.Errorf("the token offers no %s: %w", names, hsm.ErrUnsupported)
 }
 
+// way is the token's; where p11-kit is in between it may be p11-kit that is at fault.
+func (s *Store) way(operation string, alg hsm.Algorithm) (way, error) {
+	w, err := s.mechs.way(operation, alg)
+	if err != nil && s.mod.host != nil {
+		err = fmt.Errorf("p11-kit does not carry it, or %w", err)
+	}
+	return w, err
+}
+
 func (m mechanisms) hasAll(w way) bool {
 	for i, mech := range w.mechs {
 		bits := uint(0)

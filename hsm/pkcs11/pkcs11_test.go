@@ -7,6 +7,7 @@ import (
 	"crypto"
 	"crypto/rand"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/asn1"
 	"errors"
 	"math/big"
@@ -239,6 +240,27 @@ func FuzzECDSASignature(f *testing.F) {
 		half := len(sig) / 2
 		if err != nil || len(rest) != 0 || v.R.Cmp(new(big.Int).SetBytes(sig[:half])) != 0 || v.S.Cmp(new(big.Int).SetBytes(sig[half:])) != 0 {
 			t.Fatalf("% x became % x: %v", sig, der, err)
+		}
+	})
+}
+
+// A token's public key comes out as a point of its curve, or not at all.
+func FuzzPoint(f *testing.F) {
+	f.Add(oidP256, append([]byte{4}, make([]byte, 64)...))
+	f.Add(oidP521, []byte{2, 1})
+	f.Add(oidEd25519, append([]byte{4, 32}, make([]byte, 32)...))
+	f.Add(ed25519Name, make([]byte, 32))
+	f.Fuzz(func(t *testing.T, params, point []byte) {
+		pub, err := parsePoint(params, point)
+		if err != nil {
+			return
+		}
+		der, err := x509.MarshalPKIXPublicKey(pub)
+		if err != nil {
+			t.Fatalf("% x % x: %v", params, point, err)
+		}
+		if _, err := x509.ParsePKIXPublicKey(der); err != nil {
+			t.Fatalf("% x % x: %v", params, point, err)
 		}
 	})
 }

@@ -3,6 +3,7 @@
 package pkcs11
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/rand"
@@ -65,6 +66,7 @@ type Store struct {
 	epoch   int64                  // of the module, that the sessions belong to
 	shrunk  int                    // slots that are kept taken because the token's session table is full
 	labels  map[string]bool        // names that are taken
+	doubts  map[string][]byte      // names whose key may have been made, with the ID that it has then
 	mechs   mechanisms             // what the token offers; does not change
 	levels  sync.Map               // the template that works, an int by kind of key
 
@@ -578,6 +580,10 @@ func (s *Store) create(ctx context.Context, spec hsm.Spec, do func(pkcs11.Sessio
 		if err := s.reserve(spec.Name); err != nil {
 			return nil, err
 		}
+		k, err := s.settle(ctx, spec)
+		if err != nil || k != nil {
+			return k, err
+		}
 	}
 	id := make([]byte, 16)
 	if _, err := rand.Read(id); err != nil {
@@ -629,11 +635,57 @@ func (s *Store) create(ctx context.Context, spec hsm.Spec, do func(pkcs11.Sessio
 	}
 	if err != nil {
 		if !spec.Ephemeral {
+			var uncertain uncertainError
+			if errors.Is(err, hsm.ErrLost) || errors.As(err, &uncertain) {
+				s.doubt(spec.Name, id)
+			}
 			s.unreserve(spec.Name)
 		}
 		return nil, fmt.Errorf("making key %q: %w", spec.Name, err)
 	}
 	return k, nil
+}
+
+// doubt remembers that a key of that name and ID may have been made.
+func (s *Store) doubt(name string, id []byte) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.doubts == nil {
+		s.doubts = make(map[string][]byte)
+	}
+	s.doubts[name] = id
+}
+
+// settle looks whether a key was made after all when that was last in doubt, and returns it if it is what is asked for now.
+// Nil means that there is none, and nothing of one. The name is reserved; on an error it no longer is.
+func (s *Store) settle(ctx context.Context, spec hsm.Spec) (_ hsm.Key, err error) {
+	s.mu.Lock()
+	id, doubted := s.doubts[spec.Name]
+	s.mu.Unlock()
+	if !doubted {
+		return nil, nil
+	}
+	defer func() {
+		if err != nil && !errors.Is(err, hsm.ErrExists) {
+			s.unreserve(spec.Name)
+		}
+	}()
+	k, err := s.Open(ctx, spec.Name)
+	switch {
+	case err == nil && bytes.Equal(baseOf(k).id, id) && k.Algorithm() == spec.Algorithm && k.Usage() == spec.Usage:
+	case err == nil:
+		err = fmt.Errorf("key %q: %w", spec.Name, hsm.ErrExists)
+	case errors.Is(err, hsm.ErrLost):
+		return nil, err
+	default:
+		if err = s.destroyByID(ctx, id); err != nil {
+			return nil, err
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.doubts, spec.Name)
+	return k, err
 }
 
 func (s *Store) destroyByID(ctx context.Context, id []byte) error {
@@ -686,8 +738,8 @@ func (s *Store) Delete(ctx context.Context, name string) error {
 	if err := s.unload(ctx); err != nil && !lost(err) {
 		return fmt.Errorf("deleting key %q: %w", name, explained(err))
 	}
+	found := false // in this try or in one whose answer was lost
 	err := s.with(ctx, true, func(h pkcs11.SessionHandle) error {
-		found := false
 		// The private half goes last: as long as it is there the key can be found by name, and a Delete that was cut off
 		// can be repeated.
 		for _, class := range []uint{pkcs11.CKO_PUBLIC_KEY, pkcs11.CKO_PRIVATE_KEY, pkcs11.CKO_SECRET_KEY} {

@@ -23,7 +23,7 @@ import (
 
 // wrapping returns the token's mechanism for AES key wrap with padding and the wrapping key's base.
 func (s *Store) wrapping(operation string, key hsm.Key) (*base, uint, error) {
-	w, err := s.mechs.way(operation, hsm.AES256)
+	w, err := s.way(operation, hsm.AES256)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -150,7 +150,7 @@ func (s *Store) UnwrapKey(ctx context.Context, wrapping hsm.Key, spec hsm.Spec, 
 		}
 	}
 	return s.create(ctx, spec, func(h pkcs11.SessionHandle, spec hsm.Spec, id []byte) (pkcs11.ObjectHandle, pkcs11.ObjectHandle, error) {
-		if _, err := s.mechs.way(use(spec.Algorithm, spec.Usage), spec.Algorithm); err != nil {
+		if _, err := s.way(use(spec.Algorithm, spec.Usage), spec.Algorithm); err != nil {
 			return 0, 0, err
 		}
 		wo, err := with.handle(h)
