@@ -54,11 +54,12 @@ func (s *TPM) TCTI() string { return "swtpm:path=" + s.Socket }
 func (s *TPM) Start() {
 	s.t.Helper()
 	_ = os.Remove(s.Socket)
+	_ = os.Remove(s.Socket + ".ctrl")
 	s.cmd = exec.Command("swtpm", append([]string{
 		"socket", "--tpm2", "--tpmstate", "dir=" + s.State, "--server", "type=unixio,path=" + s.Socket,
+		"--ctrl", "type=unixio,path=" + s.Socket + ".ctrl", // for the tools of others
 		"--flags", "not-need-init,startup-clear", "--seccomp", "action=none",
 	}, s.Args...)...)
-	s.cmd.Stderr = os.Stderr
 	if err := s.cmd.Start(); err != nil {
 		s.t.Fatal(err)
 	}

@@ -8,6 +8,8 @@ import (
 	"fmt"
 
 	"github.com/google/go-tpm/tpm2"
+
+	"github.com/touchmark/touchmark/hsm/tpm/residency"
 )
 
 // The PEM type and ASN.1 structure of key blobs, as the OpenSSL engines and providers for TPM 2.0 share them:
@@ -75,7 +77,7 @@ func ParseBlob(text []byte) (*Blob, error) {
 	if k.Parent != int64(tpm2.TPMRHOwner) && k.Parent>>24 != 0x81 {
 		return nil, fmt.Errorf("its parent 0x%x is neither a persistent handle nor the owner hierarchy", k.Parent)
 	}
-	public, err := ParsePublic(k.Public)
+	public, err := residency.ParsePublic(k.Public)
 	if err != nil {
 		return nil, err
 	}
@@ -83,33 +85,4 @@ func ParseBlob(text []byte) (*Blob, error) {
 		return nil, errors.New("its private part is not a TPM2B_PRIVATE")
 	}
 	return &Blob{EmptyAuth: k.EmptyAuth, Parent: tpm2.TPMHandle(k.Parent), Public: *public, Private: k.Private[2:]}, nil
-}
-
-// maxPublic bounds a TPM2B_PUBLIC: one with RSA 4096 has 540 octets.
-const maxPublic = 2048
-
-// ParsePublic reads a whole TPM2B_PUBLIC: size and public area, nothing behind it, in the one form that it has.
-func ParsePublic(b []byte) (*tpm2.TPMTPublic, error) {
-	if len(b) < 2 || len(b) > maxPublic || int(b[0])<<8|int(b[1]) != len(b)-2 {
-		return nil, errors.New("the public area is not a whole TPM2B_PUBLIC")
-	}
-	public, err := tpm2.Unmarshal[tpm2.TPMTPublic](b[2:])
-	if err != nil {
-		return nil, fmt.Errorf("the public area: %w", err)
-	}
-	if !bytes.Equal(marshalPublic(public), b[2:]) {
-		return nil, errors.New("the public area is not in its one form")
-	}
-	return public, nil
-}
-
-// marshalPublic returns the octets of a public area, or nil for one that has no such form.
-func marshalPublic(p *tpm2.TPMTPublic) (b []byte) {
-	// A public area with an unknown algorithm unmarshals and does not marshal: go-tpm panics (v0.9.8).
-	defer func() {
-		if recover() != nil {
-			b = nil
-		}
-	}()
-	return tpm2.Marshal(*p)
 }

@@ -46,7 +46,9 @@ type device struct {
 	idle     *time.Timer // gives the device back
 	loaded   []*object   // what is in transient slots, longest unused first
 	sessions map[tpm2.TPMHandle]bool
-	open     *openSession // kept for the next operation
+	open     *openSession     // kept for the next operation
+	foreign  []tpm2.TPMHandle // sessions of others, when conn was taken up
+	begun    bool             // a session was asked for, and the answer is not there yet
 	// Fixed properties, read with the first connection.
 	slots       int
 	inputBuffer int
@@ -164,6 +166,9 @@ func (d *device) connect(ctx context.Context, wait time.Duration, again bool) er
 			if err = b.properties(); err == nil && again {
 				err = b.sweep()
 			}
+			if err == nil && !managed(d.address) {
+				d.foreign, err = b.handles(loadedSessions)
+			}
 			if err == nil || !lost(err) {
 				return err
 			}
@@ -245,16 +250,22 @@ func (d *device) release() error {
 	if d.conn == nil {
 		return nil
 	}
-	b := &bus{ctx: context.Background(), d: d}
-	errs := []error{b.closeSession()}
-	for len(d.loaded) > 0 {
-		if err := b.evict(d.loaded[0]); err != nil {
-			errs = append(errs, err)
+	ctx := context.Background()
+	b := &bus{ctx: ctx, d: d}
+	err := b.closeSession()
+	for len(d.loaded) > 0 && !lost(err) {
+		err = errors.Join(err, b.evict(d.loaded[0]))
+	}
+	if lost(err) {
+		d.drop()
+		// Once more, for what would stay behind. A TPM that is gone has nothing in it.
+		if err = d.connect(ctx, 0, true); err != nil {
+			return nil
 		}
 	}
-	errs = append(errs, d.conn.Close())
+	err = errors.Join(err, d.conn.Close())
 	d.conn = nil
-	return errors.Join(errs...)
+	return err
 }
 
 // Send sends one command. A TPM that is busy is asked again, with pauses that grow, for a bounded time.
@@ -265,6 +276,7 @@ func (b *bus) Send(command []byte) ([]byte, error) {
 		if err := b.ctx.Err(); err != nil {
 			return nil, err
 		}
+		b.d.begun = b.d.begun || commandCode(command) == tpm2.TPMCCStartAuthSession
 		response, err := b.d.conn.Send(b.ctx, command)
 		if err == nil && len(response) < headerSize {
 			err = fmt.Errorf("the response has %d octets only", len(response))
@@ -310,12 +322,15 @@ func (r rawBus) Send(command []byte) ([]byte, error) {
 	return response, nil
 }
 
+func commandCode(command []byte) tpm2.TPMCC { return tpm2.TPMCC(binary.BigEndian.Uint32(command[6:])) }
+
 // note keeps count of the sessions that are open, so that none outlives a broken connection.
 func (b *bus) note(command, response []byte, code tpm2.TPMRC) {
-	if code != tpm2.TPMRCSuccess || len(command) < headerSize {
+	b.d.begun = false
+	if code != tpm2.TPMRCSuccess {
 		return
 	}
-	switch tpm2.TPMCC(binary.BigEndian.Uint32(command[6:])) {
+	switch commandCode(command) {
 	case tpm2.TPMCCStartAuthSession:
 		if len(response) >= headerSize+4 {
 			b.d.sessions[tpm2.TPMHandle(binary.BigEndian.Uint32(response[headerSize:]))] = true
@@ -327,6 +342,9 @@ func (b *bus) note(command, response []byte, code tpm2.TPMRC) {
 	}
 }
 
+// loadedSessions is the first handle of loaded sessions, to list them by (Part 2, 7.4: TPM_HT_LOADED_SESSION).
+const loadedSessions = tpm2.TPMHandle(0x02000000)
+
 // sweep flushes what a broken connection left behind: sessions that were open, and objects of the names that we load.
 func (b *bus) sweep() error {
 	for h := range b.d.sessions {
@@ -335,6 +353,20 @@ func (b *bus) sweep() error {
 		}
 	}
 	clear(b.d.sessions)
+	if b.d.begun && !managed(b.d.address) {
+		now, err := b.handles(loadedSessions)
+		if err != nil {
+			return err
+		}
+		for _, h := range now {
+			if !slices.Contains(b.d.foreign, h) {
+				if err := b.flush(h); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	b.d.begun = false
 	if managed(b.d.address) {
 		return nil // went with the connection
 	}
@@ -392,7 +424,9 @@ func (n *nameSet) has(name []byte) bool {
 // use returns the handle of an object, which it loads if need be and keeps loaded until the operation ends.
 func (b *bus) use(o *object) (tpm2.TPMHandle, error) {
 	if o.persistent != 0 {
-		return o.persistent, nil
+		// The TPM brings it into a slot for as long as a command needs it (Part 1, 37.2.2).
+		b.pinned[o] = true
+		return o.persistent, b.roomFor(0, func() error { return nil })
 	}
 	if i := slices.Index(b.d.loaded, o); i >= 0 {
 		b.d.loaded = append(slices.Delete(b.d.loaded, i, i+1), o)
@@ -422,6 +456,7 @@ func (b *bus) use(o *object) (tpm2.TPMHandle, error) {
 	o.handle = h
 	b.d.loaded = append(b.d.loaded, o)
 	b.pinned[o] = true
+	ours.add(o.name.Buffer) // a primary learns its name when it is made
 	return h, nil
 }
 
@@ -430,6 +465,11 @@ func (b *bus) unpin(o *object) { delete(b.pinned, o) }
 
 // roomFor runs f, which fills n transient slots, with that many free: what was not used for longest makes way.
 func (b *bus) roomFor(n int, f func() error) error {
+	for o := range b.pinned {
+		if o.persistent != 0 {
+			n++
+		}
+	}
 	for i := 0; len(b.d.loaded)+n > b.d.slots && i < len(b.d.loaded); {
 		if o := b.d.loaded[i]; b.pinned[o] {
 			i++
@@ -475,6 +515,15 @@ func (b *bus) evict(o *object) error {
 	o.handle = 0
 	b.d.loaded = slices.DeleteFunc(b.d.loaded, func(x *object) bool { return x == o })
 	return b.flush(h)
+}
+
+// readPublic reads the public area of a persistent object, which takes a slot for that moment.
+func (b *bus) readPublic(h tpm2.TPMHandle) (rsp *tpm2.ReadPublicResponse, err error) {
+	err = b.roomFor(1, func() (err error) {
+		rsp, err = tpm2.ReadPublic{ObjectHandle: h}.Execute(b)
+		return err
+	})
+	return rsp, err
 }
 
 // flush flushes a handle. One that is not there is as good as flushed.

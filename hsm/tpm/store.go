@@ -147,7 +147,7 @@ func (s *Store) parentAt(ctx context.Context, h tpm2.TPMHandle) (*parent, error)
 	p = &parent{handle: h}
 	err := s.do(ctx, fmt.Sprintf("reading the storage root key at 0x%08x", uint32(h)), func(b *bus) error {
 		if h != tpm2.TPMRHOwner {
-			rsp, err := tpm2.ReadPublic{ObjectHandle: h}.Execute(b)
+			rsp, err := b.readPublic(h)
 			if errors.Is(err, tpm2.TPMRCHandle) {
 				return errNoParent
 			}
@@ -599,7 +599,7 @@ func (s *Store) keep(ctx context.Context, spec hsm.Spec, blob *Blob) (hsm.Key, e
 // persist copies a key into the TPM's own memory (Part 3, 28.5).
 func (s *Store) persist(ctx context.Context, k *base, at tpm2.TPMHandle) error {
 	return s.do(ctx, fmt.Sprintf("making key %q persistent", k.name), func(b *bus) error {
-		there, err := tpm2.ReadPublic{ObjectHandle: at}.Execute(b)
+		there, err := b.readPublic(at)
 		if err == nil {
 			if sameName(there.Name, k.object.name) {
 				return nil // done before the connection broke
@@ -699,7 +699,7 @@ func (s *Store) blobKey(ctx context.Context, name string, blob *Blob) (tpmKeyLik
 func (s *Store) openHandle(ctx context.Context, h tpm2.TPMHandle) (hsm.Key, error) {
 	k := &base{store: s, name: hsm.TPMHandleName(uint32(h)), auth: s.cfg.Protect}
 	err := s.do(ctx, fmt.Sprintf("reading the key at %s", k.name), func(b *bus) error {
-		rsp, err := tpm2.ReadPublic{ObjectHandle: h}.Execute(b)
+		rsp, err := b.readPublic(h)
 		if errors.Is(err, tpm2.TPMRCHandle) {
 			return hsm.ErrNotFound
 		}
@@ -746,7 +746,7 @@ func (s *Store) Delete(ctx context.Context, name string) error {
 func (s *Store) evict(ctx context.Context, h tpm2.TPMHandle) error {
 	tried := false
 	return s.do(ctx, fmt.Sprintf("deleting the key at %s", hsm.TPMHandleName(uint32(h))), func(b *bus) error {
-		there, err := tpm2.ReadPublic{ObjectHandle: h}.Execute(b)
+		there, err := b.readPublic(h)
 		if errors.Is(err, tpm2.TPMRCHandle) {
 			if tried {
 				return nil // before the connection broke

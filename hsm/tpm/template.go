@@ -8,15 +8,6 @@ import (
 	"github.com/touchmark/touchmark/hsm"
 )
 
-// aes128 is what storage keys protect their children with (TCG EK Credential Profile 2.5, B.3).
-func aes128() tpm2.TPMTSymDefObject {
-	return tpm2.TPMTSymDefObject{
-		Algorithm: tpm2.TPMAlgAES,
-		KeyBits:   tpm2.NewTPMUSymKeyBits(tpm2.TPMAlgAES, tpm2.TPMKeyBits(128)),
-		Mode:      tpm2.NewTPMUSymMode(tpm2.TPMAlgAES, tpm2.TPMAlgCFB),
-	}
-}
-
 // srkTemplate is the ECC P-256 storage primary that TSS2 key files name by the owner hierarchy: the TCG's SRK template with
 // an empty unique field, as OpenSSL's provider makes it.
 func srkTemplate() tpm2.TPMTPublic {
