@@ -1,6 +1,7 @@
 package hsmtest
 
 import (
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -40,6 +41,49 @@ func SWTPM(t testing.TB) *TPM {
 	t.Cleanup(s.Kill)
 	s.Start()
 	return s
+}
+
+// SWTPMWithEK starts a software TPM that was manufactured: it has an RSA EK at 0x81010001, and a certificate of it that leads to
+// the makers' root in the folder Makers.
+func SWTPMWithEK(t testing.TB) *TPM {
+	t.Helper()
+	s := SWTPM(t)
+	s.Kill()
+	if err := Manufacture(s.Dir, s.State); err != nil {
+		t.Fatal(err)
+	}
+	s.Start()
+	return s
+}
+
+// Makers is the folder with the root certificate of a TPM that SWTPMWithEK made.
+func (s *TPM) Makers() string { return filepath.Join(s.Dir, "makers") }
+
+// Manufacture gives the state of a software TPM an EK and certificates of a CA that it makes, whose certificates are in the
+// folder makers of dir afterwards.
+func Manufacture(dir, state string) error {
+	makers := filepath.Join(dir, "makers")
+	for path, text := range map[string]string{
+		"localca.conf":    "statedir = " + makers + "\nsigningkey = " + makers + "/signkey.key\nissuercert = " + makers + "/issuer.pem\ncertserial = " + makers + "/serial\n",
+		"localca.options": "--platform-manufacturer Test\n--platform-version 1\n--platform-model Test\n",
+		"setup.conf":      "create_certs_tool = swtpm_localca\ncreate_certs_tool_config = " + dir + "/localca.conf\ncreate_certs_tool_options = " + dir + "/localca.options\n",
+	} {
+		if err := os.WriteFile(filepath.Join(dir, path), []byte(text), 0o600); err != nil {
+			return err
+		}
+	}
+	if err := os.MkdirAll(makers, 0o700); err != nil {
+		return err
+	}
+	args := []string{"--tpm2", "--tpmstate", state, "--config", filepath.Join(dir, "setup.conf"), "--create-ek-cert", "--overwrite"}
+	if os.Geteuid() == 0 {
+		args = append(args, "--runas", "root")
+	}
+	if out, err := exec.Command("swtpm_setup", args...).CombinedOutput(); err != nil {
+		return fmt.Errorf("swtpm_setup: %w\n%s", err, out)
+	}
+	// The root's own key lies beside its certificate; as root certificates go, it is no maker's.
+	return os.Remove(filepath.Join(makers, "swtpm-localca-rootca-privkey.pem"))
 }
 
 // URI names the TPM, with a directory for key blobs in the test's own.

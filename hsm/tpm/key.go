@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-tpm/tpm2"
 
 	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/hsm/tpm/residency"
 )
 
 // base is what every key of a TPM has.
@@ -53,7 +54,7 @@ func (k *base) kind() (_ tpmKeyLike, err error) {
 	if k.usage == hsm.MAC {
 		return &macKey{k}, nil
 	}
-	pub, err := publicKey(&k.public)
+	pub, err := residency.PublicKey(&k.public)
 	if err != nil {
 		return nil, err
 	}
@@ -65,26 +66,6 @@ func (k *base) kind() (_ tpmKeyLike, err error) {
 		return nil, err
 	}
 	return &agreementKey{k, agree}, nil
-}
-
-// publicKey returns the key of a public area. Untrusted: a point that is not on its curve is refused.
-func publicKey(p *tpm2.TPMTPublic) (crypto.PublicKey, error) {
-	pub, err := tpm2.Pub(*p)
-	if err != nil {
-		return nil, err
-	}
-	switch pub := pub.(type) {
-	case *ecdsa.PublicKey:
-		if _, err := pub.ECDH(); err != nil {
-			return nil, errors.New("the public point is not on its curve")
-		}
-	case *rsa.PublicKey:
-		d, err := p.Parameters.RSADetail()
-		if err != nil || pub.N.BitLen() != int(d.KeyBits) || pub.N.Bit(0) == 0 {
-			return nil, errors.New("the RSA modulus is not what the public area says")
-		}
-	}
-	return pub, nil
 }
 
 // Attributes loads the key and reads its public area back from the TPM. A key is local and was never extractable when the TPM

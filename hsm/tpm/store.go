@@ -165,7 +165,9 @@ func (s *Store) parentAt(ctx context.Context, h tpm2.TPMHandle) (*parent, error)
 			return nil
 		}
 		p.keep = true
-		p.load = func(b *bus) (tpm2.TPMHandle, error) { return s.loadPrimary(b, p) }
+		p.load = func(b *bus) (tpm2.TPMHandle, error) {
+			return s.makePrimary(b, &p.object, tpm2.TPMRHOwner, srkTemplate(), &p.public)
+		}
 		_, err := b.use(&p.object)
 		return err
 	})
@@ -179,28 +181,6 @@ func (s *Store) parentAt(ctx context.Context, h tpm2.TPMHandle) (*parent, error)
 	}
 	s.parents[h] = p
 	return p, nil
-}
-
-// loadPrimary makes the ECC storage primary of the owner hierarchy, and sees to it that it is still the same one.
-func (s *Store) loadPrimary(b *bus, p *parent) (tpm2.TPMHandle, error) {
-	owner, err := s.hierarchy(b, tpm2.TPMRHOwner)
-	if err != nil {
-		return 0, err
-	}
-	rsp, err := tpm2.CreatePrimary{PrimaryHandle: owner, InPublic: tpm2.New2B(srkTemplate())}.Execute(b)
-	if err != nil {
-		return 0, err
-	}
-	public, err := rsp.OutPublic.Contents()
-	if err != nil {
-		return 0, errors.Join(err, b.flush(rsp.ObjectHandle))
-	}
-	if len(p.name.Buffer) == 0 {
-		p.name, p.public = rsp.Name, *public
-	} else if !sameName(p.name, rsp.Name) {
-		return 0, errors.Join(errors.New("the storage root key is another than before: the TPM was cleared, or is another TPM"), b.flush(rsp.ObjectHandle))
-	}
-	return rsp.ObjectHandle, nil
 }
 
 // hierarchy authorizes for a hierarchy: with its authorization value in a salted session, if it has one.
