@@ -122,8 +122,13 @@ func (r *run) prove(ctx context.Context, u *unit, have *ledger.Unit) error {
 			return nil // the certificate is in the ledger; or tokenKey looks for the key by its name
 		}
 		hash := u.keyHash
+		if r.Profile.Key.In == keyInTPM {
+			if _, err := r.onDisk(u, keyFile); err != nil {
+				return err // errNoKey: the blob is what the key is
+			}
+		}
 		err := r.withKeys(ctx, u, func(store hsm.Store) error {
-			k, err := r.keyInToken(ctx, store, tokenKeyName(u.row.RegistrationID))
+			k, err := r.keyInToken(ctx, store, r.keyName(u))
 			if err != nil {
 				return fmt.Errorf("%w: its certificate was signed: %w", ErrUnproven, err)
 			}

@@ -1,0 +1,128 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/touchmark/touchmark/hsm/hsmtest"
+)
+
+const tpmProfile = `
+registration-id = "{serial|lower}"
+attestation = "x509"
+enrollment = "group"
+group = "tpm-devices"
+[key]
+in = "tpm"
+store = "tpm:?device=unix:{tpm}"
+uri = "tpm:object=device-key?device=unix:{tpm}&keys=."
+`
+
+// newTPMLine makes a line, and a list of devices with a software TPM each.
+func newTPMLine(t *testing.T, devices int) (dir string, tpms []*hsmtest.TPM) {
+	t.Helper()
+	t.Setenv("TOUCHMARK_PASSPHRASE", "words for a test")
+	dir = t.TempDir()
+	touchmark(t, dir, "init", "line", "--id-scope", "0ne00112233")
+	if err := os.WriteFile(filepath.Join(dir, "line", "profiles", "tpm.toml"), []byte(tpmProfile), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	list := []byte("serial,tpm\n")
+	for i := range devices {
+		tpm := hsmtest.SWTPM(t)
+		tpms = append(tpms, tpm)
+		list = fmt.Appendf(list, "SN%06d,%s\n", i, tpm.Socket)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "serials.csv"), list, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return dir, tpms
+}
+
+var mintTPM = []string{"mint", "--line", "line", "--profile", "tpm", "--serials", "serials.csv", "--out", "stamps", "--bundle", "b.tmb", "--json"}
+
+// A hundred devices, each with a TPM of its own: the keys are made there, the bundle proves it, and a proof that was taken
+// from another device or changed is refused.
+func TestMintTPM(t *testing.T) {
+	const devices = 100
+	dir, _ := newTPMLine(t, devices)
+	start := time.Now()
+	var res mintResult
+	if err := json.Unmarshal([]byte(touchmark(t, dir, mintTPM...)), &res); err != nil || res.Minted != devices {
+		t.Fatalf("%v: %+v", err, res)
+	}
+	t.Logf("%d devices in %v", devices, time.Since(start).Round(time.Millisecond))
+	verify := []string{"bundle", "verify", "b.tmb", "--trust", "line/station.pem", "--require-residency", "tpm", "--json"}
+	if out := touchmark(t, dir, verify...); !strings.Contains(out, fmt.Sprintf(`"evidence":%d`, devices)) {
+		t.Errorf("verified: %s", out)
+	}
+	verify[len(verify)-2] = "token"
+	if code, text := attempt(t, dir, verify...); code != exitUnverified || !strings.Contains(text, `kind "tpm", and token was asked for`) {
+		t.Errorf("a TPM is no token: exit code %d\n%s", code, text)
+	}
+	// The same job again makes the same bundle, from what the ledger keeps.
+	first, err := os.ReadFile(filepath.Join(dir, "b.tmb"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	touchmark(t, dir, mintTPM...)
+	if again, err := os.ReadFile(filepath.Join(dir, "b.tmb")); err != nil || len(again) != len(first) {
+		t.Errorf("the bundle was written again with %d octets, not %d: %v", len(again), len(first), err)
+	}
+	// What is in the stamp is the TPM's blob, and no other TPM loads it.
+	blob, err := os.ReadFile(filepath.Join(dir, "stamps", "sn000000", "device-key.pem"))
+	if err != nil || !bytes.Contains(blob, []byte("TSS2 PRIVATE KEY")) {
+		t.Errorf("%v: %.40s", err, blob)
+	}
+	touchmark(t, dir, "ledger", "verify", "--line", "line")
+}
+
+// The plug of TPMs is pulled in the middle of a batch: they are killed and started again. One mint goes on through it, or
+// another one takes the job up, and each device ends with one key.
+func TestTPMDies(t *testing.T) {
+	if testing.Short() {
+		t.Skip("kills TPMs again and again")
+	}
+	const devices = 30
+	dir, tpms := newTPMLine(t, devices)
+	cmd := exec.Command(program(t), mintTPM...)
+	cmd.Dir = dir
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	var err error
+	kills := 0
+	for running := true; running; {
+		select {
+		case err = <-ended:
+			running = false
+		default:
+			tpm := tpms[kills%devices]
+			tpm.Kill()
+			time.Sleep(10 * time.Millisecond)
+			tpm.Start()
+			kills++
+		}
+	}
+	t.Logf("%d kills", kills)
+	if err != nil {
+		t.Fatalf("%v\n%s", err, stderr.String())
+	}
+	var res mintResult
+	if err := json.Unmarshal(stdout.Bytes(), &res); err != nil || res.Minted != devices {
+		t.Errorf("%v: %s", err, stdout.String())
+	}
+	touchmark(t, dir, "bundle", "verify", "b.tmb", "--trust", "line/station.pem", "--require-residency", "tpm")
+	touchmark(t, dir, "ledger", "verify", "--line", "line")
+}
