@@ -137,7 +137,7 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 	cfg := mint.Config{
 		Ledger: led, Profile: p, List: list, Store: store, IDScope: l.IDScope, GlobalEndpoint: l.GlobalEndpoint, Out: o.out, Jobs: o.jobs,
 		OpenStore: func(ctx context.Context, uri string) (hsm.Store, error) { return a.openStore(ctx, uri, l.dir) },
-		Attest:    attestTPM,
+		Attest:    attestTPM, Endorsement: endorsementOf,
 	}
 	if p.Attestation == mint.AttestationX509 {
 		issuer, err := l.issuer(ctx, store)
@@ -228,10 +228,7 @@ func attestTPM(ctx context.Context, store hsm.Store, key, registrationID string)
 	if !ok {
 		return nil, fmt.Errorf("%s is no TPM: %w", store.URI(), hsm.ErrUnsupported)
 	}
-	ek, err := t.EK(ctx, tpm.EKECC)
-	if errors.Is(err, hsm.ErrUnsupported) {
-		ek, err = t.EK(ctx, tpm.EKRSA)
-	}
+	ek, err := endorsementKey(ctx, t)
 	if err != nil {
 		return nil, err
 	}
@@ -240,6 +237,27 @@ func attestTPM(ctx context.Context, store hsm.Store, key, registrationID string)
 		return nil, err
 	}
 	return evidence.OfTPM(proof)
+}
+
+// endorsementKey returns the endorsement key that stands for a TPM: the ECC one, which is quick to make, where the TPM has it.
+func endorsementKey(ctx context.Context, t *tpm.Store) (*tpm.EK, error) {
+	ek, err := t.EK(ctx, tpm.EKECC)
+	if errors.Is(err, hsm.ErrUnsupported) {
+		ek, err = t.EK(ctx, tpm.EKRSA)
+	}
+	return ek, err
+}
+
+func endorsementOf(ctx context.Context, store hsm.Store) ([]byte, error) {
+	t, ok := store.(*tpm.Store)
+	if !ok {
+		return nil, fmt.Errorf("%s is no TPM: %w", store.URI(), hsm.ErrUnsupported)
+	}
+	ek, err := endorsementKey(ctx, t)
+	if err != nil {
+		return nil, err
+	}
+	return ek.Public, nil
 }
 
 // ownBundle refuses to write over anything but an earlier bundle of the job.

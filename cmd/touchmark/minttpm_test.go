@@ -2,16 +2,21 @@ package main
 
 import (
 	"bytes"
+	"crypto"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/touchmark/touchmark/hsm/hsmtest"
+	"github.com/touchmark/touchmark/pkg/bundle"
+	"github.com/touchmark/touchmark/pkg/evidence"
 )
 
 const tpmProfile = `
@@ -52,7 +57,7 @@ var mintTPM = []string{"mint", "--line", "line", "--profile", "tpm", "--serials"
 // from another device or changed is refused.
 func TestMintTPM(t *testing.T) {
 	const devices = 100
-	dir, _ := newTPMLine(t, devices)
+	dir, tpms := newTPMLine(t, devices)
 	start := time.Now()
 	var res mintResult
 	if err := json.Unmarshal([]byte(touchmark(t, dir, mintTPM...)), &res); err != nil || res.Minted != devices {
@@ -82,6 +87,80 @@ func TestMintTPM(t *testing.T) {
 		t.Errorf("%v: %.40s", err, blob)
 	}
 	touchmark(t, dir, "ledger", "verify", "--line", "line")
+
+	// Proofs that were taken from another device, or changed, are refused, whoever signed the bundle.
+	entries := bundleEntries(t, filepath.Join(dir, "b.tmb"), filepath.Join(dir, "line", "station.pem"))
+	a, b := entries[0], entries[1]
+	for what, forge := range map[string]func() bundle.Entry{
+		"another device's": func() bundle.Entry { e := a; e.Evidence = b.Evidence; return e },
+		"another registration ID": func() bundle.Entry {
+			e, d := a, *a.Device
+			d.RegistrationID = "somebody"
+			e.Device = &d
+			return e
+		},
+		"another key": func() bundle.Entry {
+			e, d := a, *a.Device
+			d.KeyHash = b.Device.KeyHash
+			e.Device = &d
+			return e
+		},
+		"one octet": func() bundle.Entry {
+			e, ev, proof := a, *a.Evidence, *a.Evidence.TPM
+			proof.Answer.Attest = bytes.Clone(proof.Answer.Attest)
+			proof.Answer.Attest[len(proof.Answer.Attest)/2] ^= 1
+			ev.TPM, e.Evidence = &proof, &ev
+			return e
+		},
+		"none": func() bundle.Entry { e := a; e.Evidence = nil; return e },
+	} {
+		e := forge()
+		if err := e.Resides(evidence.TPM); !errors.Is(err, evidence.ErrResidency) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if err := a.Resides(evidence.TPM); err != nil {
+		t.Error(err)
+	}
+
+	// One TPM is one device.
+	if err := os.WriteFile(filepath.Join(dir, "again.csv"), fmt.Appendf(nil, "serial,tpm\nOTHER,%s\n", tpms[7].Socket), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	args := slices.Clone(mintTPM)
+	args[6], args[10] = "again.csv", "again.tmb"
+	if code, text := attempt(t, dir, args...); code != exitFailed || !strings.Contains(text, "endorsement key") || !strings.Contains(text, "SN000007") {
+		t.Errorf("a second device with one TPM: exit code %d\n%s", code, text)
+	}
+}
+
+// bundleEntries returns the devices of a bundle.
+func bundleEntries(t *testing.T, path, station string) []bundle.Entry {
+	t.Helper()
+	pub, err := readPublicKey(station)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	r, err := bundle.Open(f, bundle.OpenConfig{Trusted: []crypto.PublicKey{pub}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	var all []bundle.Entry
+	for e, err := range r.Entries() {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.Device != nil {
+			all = append(all, e)
+		}
+	}
+	return all
 }
 
 // The plug of TPMs is pulled in the middle of a batch: they are killed and started again. One mint goes on through it, or

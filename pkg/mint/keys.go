@@ -18,6 +18,7 @@ import (
 	"io"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/pkg/dps"
@@ -45,6 +46,11 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 				return fmt.Errorf("serial %s: %w", u.row.Serial, err)
 			}
 		}
+		if in == keyInTPM {
+			if err := r.readEK(ctx, u); err != nil {
+				return fmt.Errorf("serial %s: %w", u.row.Serial, err)
+			}
+		}
 		if in != keyInMemory {
 			continue
 		}
@@ -64,7 +70,7 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 			return err
 		}
 	}
-	if err := r.commit(ctx, fresh, ledger.Begun, func(u *unit, e *ledger.Event) { e.KeyHash, e.Data = u.keyHash, u.plan.Encode() }); err != nil {
+	if err := r.commit(ctx, fresh, ledger.Begun, func(u *unit, e *ledger.Event) { e.KeyHash, e.EKHash, e.Data = u.keyHash, u.ekHash, u.plan.Encode() }); err != nil {
 		return r.unstage(fresh, err)
 	}
 	begun := only(units, ledger.Begun)
@@ -148,12 +154,45 @@ func (r *run) withKeys(ctx context.Context, u *unit, f func(hsm.Store) error) (e
 			return err
 		}
 	}
-	store, err := r.OpenStore(ctx, uri)
+	store, err := r.openPatiently(ctx, uri)
 	if err != nil {
 		return fmt.Errorf("opening the device's store: %w", err)
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
 	return f(store)
+}
+
+// A device's token or TPM that went away is waited for: the unit is not at fault, and somebody may be putting it back.
+const (
+	patience = 15 * time.Second
+	pause    = 200 * time.Millisecond
+)
+
+func (r *run) openPatiently(ctx context.Context, uri string) (hsm.Store, error) {
+	for deadline := time.Now().Add(patience); ; {
+		store, err := r.OpenStore(ctx, uri)
+		if !errors.Is(err, hsm.ErrLost) || time.Now().After(deadline) {
+			return store, err
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return nil, errors.Join(err, ctx.Err())
+		}
+	}
+}
+
+// readEK reads the endorsement key of the unit's TPM. The ledger refuses a second device with it before anything is made.
+func (r *run) readEK(ctx context.Context, u *unit) error {
+	return r.withKeys(ctx, u, func(store hsm.Store) error {
+		ek, err := r.Endorsement(ctx, store)
+		if err != nil {
+			return err
+		}
+		sum := sha256.Sum256(ek)
+		u.ekHash = sum[:]
+		return nil
+	})
 }
 
 // withBlobs names the unit's own directory as the place of a TPM's key blobs.
@@ -189,6 +228,9 @@ func (r *run) staysInside(ctx context.Context, u *unit, store hsm.Store, k hsm.K
 		}
 		if err := e.Check(evidence.TPM, u.row.RegistrationID, hex.EncodeToString(u.keyHash)); err != nil {
 			return fmt.Errorf("key %q: %w", k.Name(), err)
+		}
+		if sum := sha256.Sum256(e.TPM.EK); !bytes.Equal(sum[:], u.ekHash) {
+			return errors.New("another TPM answers than the one that the unit was begun with: is it another device?")
 		}
 		u.evidence, err = json.Marshal(e)
 		return err

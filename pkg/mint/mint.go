@@ -67,6 +67,8 @@ type Config struct {
 	Store hsm.Store
 	// OpenStore opens a device's own store by its key URI, for profiles that name one.
 	OpenStore func(ctx context.Context, uri string) (hsm.Store, error)
+	// Endorsement returns the endorsement key of the TPM that a store is, a whole TPM2B_PUBLIC; for keys in TPMs only.
+	Endorsement func(ctx context.Context, store hsm.Store) ([]byte, error)
 	// Attest has the TPM that a store is prove that a key lives in it; for keys in TPMs only.
 	Attest func(ctx context.Context, store hsm.Store, key, registrationID string) (*evidence.Evidence, error)
 	// Issuer signs leaves; for x509 profiles only.
@@ -275,6 +277,7 @@ type unit struct {
 	keyURI    string // of a key in a store
 	cert      []byte // DER
 	evidence  []byte // JSON; nil where the key may go anywhere
+	ekHash    []byte // of the device's TPM, where the key is in one
 	symmetric hsm.Secret
 	files     []stamp.File
 }

@@ -92,7 +92,7 @@ func (r *run) recover(ctx context.Context, units []unit) error {
 
 // prove loads what the unit's state promises, or says errNoKey.
 func (r *run) prove(ctx context.Context, u *unit, have *ledger.Unit) error {
-	u.found, u.id, u.state, u.keyHash = true, have.ID, have.State, have.KeyHash
+	u.found, u.id, u.state, u.keyHash, u.ekHash = true, have.ID, have.State, have.KeyHash, have.EKHash
 	u.published = r.out != nil && r.out.Published(u.row.RegistrationID)
 	done := u.state >= ledger.Verified || u.state == ledger.Minted && r.stampless
 	if done && r.out != nil && !u.published {
