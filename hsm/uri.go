@@ -28,6 +28,9 @@ const (
 //
 //	pkcs11:token=line-3;object=station?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:/run/secrets/pin
 //
+// A module-path of "p11-kit:" and a path has that module loaded in a process of its own, which may crash or hang without
+// harm. x-init-reserved holds parameters for modules that want some, as NSS does.
+//
 // "file:" URIs name a directory of encrypted key files:
 //
 //	file:keys?object=station&pin-source=file:/run/secrets/passphrase

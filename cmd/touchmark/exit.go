@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/hsm/pkcs11"
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/device"
 	"github.com/touchmark/touchmark/pkg/evidence"
@@ -56,6 +57,8 @@ var environmentTopic = &cobra.Command{
   TOUCHMARK_PASSPHRASE_FILE  file that holds the passphrase of a key-file store
   TOUCHMARK_PASSPHRASE       the passphrase itself
   TOUCHMARK_PKCS11_MODULE    PKCS#11 module to load where a key URI names none
+  TOUCHMARK_PKCS11_TIMEOUT   how long a PKCS#11 module in a process of its own (module-path=p11-kit:…) may be
+                             silent before that process is killed and started again; 60s if unset
   TOUCHMARK_LINE             the line's directory, instead of --line
   NO_COLOR                   no colour, whatever its value
 
@@ -183,6 +186,9 @@ func classify(ctx context.Context, err error) (code int, help string) {
 		suggest("another touchmark is at work there: wait for it, or stop it")
 	case errors.Is(err, hsm.ErrFull):
 		suggest("the token has no room for more keys: delete some, or make device keys in memory")
+	}
+	if _, try, ok := pkcs11.Explain(err); ok {
+		suggest(try)
 	}
 	return exitFailed, help
 }

@@ -58,7 +58,7 @@ func NSS(t testing.TB, label string) hsm.URI {
 }
 
 // TPM2 starts a software TPM with a tpm2-pkcs11 store, both in the test's own directory, and returns the key URI of its token.
-func TPM2(t testing.TB, label string) hsm.URI {
+func TPM2(t testing.TB, label string) (hsm.URI, *Service) {
 	t.Helper()
 	module := findModule(t, "tpm2-pkcs11 (apt-get install libtpm2-pkcs11-1)", "/usr/lib/*/pkcs11/libtpm2_pkcs11.so*", "/usr/lib/*/libtpm2_pkcs11.so*", "/usr/lib64/pkcs11/libtpm2_pkcs11.so")
 	need(t, "swtpm", "swtpm")
@@ -72,8 +72,9 @@ func TPM2(t testing.TB, label string) hsm.URI {
 		}
 	}
 	// The TCTI looks for the control socket beside the other, under this name.
-	start(t, socket+".ctrl", exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+state, "--server", "type=unixio,path="+socket,
-		"--ctrl", "type=unixio,path="+socket+".ctrl", "--flags", "not-need-init,startup-clear"))
+	tpm := &Service{t: t, ready: socket + ".ctrl", args: []string{"swtpm", "socket", "--tpm2", "--tpmstate", "dir=" + state, "--server", "type=unixio,path=" + socket,
+		"--ctrl", "type=unixio,path=" + socket + ".ctrl", "--flags", "not-need-init,startup-clear"}}
+	tpm.Start()
 	t.Setenv("TPM2_PKCS11_STORE", store)
 	t.Setenv("TPM2_PKCS11_TCTI", "swtpm:path="+socket)
 	t.Setenv("TPM2_PKCS11_LOG_LEVEL", "0")
@@ -83,12 +84,32 @@ func TPM2(t testing.TB, label string) hsm.URI {
 	// Without a resource manager what those two left loaded stays, in a TPM with room for three.
 	t.Setenv("TPM2TOOLS_TCTI", "swtpm:path="+socket)
 	run(t, "tpm2_flushcontext", "--transient-object")
+	// A TPM that loses its power counts it as a wrong try; after three it would be locked (TPM 2.0 Part 1, 19.8).
+	run(t, "tpm2_dictionarylockout", "--setup-parameters", "--max-tries=1000", "--recovery-time=1", "--lockout-recovery-time=1")
 	pin := filepath.Join(dir, "pin")
 	if err := os.WriteFile(pin, []byte(PIN+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	return hsm.URI{Scheme: hsm.SchemePKCS11, Token: label, ModulePath: module, PINSource: "file:" + pin}
+	return hsm.URI{Scheme: hsm.SchemePKCS11, Token: label, ModulePath: module, PINSource: "file:" + pin}, tpm
 }
+
+// Service is a program that runs until the test ends, unless it is killed.
+type Service struct {
+	t     testing.TB
+	args  []string
+	ready string // the file that says that it runs
+	kill  func()
+}
+
+// Start starts the program, which must not run, and waits until it is ready.
+func (s *Service) Start() {
+	s.t.Helper()
+	_ = os.Remove(s.ready)
+	s.kill = start(s.t, s.ready, exec.Command(s.args[0], s.args[1:]...))
+}
+
+// Kill kills the program and the processes that it made.
+func (s *Service) Kill() { s.kill() }
 
 // start runs a program until the test ends and waits for the file that says it is ready. The function that it returns ends
 // the program at once.
@@ -123,33 +144,16 @@ func start(t testing.TB, ready string, cmd *exec.Cmd) (kill func()) {
 	}
 }
 
-// Bridge is p11-kit's server in front of a module.
-type Bridge struct {
-	t      testing.TB
-	module string
-	socket string
-	kill   func()
-}
-
 // P11Kit starts p11-kit's server in front of the module that a key URI names, in the test's own directory, and returns the
 // key URI of the same token behind p11-kit's client module.
-func P11Kit(t testing.TB, uri hsm.URI) (hsm.URI, *Bridge) {
+func P11Kit(t testing.TB, uri hsm.URI) (hsm.URI, *Service) {
 	t.Helper()
 	client := findModule(t, "p11-kit's client module (apt-get install p11-kit-modules)", "/usr/lib/*/pkcs11/p11-kit-client.so", "/usr/lib64/pkcs11/p11-kit-client.so")
 	need(t, "p11-kit", "p11-kit")
-	b := &Bridge{t: t, module: uri.ModulePath, socket: filepath.Join(memoryDir(t), "p11")}
-	t.Setenv("P11_KIT_SERVER_ADDRESS", "unix:path="+b.socket)
-	b.Start()
+	socket := filepath.Join(memoryDir(t), "p11")
+	t.Setenv("P11_KIT_SERVER_ADDRESS", "unix:path="+socket)
+	server := &Service{t: t, ready: socket, args: []string{"p11-kit", "server", "--foreground", "--name", socket, "--provider", uri.ModulePath, "pkcs11:"}}
+	server.Start()
 	uri.ModulePath = client
-	return uri, b
+	return uri, server
 }
-
-// Start starts the server, which must not run.
-func (b *Bridge) Start() {
-	b.t.Helper()
-	_ = os.Remove(b.socket)
-	b.kill = start(b.t, b.socket, exec.Command("p11-kit", "server", "--foreground", "--name", b.socket, "--provider", b.module, "pkcs11:"))
-}
-
-// Kill kills the server and the processes that it made for its connections.
-func (b *Bridge) Kill() { b.kill() }

@@ -887,12 +887,16 @@ func (s *Store) publicKey(h pkcs11.SessionHandle, o pkcs11.ObjectHandle) (crypto
 
 // parsePoint reads CKA_EC_PARAMS and CKA_EC_POINT.
 func parsePoint(params, point []byte) (crypto.PublicKey, error) {
-	// An OCTET STRING by the standard; some tokens give the bare point.
-	var raw []byte
-	if rest, err := asn1.Unmarshal(point, &raw); err == nil && len(rest) == 0 {
-		point = raw
+	// An OCTET STRING by the standard; some tokens give the bare point. One in 256 bare points looks like an OCTET STRING too:
+	// both begin with 4.
+	bare := point
+	if rest, err := asn1.Unmarshal(bare, &point); err != nil || len(rest) > 0 {
+		point = bare
 	}
 	if bytes.Equal(params, oidEd25519) || bytes.Equal(params, ed25519Name) {
+		if len(bare) == ed25519.PublicKeySize {
+			point = bare
+		}
 		if len(point) != ed25519.PublicKeySize {
 			return nil, fmt.Errorf("Ed25519 public key of %d octets", len(point))
 		}
@@ -902,7 +906,14 @@ func parsePoint(params, point []byte) (crypto.PublicKey, error) {
 		if !bytes.Equal(params, curveOID(alg)) {
 			continue
 		}
-		return curvePoint(curve, point)
+		pub, err := curvePoint(curve, point)
+		if err != nil {
+			pub, err = curvePoint(curve, bare)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("the token's public key of algorithm %s: %w", alg, err)
+		}
+		return pub, nil
 	}
 	return nil, fmt.Errorf("curve %x: %w", params, hsm.ErrUnsupported)
 }

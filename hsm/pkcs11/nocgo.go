@@ -6,16 +6,19 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"time"
 
 	"github.com/touchmark/touchmark/hsm"
 )
 
 // Config says which token to open and how.
 type Config struct {
-	URI      hsm.URI
-	PIN      func(context.Context) (hsm.Secret, error)
-	Sessions int
-	Log      *slog.Logger
+	URI         hsm.URI
+	PIN         func(context.Context) (hsm.Secret, error)
+	Sessions    int
+	Log         *slog.Logger
+	Patience    time.Duration
+	CallTimeout time.Duration
 }
 
 // Store is a PKCS#11 token. This build has none.
@@ -44,3 +47,9 @@ func (s *Store) Token(context.Context) (Token, error) { return Token{}, errNoCgo
 
 // Objects answers hsm.ErrUnsupported.
 func (s *Store) Objects(context.Context) (Objects, error) { return Objects{}, errNoCgo }
+
+// Capabilities answers hsm.ErrUnsupported.
+func (*Store) Capabilities(context.Context) ([]Capability, error) { return nil, errNoCgo }
+
+// Explain answers false: without modules there is no token whose answer it could be.
+func Explain(error) (meaning, try string, ok bool) { return "", "", false }

@@ -59,7 +59,7 @@ func TestContractNSS(t *testing.T) {
 }
 
 func TestContractTPM2(t *testing.T) {
-	uri := hsmtest.TPM2(t, "line-3")
+	uri, _ := hsmtest.TPM2(t, "line-3")
 	hsmtest.Run(t, hsmtest.Suite{
 		Hardware: true, Open: func(t *testing.T) hsm.Store { return open(t, uri) },
 		// It makes no secret keys that authenticate or wrap, and takes in no keys that were made elsewhere.

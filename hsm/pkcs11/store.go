@@ -258,8 +258,9 @@ func (s *Store) with(ctx context.Context, repeat bool, f func(pkcs11.SessionHand
 		if try == operationTries {
 			return explained(err)
 		}
-		// A module that cannot even log in again is as good as lost: tpm2-pkcs11 answers so when its TPM is gone.
-		if gone || s.relogin(ctx, gen, err) != nil {
+		// A module that cannot even log in again is as good as lost: tpm2-pkcs11 answers so when its TPM is gone. It also takes
+		// a key that it could not load once for one that is in use, until it is initialized anew.
+		if gone || try > 1 && s.mod.loads || s.relogin(ctx, gen, err) != nil {
 			if rerr := s.reconnect(ctx, gen, err); rerr != nil {
 				return explained(rerr)
 			}
@@ -664,6 +665,9 @@ func (s *Store) Open(ctx context.Context, name string) (hsm.Key, error) {
 	if err != nil {
 		return nil, fmt.Errorf("key %q: %w", name, err)
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.labels[name] = true // somebody else may have made it meanwhile
 	return k, nil
 }
 
