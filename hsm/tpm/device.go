@@ -381,7 +381,7 @@ func (b *bus) flushStrays() error {
 		return err
 	}
 	for _, h := range handles {
-		if slices.ContainsFunc(b.d.loaded, func(o *object) bool { return o.handle == h }) {
+		if b.isLoaded(h) {
 			continue
 		}
 		pub, err := (tpm2.ReadPublic{ObjectHandle: h}).Execute(b)
@@ -396,6 +396,11 @@ func (b *bus) flushStrays() error {
 		}
 	}
 	return nil
+}
+
+// isLoaded reports whether we know of an object at that handle.
+func (b *bus) isLoaded(h tpm2.TPMHandle) bool {
+	return slices.ContainsFunc(b.d.loaded, func(o *object) bool { return o.handle == h })
 }
 
 // ours remembers the names of objects that this process loads, the latest few thousand of them.

@@ -245,7 +245,7 @@ func (e *EKCertificate) readSAN(value []byte) error {
 }
 
 // Judge checks an EK certificate: that it is for this EK, given as the whole TPM2B_PUBLIC, and leads to one of the makers'
-// roots at that time (zero means now). chain is the certificate and, behind it, any that lead towards a root, in DER.
+// roots at that time (zero means now). It vouches for the EK's key, not for the rest of its public area. chain is the certificate and, behind it, any that lead towards a root, in DER.
 func (m *Makers) Judge(ek []byte, chain [][]byte, now time.Time) (*EKCertificate, error) {
 	if len(chain) == 0 || len(chain) > maxChain {
 		return nil, fmt.Errorf("want 1 to %d certificates", maxChain)

@@ -29,7 +29,8 @@
 // Evidence for one registration ID, key, EK or AK is worth nothing for another: all are in the signed hash. Evidence for the
 // same ones may be shown twice; it says that the key was in that TPM, not that the device is there now, which is what the
 // device key proves when it signs a handshake. That no two devices have one EK is for the reader of many documents to check:
-// by [Verdict.EKName].
+// by [Verdict.EKKey]. A certificate vouches for the key of an EK, not for the public area around it: whoever writes the
+// evidence could change a bit there and have another name, and another registration ID, for the same TPM.
 package residency
 
 import (
@@ -124,6 +125,20 @@ func PublicKey(p *tpm2.TPMTPublic) (crypto.PublicKey, error) {
 		}
 	}
 	return pub, nil
+}
+
+// KeyHash returns the SHA-256 of a public area's key as a SubjectPublicKeyInfo, in hexadecimal.
+func KeyHash(p *tpm2.TPMTPublic) (string, error) {
+	pub, err := PublicKey(p)
+	if err != nil {
+		return "", err
+	}
+	der, err := x509.MarshalPKIXPublicKey(pub)
+	if err != nil {
+		return "", err
+	}
+	sum := sha256.Sum256(der)
+	return hex.EncodeToString(sum[:]), nil
 }
 
 // Name returns the name of a public area: its name algorithm, and the hash of it (TPM 2.0 Part 1, 16).
@@ -507,9 +522,11 @@ type Policy struct {
 // A Verdict says what was proven.
 type Verdict struct {
 	RegistrationID string `json:"registrationId"`
-	// EK is the whole TPM2B_PUBLIC, EKName its name in hexadecimal, by which one TPM is told from another.
+	// EK is the whole TPM2B_PUBLIC, EKName its name in hexadecimal. EKKey is the SHA-256 of its key as a
+	// SubjectPublicKeyInfo, in hexadecimal: by it one TPM is told from another.
 	EK     []byte `json:"ek"`
 	EKName string `json:"ekName"`
+	EKKey  string `json:"ekKeySha256"`
 	// Key is the key that lives in the TPM; nil for an HMAC key, of which only KeyName tells.
 	Key     crypto.PublicKey `json:"-"`
 	KeyName string           `json:"keyName"`
@@ -543,7 +560,11 @@ func (e *Evidence) Verify(p Policy) (*Verdict, error) {
 			return nil, refuse("it is for another key")
 		}
 	}
-	v := &Verdict{RegistrationID: s.id, EK: e.EK, EKName: hex.EncodeToString(s.ekName), Key: s.keyPublic, KeyName: hex.EncodeToString(s.keyName), Made: e.Made}
+	ekKey, err := KeyHash(s.ek)
+	if err != nil {
+		return nil, refuse("the endorsement key: %w", err)
+	}
+	v := &Verdict{RegistrationID: s.id, EK: e.EK, EKName: hex.EncodeToString(s.ekName), EKKey: ekKey, Key: s.keyPublic, KeyName: hex.EncodeToString(s.keyName), Made: e.Made}
 	if p.Makers != nil {
 		if len(e.EKCertificates) == 0 {
 			return nil, refuse("there is no certificate of the endorsement key")
