@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/url"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 )
 
@@ -16,6 +18,7 @@ import (
 const (
 	SchemePKCS11 = "pkcs11"
 	SchemeFile   = "file"
+	SchemeTPM    = "tpm"
 )
 
 // A URI names a key store, or a key in one.
@@ -32,6 +35,14 @@ const (
 //
 //	file:keys?object=station&pin-source=file:/run/secrets/passphrase
 //
+// "tpm:" URIs name a TPM 2.0 and the directory of its key blobs, or a key at a persistent handle. The device is a device
+// node (without one, /dev/tpmrm0), a Unix socket or a TCP port with bare TPM commands, as swtpm has them, or a TCP port that
+// speaks the protocol of Microsoft's simulator:
+//
+//	tpm:object=device-key?device=/dev/tpmrm0&keys=keys&pin-source=file:/run/secrets/auth
+//	tpm:handle=0x81000100?device=unix:/run/swtpm.sock
+//	tpm:?device=tcp:fixture-3:2321&keys=keys
+//
 // The zero value names nothing.
 type URI struct {
 	Scheme string
@@ -39,7 +50,8 @@ type URI struct {
 	Path string
 	// Token, Serial, Manufacturer and Model select a PKCS#11 token; those that are empty match any.
 	Token, Serial, Manufacturer, Model string
-	// Object is the key's name; empty for a store.
+	// Object is the key's name; empty for a store. A key at a persistent handle of a TPM is called by the handle, as
+	// [TPMHandleName] writes it.
 	Object string
 	// ID is the key's CKA_ID.
 	ID []byte
@@ -48,6 +60,10 @@ type URI struct {
 	// InitArgs goes to the module when it is initialized, in CK_C_INITIALIZE_ARGS.pReserved: NSS wants its parameters there.
 	// In a URI it is x-init-reserved, as p11-kit calls it.
 	InitArgs string
+	// Device is where a TPM answers: /dev/…, unix:PATH, tcp:HOST:PORT or mssim:HOST:PORT; empty means /dev/tpmrm0.
+	Device string
+	// Keys is the directory of a TPM's key blobs, as written.
+	Keys string
 	// PINSource is where the PIN or passphrase is read from: a path, with or without "file:".
 	PINSource string
 
@@ -65,7 +81,7 @@ func ParseURI(s string) (URI, error) {
 	}
 	scheme, rest, ok := strings.Cut(s, ":")
 	if !ok {
-		return u, errors.New("key URI has no scheme: want pkcs11:… or file:…")
+		return u, errors.New("key URI has no scheme: want pkcs11:…, tpm:… or file:…")
 	}
 	path, query, hasQuery := strings.Cut(rest, "?")
 	var err error
@@ -81,14 +97,20 @@ func ParseURI(s string) (URI, error) {
 		if strings.HasPrefix(u.Path, "//") { // the same directory, and it prints as itself
 			u.Path = "/" + strings.TrimLeft(u.Path, "/")
 		}
+	case SchemeTPM:
+		u.Scheme = SchemeTPM
+		err = u.parseTPM(path)
 	default:
-		return u, errors.New("key URI scheme is not known: want pkcs11 or file")
+		return u, errors.New("key URI scheme is not known: want pkcs11, tpm or file")
 	}
 	if err == nil && hasQuery {
 		err = u.parseQuery(query)
 	}
 	if err == nil && u.Scheme == SchemePKCS11 && u.Token == "" && u.Serial == "" && u.Manufacturer == "" {
 		err = errors.New("it names no token: want token, serial or manufacturer (slot numbers change, labels do not)")
+	}
+	if err == nil && u.Scheme == SchemeTPM {
+		err = u.checkTPM()
 	}
 	if err == nil && len(u.String()) > maxURI {
 		err = fmt.Errorf("it is longer than %d octets when properly encoded", maxURI)
@@ -153,6 +175,84 @@ func (u *URI) parsePKCS11(path string) error {
 	return nil
 }
 
+func (u *URI) parseTPM(path string) error {
+	seen := make(map[string]bool)
+	for part := range strings.SplitSeq(path, ";") {
+		if part == "" {
+			continue
+		}
+		name, raw, ok := strings.Cut(part, "=")
+		if !ok {
+			return errors.New("an attribute has no value")
+		}
+		if seen[name] {
+			return fmt.Errorf("attribute %s stands twice", name)
+		}
+		seen[name] = true
+		value, err := unescape(raw)
+		if err != nil {
+			return fmt.Errorf("attribute %s: %w", name, err)
+		}
+		switch name {
+		case "object":
+			if _, ok := ParseTPMHandle(value); ok {
+				return errors.New("a persistent handle is written as handle=…, not as object=…")
+			}
+			u.Object = value
+		case "handle":
+			h, err := strconv.ParseUint(strings.TrimPrefix(strings.ToLower(value), "0x"), 16, 32)
+			if u.Object = TPMHandleName(uint32(h)); err != nil || !persistent(uint32(h)) {
+				return errors.New("attribute handle: want a persistent handle, 0x81000000 to 0x81ffffff")
+			}
+		case "device", "keys", "pin-source", "pin-value":
+			return fmt.Errorf("attribute %s belongs behind a \"?\"", name)
+		default:
+			return fmt.Errorf("attribute %s is not known", name)
+		}
+	}
+	if seen["object"] && seen["handle"] {
+		return errors.New("object and handle exclude each other")
+	}
+	return nil
+}
+
+// checkTPM looks at a tpm: URI as a whole.
+func (u *URI) checkTPM() error {
+	_, handle := ParseTPMHandle(u.Object)
+	if u.Object != "" && !handle && u.Keys == "" {
+		return errors.New("it names a key and no directory for its blob: add keys=DIR, or name a handle")
+	}
+	kind, rest, _ := strings.Cut(u.Device, ":")
+	switch {
+	case u.Device == "":
+	case strings.HasPrefix(u.Device, "/dev/") && filepath.Clean(u.Device) == u.Device:
+	case kind == "unix" && rest != "":
+	case kind == "tcp" || kind == "mssim":
+		host, port, err := net.SplitHostPort(rest)
+		if n, nerr := strconv.ParseUint(port, 10, 16); err != nil || host == "" || nerr != nil || n == 0 {
+			return fmt.Errorf("attribute device: want %s:HOST:PORT", kind)
+		}
+	default:
+		return errors.New("attribute device: want /dev/…, unix:PATH, tcp:HOST:PORT or mssim:HOST:PORT")
+	}
+	return nil
+}
+
+// persistent reports whether a TPM handle is that of a persistent object (TPM 2.0 Part 2, 7.2: TPM_HT_PERSISTENT).
+func persistent(h uint32) bool { return h>>24 == 0x81 }
+
+// TPMHandleName returns the name that a key at a persistent handle of a TPM has: "0x" and eight hexadecimal digits.
+func TPMHandleName(h uint32) string { return fmt.Sprintf("0x%08x", h) }
+
+// ParseTPMHandle returns the persistent handle that a key's name stands for, and whether it stands for one.
+func ParseTPMHandle(name string) (uint32, bool) {
+	if len(name) != 10 || name[:2] != "0x" {
+		return 0, false
+	}
+	h, err := strconv.ParseUint(name[2:], 16, 32)
+	return uint32(h), err == nil && persistent(uint32(h)) && name == TPMHandleName(uint32(h))
+}
+
 func (u *URI) parseQuery(query string) error {
 	seen := make(map[string]bool)
 	for part := range strings.SplitSeq(query, "&") {
@@ -187,6 +287,10 @@ func (u *URI) parseQuery(query string) error {
 			return errors.New("attribute module-name is not taken: name the module by module-path")
 		case name == "object" && u.Scheme == SchemeFile:
 			u.Object = value
+		case name == "device" && u.Scheme == SchemeTPM:
+			u.Device = value
+		case name == "keys" && u.Scheme == SchemeTPM:
+			u.Keys = value
 		default:
 			return fmt.Errorf("attribute %s is not known, or not behind the \"?\"", name)
 		}
@@ -227,9 +331,16 @@ func (u URI) String() string {
 			*dst = append(*dst, name+"="+escape(value, keep))
 		}
 	}
-	if u.Scheme == SchemeFile {
+	switch u.Scheme {
+	case SchemeFile:
 		add(&query, "object", u.Object, ":")
-	} else {
+	case SchemeTPM:
+		name := "object"
+		if _, ok := ParseTPMHandle(u.Object); ok {
+			name = "handle"
+		}
+		add(&path, name, u.Object, ":")
+	default:
 		add(&path, "token", u.Token, ":")
 		add(&path, "manufacturer", u.Manufacturer, ":")
 		add(&path, "model", u.Model, ":")
@@ -245,6 +356,8 @@ func (u URI) String() string {
 	}
 	add(&query, "module-path", u.ModulePath, "/:")
 	add(&query, "x-init-reserved", u.InitArgs, "/:=',")
+	add(&query, "device", u.Device, "/:")
+	add(&query, "keys", u.Keys, "/:")
 	add(&query, "pin-source", u.PINSource, "/:")
 	s := u.Scheme + ":" + escape(u.Path, "/:") + strings.Join(path, ";")
 	if len(query) > 0 {
@@ -258,6 +371,9 @@ func (u URI) WithObject(name string) URI {
 	u.Object, u.ID = name, nil
 	return u
 }
+
+// HasPIN reports whether the URI itself says where its PIN is.
+func (u URI) HasPIN() bool { return u.pin != nil || u.PINSource != "" }
 
 // Warnings says what about the URI should be mended although it works.
 func (u URI) Warnings() []string {
@@ -280,9 +396,9 @@ type PINConfig struct {
 // maxPIN bounds a PIN or passphrase, in octets.
 const maxPIN = 1024
 
-// ResolvePIN returns the PIN of a token, or the passphrase of a key-file store: from pin-source, else the environment
-// (TOUCHMARK_PIN_FILE, TOUCHMARK_PIN; TOUCHMARK_PASSPHRASE_FILE, TOUCHMARK_PASSPHRASE), else a prompt. The error is ErrNoPIN
-// when there is none of these.
+// ResolvePIN returns the PIN of a token, the authorization value of a TPM's keys, or the passphrase of a key-file store: from
+// pin-source, else the environment (TOUCHMARK_PIN_FILE, TOUCHMARK_PIN; TOUCHMARK_PASSPHRASE_FILE, TOUCHMARK_PASSPHRASE), else a
+// prompt. The error is ErrNoPIN when there is none of these.
 func (u URI) ResolvePIN(ctx context.Context, cfg PINConfig) (Secret, error) {
 	if u.pin != nil {
 		return Secret(bytes.Clone(u.pin)), nil
@@ -290,6 +406,9 @@ func (u URI) ResolvePIN(ctx context.Context, cfg PINConfig) (Secret, error) {
 	name, what := "TOUCHMARK_PIN", fmt.Sprintf("user PIN of token %q", u.Token)
 	if u.Scheme == SchemeFile {
 		name, what = "TOUCHMARK_PASSPHRASE", fmt.Sprintf("passphrase of the keys in %s", u.Path)
+	}
+	if u.Scheme == SchemeTPM {
+		what = "authorization value of the TPM key"
 	}
 	return cfg.resolve(ctx, u.PINSource, name, what, "pin-source in the key URI")
 }

@@ -44,9 +44,60 @@ func TestParseURI(t *testing.T) {
 		"pkcs11:token":                        "no value",
 		"file:":                               "names no directory",
 		"file:keys?module-path=x":             "not known",
+		"tpm:object=k":                        "no directory for its blob",
+		"tpm:object=k;object=l?keys=d":        "twice",
+		"tpm:object=0x81000100?keys=d":        "handle=",
+		"tpm:object=a;handle=0x81000100":      "exclude",
+		"tpm:handle=0x80000000":               "persistent handle",
+		"tpm:handle=81zz":                     "persistent handle",
+		"tpm:handle=0x181000100":              "persistent handle",
+		"tpm:device=/dev/tpm0":                "behind a",
+		"tpm:colour=red":                      "colour is not known",
+		"tpm:?colour=red":                     "colour is not known",
+		"tpm:?object=k":                       "object is not known",
+		"tpm:?module-path=/m.so":              "module-path is not known",
+		"tpm:?device=/etc/passwd":             "want /dev/",
+		"tpm:?device=/dev/../etc/passwd":      "want /dev/",
+		"tpm:?device=unix:":                   "want /dev/",
+		"tpm:?device=tcp:host":                "tcp:HOST:PORT",
+		"tpm:?device=mssim::2321":             "mssim:HOST:PORT",
+		"tpm:?device=tcp:host:0":              "tcp:HOST:PORT",
+		"tpm:?device=a&device=b":              "twice",
+		"pkcs11:token=a?device=/dev/tpm0":     "device is not known",
+		"file:keys?keys=x":                    "keys is not known",
 	} {
 		if _, err := hsm.ParseURI(uri); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: got %v, want %q in it", uri, err, want)
+		}
+	}
+}
+
+func TestParseTPMURI(t *testing.T) {
+	for text, want := range map[string]hsm.URI{
+		"tpm:": {Scheme: "tpm"},
+		"tpm:object=device:7?device=/dev/tpmrm0&keys=my%20keys&pin-source=file:auth": {Scheme: "tpm", Object: "device:7", Device: "/dev/tpmrm0", Keys: "my keys", PINSource: "file:auth"},
+		"tpm:handle=0X8100ABCD?device=unix:run/swtpm.sock":                           {Scheme: "tpm", Object: "0x8100abcd", Device: "unix:run/swtpm.sock"},
+		"TPM:?keys=/k&device=tcp:%5B::1%5D:2321":                                     {Scheme: "tpm", Device: "tcp:[::1]:2321", Keys: "/k"},
+		"tpm:?device=mssim:localhost:2321":                                           {Scheme: "tpm", Device: "mssim:localhost:2321"},
+	} {
+		u, err := hsm.ParseURI(text)
+		if err != nil || fmt.Sprintf("%#v", u) != fmt.Sprintf("%#v", want) {
+			t.Errorf("%s: %#v, %v", text, u, err)
+		}
+		if again, err := hsm.ParseURI(u.String()); err != nil || again.String() != u.String() {
+			t.Errorf("%s reads as %s, %v", u, again, err)
+		}
+	}
+	u, err := hsm.ParseURI("tpm:handle=0x81000100?pin-value=s3cr3t")
+	if err != nil || !u.HasPIN() || len(u.Warnings()) != 1 || u.String() != "tpm:handle=0x81000100" {
+		t.Errorf("%v, %v", u, err)
+	}
+	if h, ok := hsm.ParseTPMHandle(u.Object); !ok || h != 0x81000100 {
+		t.Errorf("handle %x, %v", h, ok)
+	}
+	for _, name := range []string{"", "0x8100010", "0x80000000", "0x8100ABCD", "81000100", "0x+1000100"} {
+		if h, ok := hsm.ParseTPMHandle(name); ok {
+			t.Errorf("%q stands for handle %x", name, h)
 		}
 	}
 }
@@ -134,6 +185,8 @@ func FuzzParseURI(f *testing.F) {
 	f.Add("file:keys?object=a")
 	f.Add("pkcs11:token=a?pin-value=1")
 	f.Add("file:////var//keys")
+	f.Add("tpm:object=k?device=unix:/run/tpm.sock&keys=d&pin-source=file:auth")
+	f.Add("tpm:handle=0x81000100?device=mssim:localhost:2321")
 	f.Add("file:" + strings.Repeat("\xca", 1400)) // longer once it is encoded
 	f.Fuzz(func(t *testing.T, s string) {
 		u, err := hsm.ParseURI(s)

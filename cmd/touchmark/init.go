@@ -174,7 +174,7 @@ func (a *app) runInit(ctx context.Context, o *initOptions) (err error) {
 	}
 	for name, content := range map[string][]byte{
 		stationFile: pub,
-		lineFile: append([]byte("# A touchmark line. Relative paths count from this file's directory.\n\n"), config...),
+		lineFile:    append([]byte("# A touchmark line. Relative paths count from this file's directory.\n\n"), config...),
 	} {
 		if err := writeFile(made.path(name), content, 0o644, false); err != nil {
 			return err

@@ -107,9 +107,9 @@ func (a *app) runVerifyEvidence(path, trust, residency string) error {
 	if err != nil {
 		return fmt.Errorf("verifying %s: %w: %w", path, evidence.ErrResidency, err)
 	}
-	lives := s.Evidence.Check(s.Evidence.Kind, hash)
+	lives := s.Evidence.Check(s.Evidence.Kind, s.Name, hash)
 	if want != "" {
-		lives = s.Evidence.Check(want, hash)
+		lives = s.Evidence.Check(want, s.Name, hash)
 	}
 	if want != "" && lives != nil {
 		return fmt.Errorf("verifying %s: %w", path, lives)

@@ -17,6 +17,7 @@ import (
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/hsm/keyfile"
 	"github.com/touchmark/touchmark/hsm/pkcs11"
+	"github.com/touchmark/touchmark/hsm/tpm"
 	"github.com/touchmark/touchmark/pkg/ca"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/ledger"
@@ -126,11 +127,30 @@ func (a *app) openStore(ctx context.Context, raw, base string) (hsm.Store, error
 		}
 		return store, nil
 	}
+	if uri.Scheme == hsm.SchemeTPM {
+		dir := uri.Keys
+		if dir != "" && !filepath.IsAbs(dir) {
+			dir = filepath.Join(base, dir)
+		}
+		store, err := tpm.Open(ctx, tpm.Config{URI: uri, Dir: dir, Device: tpmDevice(uri.Device, base), PIN: pin})
+		if err != nil {
+			return nil, err
+		}
+		return store, nil
+	}
 	store, err := pkcs11.Open(ctx, pkcs11.Config{URI: uri, PIN: pin})
 	if err != nil {
 		return nil, err
 	}
 	return store, nil
+}
+
+// tpmDevice has the relative path of a TPM's socket count from a directory.
+func tpmDevice(device, base string) string {
+	if path, ok := strings.CutPrefix(device, "unix:"); ok && !filepath.IsAbs(path) {
+		return "unix:" + filepath.Join(base, path)
+	}
+	return device
 }
 
 func (a *app) openLineStore(ctx context.Context, l *line) (hsm.Store, error) {

@@ -17,7 +17,9 @@ import (
 
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/hsm/sealing"
+	"github.com/touchmark/touchmark/hsm/tpm"
 	"github.com/touchmark/touchmark/pkg/bundle"
+	"github.com/touchmark/touchmark/pkg/evidence"
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/mint"
 )
@@ -135,6 +137,7 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 	cfg := mint.Config{
 		Ledger: led, Profile: p, List: list, Store: store, IDScope: l.IDScope, GlobalEndpoint: l.GlobalEndpoint, Out: o.out, Jobs: o.jobs,
 		OpenStore: func(ctx context.Context, uri string) (hsm.Store, error) { return a.openStore(ctx, uri, l.dir) },
+		Attest:    attestTPM, Endorsement: endorsementOf,
 	}
 	if p.Attestation == mint.AttestationX509 {
 		issuer, err := l.issuer(ctx, store)
@@ -217,6 +220,44 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 		return a.printJSON(res)
 	}
 	return a.printMint(&res)
+}
+
+// attestTPM has a TPM prove that a key lives in it.
+func attestTPM(ctx context.Context, store hsm.Store, key, registrationID string) (*evidence.Evidence, error) {
+	t, ok := store.(*tpm.Store)
+	if !ok {
+		return nil, fmt.Errorf("%s is no TPM: %w", store.URI(), hsm.ErrUnsupported)
+	}
+	ek, err := endorsementKey(ctx, t)
+	if err != nil {
+		return nil, err
+	}
+	proof, err := t.Attest(ctx, ek, key, registrationID)
+	if err != nil {
+		return nil, err
+	}
+	return evidence.OfTPM(proof)
+}
+
+// endorsementKey returns the endorsement key that stands for a TPM: the ECC one, which is quick to make, where the TPM has it.
+func endorsementKey(ctx context.Context, t *tpm.Store) (*tpm.EK, error) {
+	ek, err := t.EK(ctx, tpm.EKECC)
+	if errors.Is(err, hsm.ErrUnsupported) {
+		ek, err = t.EK(ctx, tpm.EKRSA)
+	}
+	return ek, err
+}
+
+func endorsementOf(ctx context.Context, store hsm.Store) ([]byte, error) {
+	t, ok := store.(*tpm.Store)
+	if !ok {
+		return nil, fmt.Errorf("%s is no TPM: %w", store.URI(), hsm.ErrUnsupported)
+	}
+	ek, err := endorsementKey(ctx, t)
+	if err != nil {
+		return nil, err
+	}
+	return ek.Public, nil
 }
 
 // ownBundle refuses to write over anything but an earlier bundle of the job.

@@ -33,7 +33,7 @@ func (e *Entry) Resides(want evidence.Residency) error {
 	case e.Group != nil:
 		return nil
 	case e.Device != nil:
-		return e.Evidence.Check(want, e.Device.KeyHash)
+		return e.Evidence.Check(want, e.Device.RegistrationID, e.Device.KeyHash)
 	case e.Individual == nil || e.Individual.Attestation == nil:
 		return evidence.ErrResidency
 	}
@@ -53,7 +53,7 @@ func (e *Entry) Resides(want evidence.Residency) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", evidence.ErrResidency, err)
 	}
-	return e.Evidence.Check(want, hash)
+	return e.Evidence.Check(want, e.Individual.RegistrationID, hash)
 }
 
 // name names an entry in messages.

@@ -5,6 +5,9 @@
 // made there, was always sensitive and never extractable, and which token and module it was. A PKCS#11 token signs none of
 // this, so it is worth what the station's word is worth, and a bundle or a [Statement] carries the station's signature over
 // it.
+//
+// Evidence of kind [TPM] is a TPM's own signed statement about the key, with what ties it to the TPM's endorsement key: see
+// hsm/tpm/residency, which says who vouches for what.
 package evidence
 
 import (
@@ -20,6 +23,7 @@ import (
 	"time"
 
 	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/hsm/tpm/residency"
 	"github.com/touchmark/touchmark/pkg/signed"
 )
 
@@ -56,6 +60,8 @@ type Evidence struct {
 	// Attributes and Store are what a token said of the key and of itself.
 	Attributes *hsm.Attributes `json:"attributes,omitempty"`
 	Store      *hsm.Identity   `json:"store,omitempty"`
+	// TPM is what a TPM proved.
+	TPM *residency.Evidence `json:"tpm,omitempty"`
 }
 
 // KeyHash returns how evidence names a public key.
@@ -81,9 +87,22 @@ func OfToken(ctx context.Context, k hsm.SigningKey, id hsm.Identity) (*Evidence,
 	return &Evidence{Kind: Token, KeyHash: hash, Attributes: &attr, Store: &id}, nil
 }
 
-// Check says what keeps the evidence from showing that the key of that hash lives in such a place for good. The error is
-// ErrResidency.
-func (e *Evidence) Check(want Residency, keyHash string) error {
+// OfTPM is evidence of what a TPM proved of a key.
+func OfTPM(proof *residency.Evidence) (*Evidence, error) {
+	v, err := proof.Verify(residency.Policy{RegistrationID: proof.RegistrationID})
+	if err != nil {
+		return nil, err
+	}
+	hash, err := KeyHash(v.Key)
+	if err != nil {
+		return nil, err
+	}
+	return &Evidence{Kind: TPM, KeyHash: hash, TPM: proof}, nil
+}
+
+// Check says what keeps the evidence from showing that the key of that hash, the device's of that registration ID, lives in
+// such a place for good. The error is ErrResidency.
+func (e *Evidence) Check(want Residency, registrationID, keyHash string) error {
 	fail := func(format string, args ...any) error {
 		return fmt.Errorf("%w: %s", ErrResidency, fmt.Sprintf(format, args...))
 	}
@@ -106,6 +125,18 @@ func (e *Evidence) Check(want Residency, keyHash string) error {
 		}
 		if e.Store.Serial == "" && e.Store.Label == "" {
 			return fail("it does not say which token")
+		}
+		return nil
+	case TPM:
+		if e.TPM == nil {
+			return fail("it does not hold what the TPM said")
+		}
+		v, err := e.TPM.Verify(residency.Policy{RegistrationID: registrationID})
+		if err != nil {
+			return fmt.Errorf("%w: %w", ErrResidency, err)
+		}
+		if hash, err := KeyHash(v.Key); err != nil || hash != keyHash {
+			return fail("the TPM's statement is about another key")
 		}
 		return nil
 	}

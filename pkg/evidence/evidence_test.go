@@ -25,7 +25,7 @@ func good() *evidence.Evidence {
 
 // Invariant 6: what a token does not vouch for is no evidence.
 func TestCheck(t *testing.T) {
-	if err := good().Check(evidence.Token, "ab"); err != nil {
+	if err := good().Check(evidence.Token, "pump-1", "ab"); err != nil {
 		t.Fatal(err)
 	}
 	for name, spoil := range map[string]func(*evidence.Evidence){
@@ -45,18 +45,18 @@ func TestCheck(t *testing.T) {
 	} {
 		e := good()
 		spoil(e)
-		if err := e.Check(evidence.Token, "ab"); !errors.Is(err, evidence.ErrResidency) {
+		if err := e.Check(evidence.Token, "pump-1", "ab"); !errors.Is(err, evidence.ErrResidency) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if err := good().Check(evidence.TPM, "ab"); !errors.Is(err, evidence.ErrResidency) {
+	if err := good().Check(evidence.TPM, "pump-1", "ab"); !errors.Is(err, evidence.ErrResidency) {
 		t.Errorf("a token for a TPM: %v", err)
 	}
-	if err := good().Check(evidence.Token, ""); !errors.Is(err, evidence.ErrResidency) {
+	if err := good().Check(evidence.Token, "pump-1", ""); !errors.Is(err, evidence.ErrResidency) {
 		t.Errorf("no key: %v", err)
 	}
 	var none *evidence.Evidence
-	if err := none.Check(evidence.Token, "ab"); !errors.Is(err, evidence.ErrResidency) {
+	if err := none.Check(evidence.Token, "pump-1", "ab"); !errors.Is(err, evidence.ErrResidency) {
 		t.Errorf("none: %v", err)
 	}
 }
@@ -76,7 +76,7 @@ func TestStatement(t *testing.T) {
 			t.Fatal(err)
 		}
 		got, id, err := evidence.Open(append(b, '\n'), []crypto.PublicKey{other.Public(), station.Public()})
-		if want, _ := signed.KeyID(station.Public()); err != nil || id != want || got.Name != "k" || got.Evidence.Check(evidence.Token, "ab") != nil {
+		if want, _ := signed.KeyID(station.Public()); err != nil || id != want || got.Name != "k" || got.Evidence.Check(evidence.Token, "pump-1", "ab") != nil {
 			t.Errorf("%T: %+v, %s, %v", station, got, id, err)
 		}
 		if _, _, err := evidence.Open(b, []crypto.PublicKey{other.Public()}); !errors.Is(err, signed.ErrUntrusted) {

@@ -56,7 +56,7 @@ var (
 
 // A DuplicateError says that a serial, a registration ID or a key is taken, and by which unit.
 type DuplicateError struct {
-	Field string // "serial", "registration ID" or "key"
+	Field string // "serial", "registration ID", "key" or "endorsement key"
 	Value string
 	Unit  Unit // the one that has it
 	Job   Job  // the job that made it
@@ -115,6 +115,8 @@ type Unit struct {
 	Leaf int64 `json:"entry"`
 	// Data is that entry's data: a certificate plan while begun, the certificate once minted.
 	Data []byte `json:"-"`
+	// EKHash is that entry's endorsement key, if it has one.
+	EKHash []byte `json:"-"`
 }
 
 // A Job is one list of serials minted with one profile.
@@ -140,6 +142,7 @@ CREATE TABLE units (
 	job INTEGER NOT NULL,
 	at INTEGER NOT NULL,
 	leaf INTEGER NOT NULL);
+CREATE TABLE endorsements (ek_hash BLOB PRIMARY KEY, unit INTEGER NOT NULL UNIQUE) WITHOUT ROWID;
 CREATE TABLE voided (key_hash BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE log (
 	first INTEGER PRIMARY KEY,       -- index of the row's first leaf

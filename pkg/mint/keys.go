@@ -10,11 +10,15 @@ import (
 	"crypto/rsa"
 	"crypto/sha256"
 	"encoding/asn1"
+	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
+	"path/filepath"
+	"strings"
+	"time"
 
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/pkg/dps"
@@ -42,6 +46,11 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 				return fmt.Errorf("serial %s: %w", u.row.Serial, err)
 			}
 		}
+		if in == keyInTPM {
+			if err := r.readEK(ctx, u); err != nil {
+				return fmt.Errorf("serial %s: %w", u.row.Serial, err)
+			}
+		}
 		if in != keyInMemory {
 			continue
 		}
@@ -61,7 +70,7 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 			return err
 		}
 	}
-	if err := r.commit(ctx, fresh, ledger.Begun, func(u *unit, e *ledger.Event) { e.KeyHash, e.Data = u.keyHash, u.plan.Encode() }); err != nil {
+	if err := r.commit(ctx, fresh, ledger.Begun, func(u *unit, e *ledger.Event) { e.KeyHash, e.EKHash, e.Data = u.keyHash, u.ekHash, u.plan.Encode() }); err != nil {
 		return r.unstage(fresh, err)
 	}
 	begun := only(units, ledger.Begun)
@@ -69,7 +78,7 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if in == keyInToken {
+		if in == keyInToken || in == keyInTPM {
 			if err := r.tokenKey(ctx, u); err != nil {
 				return err
 			}
@@ -79,23 +88,34 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 			return fmt.Errorf("serial %s: %w", u.row.Serial, err)
 		}
 	}
+	if in == keyInTPM && len(begun) > 0 {
+		// The blobs that hold the keys are durable before the ledger says that their certificates are signed.
+		if err := r.out.Sync(); err != nil {
+			return err
+		}
+	}
 	return r.commit(ctx, begun, ledger.Minted, func(u *unit, e *ledger.Event) {
 		e.Data = append(bytes.Clone(u.cert), u.evidence...) // see splitCertificate
-		if in == keyInToken {
+		if in == keyInToken || in == keyInTPM {
 			e.KeyHash = u.keyHash
 		}
 	})
 }
 
-// tokenKeyName names a device's key in the token.
-func tokenKeyName(registrationID string) string { return tokenKeyPrefix + dps.Fold(registrationID) }
+// keyName names a device's key in its store. A TPM's is a file of the stamp.
+func (r *run) keyName(u *unit) string {
+	if r.Profile.Key.In == keyInTPM {
+		return strings.TrimSuffix(keyFile, ".pem")
+	}
+	return tokenKeyPrefix + dps.Fold(u.row.RegistrationID)
+}
 
 const tokenKeyPrefix = "device:"
 
 // tokenKey makes the unit's key in the token. The name is in the ledger already, so a run that dies right here finds the
 // key by it and makes no second one.
 func (r *run) tokenKey(ctx context.Context, u *unit) error {
-	name := tokenKeyName(u.row.RegistrationID)
+	name := r.keyName(u)
 	err := r.withKeys(ctx, u, func(store hsm.Store) error {
 		var k hsm.Key
 		err := hsm.ErrNotFound
@@ -129,7 +149,12 @@ func (r *run) withKeys(ctx context.Context, u *unit, f func(hsm.Store) error) (e
 		return f(r.Store)
 	}
 	uri := expand(r.Profile.store, r.List.Columns, u.row.Fields)
-	store, err := r.OpenStore(ctx, uri)
+	if r.Profile.Key.In == keyInTPM {
+		if uri, err = r.withBlobs(uri, u); err != nil {
+			return err
+		}
+	}
+	store, err := r.openPatiently(ctx, uri)
 	if err != nil {
 		return fmt.Errorf("opening the device's store: %w", err)
 	}
@@ -137,9 +162,79 @@ func (r *run) withKeys(ctx context.Context, u *unit, f func(hsm.Store) error) (e
 	return f(store)
 }
 
+// A device's token or TPM that went away is waited for: the unit is not at fault, and somebody may be putting it back.
+const (
+	patience = 15 * time.Second
+	pause    = 200 * time.Millisecond
+)
+
+func (r *run) openPatiently(ctx context.Context, uri string) (hsm.Store, error) {
+	for deadline := time.Now().Add(patience); ; {
+		store, err := r.OpenStore(ctx, uri)
+		if !errors.Is(err, hsm.ErrLost) || time.Now().After(deadline) {
+			return store, err
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return nil, errors.Join(err, ctx.Err())
+		}
+	}
+}
+
+// readEK reads the endorsement key of the unit's TPM. The ledger refuses a second device with it before anything is made.
+func (r *run) readEK(ctx context.Context, u *unit) error {
+	return r.withKeys(ctx, u, func(store hsm.Store) error {
+		ek, err := r.Endorsement(ctx, store)
+		if err != nil {
+			return err
+		}
+		sum := sha256.Sum256(ek)
+		u.ekHash = sum[:]
+		return nil
+	})
+}
+
+// withBlobs names the unit's own directory as the place of a TPM's key blobs.
+func (r *run) withBlobs(raw string, u *unit) (string, error) {
+	uri, err := hsm.ParseURI(raw)
+	if err != nil {
+		return "", err
+	}
+	if uri.Scheme != hsm.SchemeTPM || uri.Keys != "" {
+		return "", fmt.Errorf("key.store %s: want tpm:?device=… and no keys: the stamp is where they are kept", uri)
+	}
+	if u.published {
+		uri.Keys = r.out.Dir(u.row.RegistrationID)
+	} else {
+		if err := r.out.Stage(u.row.RegistrationID); err != nil {
+			return "", err
+		}
+		uri.Keys = r.out.StagedDir(u.row.RegistrationID)
+	}
+	if uri.Keys, err = filepath.Abs(uri.Keys); err != nil {
+		return "", err
+	}
+	return uri.String(), nil
+}
+
 // staysInside asks the token what it made: some do not do what a template says. What a token vouches for is the unit's
 // evidence.
 func (r *run) staysInside(ctx context.Context, u *unit, store hsm.Store, k hsm.Key) error {
+	if r.Profile.Key.In == keyInTPM {
+		e, err := r.Attest(ctx, store, k.Name(), u.row.RegistrationID)
+		if err != nil {
+			return err
+		}
+		if err := e.Check(evidence.TPM, u.row.RegistrationID, hex.EncodeToString(u.keyHash)); err != nil {
+			return fmt.Errorf("key %q: %w", k.Name(), err)
+		}
+		if sum := sha256.Sum256(e.TPM.EK); !bytes.Equal(sum[:], u.ekHash) {
+			return errors.New("another TPM answers than the one that the unit was begun with: is it another device?")
+		}
+		u.evidence, err = json.Marshal(e)
+		return err
+	}
 	signing, err := hsm.SigningKeyOf(k)
 	if err != nil {
 		return err
@@ -163,7 +258,7 @@ func (r *run) staysInside(ctx context.Context, u *unit, store hsm.Store, k hsm.K
 	if a := e.Attributes; a.Extractable || !a.Sensitive {
 		return fmt.Errorf("key %q can leave its token, although it was not asked to: %+v", k.Name(), *a)
 	}
-	if !vouches || e.Check(evidence.Token, e.KeyHash) != nil {
+	if !vouches || e.Check(evidence.Token, u.row.RegistrationID, e.KeyHash) != nil {
 		return nil // key files are copied by whoever has the passphrase, and some tokens do not say where a key was made
 	}
 	u.evidence, err = json.Marshal(e)
@@ -219,8 +314,12 @@ func (r *run) setTokenKey(u *unit, k hsm.Key) error {
 		return err
 	}
 	u.pub, u.keyURI = signing.Public(), k.URI()
-	if r.Profile.uri != nil {
+	switch {
+	case r.Profile.uri != nil:
 		u.keyURI = expand(r.Profile.uri, r.List.Columns, u.row.Fields)
+	case r.Profile.Key.In == keyInTPM:
+		// As the device finds it: its own TPM, and the blob beside the stamp.
+		u.keyURI = hsm.URI{Scheme: hsm.SchemeTPM, Object: k.Name(), Keys: "."}.String()
 	}
 	u.keyHash, err = publicKeyHash(u.pub)
 	return err

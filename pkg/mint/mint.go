@@ -36,6 +36,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/ca"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/evidence"
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/stamp"
 	"github.com/touchmark/touchmark/templates"
@@ -51,8 +52,8 @@ const (
 // ErrUnproven says that a unit of an earlier run can be neither finished nor voided without a person looking.
 var ErrUnproven = errors.New("cannot be rolled forward")
 
-// ErrNeedsOut says that keys would be made in memory and stamped nowhere.
-var ErrNeedsOut = errors.New("its keys are made in memory: it needs a directory to stamp them to (--out)")
+// ErrNeedsOut says that keys would be made and kept nowhere.
+var ErrNeedsOut = errors.New("its keys are kept in stamps: it needs a directory to stamp to (--out)")
 
 // ErrNoSpace says that the disk has not the room that the job needs; nothing was started.
 var ErrNoSpace = errors.New("not enough free space")
@@ -66,6 +67,10 @@ type Config struct {
 	Store hsm.Store
 	// OpenStore opens a device's own store by its key URI, for profiles that name one.
 	OpenStore func(ctx context.Context, uri string) (hsm.Store, error)
+	// Endorsement returns the endorsement key of the TPM that a store is, a whole TPM2B_PUBLIC; for keys in TPMs only.
+	Endorsement func(ctx context.Context, store hsm.Store) ([]byte, error)
+	// Attest has the TPM that a store is prove that a key lives in it; for keys in TPMs only.
+	Attest func(ctx context.Context, store hsm.Store, key, registrationID string) (*evidence.Evidence, error)
 	// Issuer signs leaves; for x509 profiles only.
 	Issuer *ca.Prepared
 	// GroupKey derives device keys; for symmetric-key groups only.
@@ -168,7 +173,7 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 	if r.jobs <= 0 {
 		r.jobs = runtime.GOMAXPROCS(0) + 1
 	}
-	if cfg.Out == "" && p.Key.In == keyInMemory {
+	if cfg.Out == "" && (p.Key.In == keyInMemory || p.Key.In == keyInTPM) {
 		return nil, fmt.Errorf("profile %s: %w", p.Name, ErrNeedsOut)
 	}
 	if err := cfg.Ledger.CheckClock(); err != nil {
@@ -272,6 +277,7 @@ type unit struct {
 	keyURI    string // of a key in a store
 	cert      []byte // DER
 	evidence  []byte // JSON; nil where the key may go anywhere
+	ekHash    []byte // of the device's TPM, where the key is in one
 	symmetric hsm.Secret
 	files     []stamp.File
 }
@@ -299,7 +305,7 @@ func (r *run) run(ctx context.Context, sink func(*bundle.Entry) error) error {
 	eg.Go(func() error {
 		defer close(order)
 		rows, size := r.List.Rows, stampGroup
-		if r.out == nil && r.Profile.Key.In != keyInToken {
+		if r.out == nil && r.Profile.store == nil && r.Profile.Key.In != keyInToken {
 			size = ledgerGroup
 		}
 		for len(rows) > 0 {

@@ -32,7 +32,8 @@ type Profile struct {
 
 	Key struct {
 		// in says where the private key of an x509 device is made: "memory" (then stamped and forgotten), "token" (in the
-		// line's store, where it stays), or "csr" (elsewhere: only a certificate signing request comes in).
+		// line's store, where it stays), "tpm" (in the device's TPM, which alone can use the blob that the stamp holds), or "csr"
+		// (elsewhere: only a certificate signing request comes in).
 		In string `toml:"in"`
 		// csr names the file of a device's certificate signing request, PEM or DER, with columns of the serial list in braces:
 		// "requests/{serial}.csr". Relative paths count from the working directory. For in = "csr", unless csr-command is there.
@@ -40,9 +41,10 @@ type Profile struct {
 		// csr-command is a program and its arguments that prints the request, with columns in braces: ["ssh", "{host}",
 		// "make-csr"]. It is run without a shell, at most a minute.
 		CSRCommand []string `toml:"csr-command"`
-		// store is the key URI of the device's own store, with columns in braces, where in = "token" makes the key in that one
-		// and not in the line's: "pkcs11:token={serial}?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:pin".
-		// Relative paths in it count from the line's directory.
+		// store is the key URI of the device's own store, with columns in braces. Where in = "token" makes the key in that one
+		// and not in the line's: "pkcs11:token={serial}?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:pin"; where
+		// in = "tpm", the device's TPM as the station reaches it: "tpm:?device=tcp:fixture-{head}:2321". Relative paths in it
+		// count from the line's directory.
 		Store string `toml:"store"`
 		// uri is the key URI that the stamp names, with columns in braces, where the device reaches its key by another one than
 		// the station did, or the key was made elsewhere; optional.
@@ -109,6 +111,7 @@ const (
 
 	keyInMemory = "memory"
 	keyInToken  = "token"
+	keyInTPM    = "tpm"
 	keyInCSR    = "csr"
 	keyDerived  = "derived" // what symmetric-key groups do; not a word of profiles
 )
@@ -175,7 +178,7 @@ func (p *Profile) check(f *settings.Faults) {
 		if p.Key.In == "" {
 			p.Key.In = keyInMemory
 		}
-		oneOf("key.in", p.Key.In, keyInMemory, keyInToken, keyInCSR)
+		oneOf("key.in", p.Key.In, keyInMemory, keyInToken, keyInTPM, keyInCSR)
 		if p.Key.Algorithm == "" {
 			p.Key.Algorithm = string(hsm.ECP256)
 		}
@@ -294,13 +297,15 @@ func (p *Profile) checkStore(f *settings.Faults) {
 	}
 	if p.store, err = parseText(p.Key.Store); err != nil {
 		f.Key("key.store", "key.store: %v", err)
-	} else if p.Key.Store != "" && p.Key.In != keyInToken {
-		f.Key("key.store", "key.store goes with key.in = \"token\" only")
+	} else if p.Key.Store != "" && p.Key.In != keyInToken && p.Key.In != keyInTPM {
+		f.Key("key.store", "key.store goes with key.in = \"token\" or \"tpm\" only")
+	} else if p.Key.Store == "" && p.Key.In == keyInTPM {
+		f.Key("key.in", "key.in = \"tpm\" needs key.store: the device's TPM, as the station reaches it")
 	} else if p.Key.Store != "" && !hasColumn(p.store) {
 		f.Key("key.store", "key.store has no column in braces: name the line's own store in touchmark.toml")
 	}
-	if p.Stamp.Token && p.Key.Store == "" {
-		f.Key("stamp.token", "stamp.token needs key.store: the device's own token")
+	if p.Stamp.Token && (p.Key.Store == "" || p.Key.In != keyInToken) {
+		f.Key("stamp.token", "stamp.token needs key.in = \"token\" and key.store: the device's own token")
 	}
 }
 

@@ -92,7 +92,7 @@ func (r *run) recover(ctx context.Context, units []unit) error {
 
 // prove loads what the unit's state promises, or says errNoKey.
 func (r *run) prove(ctx context.Context, u *unit, have *ledger.Unit) error {
-	u.found, u.id, u.state, u.keyHash = true, have.ID, have.State, have.KeyHash
+	u.found, u.id, u.state, u.keyHash, u.ekHash = true, have.ID, have.State, have.KeyHash, have.EKHash
 	u.published = r.out != nil && r.out.Published(u.row.RegistrationID)
 	done := u.state >= ledger.Verified || u.state == ledger.Minted && r.stampless
 	if done && r.out != nil && !u.published {
@@ -122,8 +122,13 @@ func (r *run) prove(ctx context.Context, u *unit, have *ledger.Unit) error {
 			return nil // the certificate is in the ledger; or tokenKey looks for the key by its name
 		}
 		hash := u.keyHash
+		if r.Profile.Key.In == keyInTPM {
+			if _, err := r.onDisk(u, keyFile); err != nil {
+				return err // errNoKey: the blob is what the key is
+			}
+		}
 		err := r.withKeys(ctx, u, func(store hsm.Store) error {
-			k, err := r.keyInToken(ctx, store, tokenKeyName(u.row.RegistrationID))
+			k, err := r.keyInToken(ctx, store, r.keyName(u))
 			if err != nil {
 				return fmt.Errorf("%w: its certificate was signed: %w", ErrUnproven, err)
 			}

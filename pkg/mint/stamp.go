@@ -46,7 +46,7 @@ func (r *run) stampToken(ctx context.Context, u *unit) error {
 		return err
 	}
 	return r.withKeys(ctx, u, func(store hsm.Store) error {
-		return stamp.ToToken(ctx, store, tokenKeyName(u.row.RegistrationID), cert, u.files)
+		return stamp.ToToken(ctx, store, r.keyName(u), cert, u.files)
 	})
 }
 
@@ -91,7 +91,7 @@ func (r *run) stampFiles(minted []*unit) error {
 // unstaged returns the files that this run has not staged yet.
 func (r *run) unstaged(u *unit) []stamp.File {
 	if r.Profile.Attestation == AttestationX509 {
-		if r.Profile.Key.In == keyInMemory {
+		if in := r.Profile.Key.In; in == keyInMemory || in == keyInTPM {
 			return u.files[1:] // the key went first
 		}
 		return u.files
@@ -126,6 +126,13 @@ func (r *run) render(u *unit) error {
 		if r.Profile.Key.In == keyInMemory {
 			doc.PrivateKey = keyFile
 			files = append(files, stamp.File{Name: keyFile, Data: u.keyPEM, Secret: true})
+		} else if r.Profile.Key.In == keyInTPM {
+			doc.KeyURI = u.keyURI
+			blob, err := r.onDisk(u, keyFile)
+			if err != nil {
+				return fmt.Errorf("serial %s: its key: %w", u.row.Serial, err)
+			}
+			files = append(files, stamp.File{Name: keyFile, Data: blob, Secret: true})
 		} else if r.Profile.Key.In == keyInCSR {
 			doc.KeyURI = expand(r.Profile.uri, r.List.Columns, u.row.Fields)
 		} else {

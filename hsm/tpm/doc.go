@@ -1,0 +1,32 @@
+// Package tpm keeps keys in a TPM 2.0 (TCG TPM 2.0 Library, revision 1.59).
+//
+// A key is a blob: made by the TPM under its storage root key (SRK), encrypted by it, and of use in that TPM only. The blob
+// lies in a directory as NAME.pem, a "TSS2 PRIVATE KEY" that OpenSSL's tpm2 provider reads too. The SRK is the one at
+// persistent handle 0x81000001 where that fits a storage key, and otherwise the ECC P-256 primary of the owner hierarchy,
+// which every TPM makes anew from its seed. A key may also live at a persistent handle in the TPM's own memory; then it is
+// called by that handle, "0x81000100".
+//
+// [Open] connects to the TPM that a key URI names and returns a [Store]: hsm's contract. Beyond that contract it reads the
+// TPM's endorsement ([Store.EK], [Store.ReadEKCertificate]), makes NV indices ([Store.DefineNV] and its neighbours), shows
+// what state the TPM is in ([Store.State]) and has an attestation key vouch for a device key ([Store.Attest]); the subpackage
+// residency checks that proof with no TPM at hand.
+//
+// # Sharing a TPM
+//
+// A TPM does one thing at a time. Stores of one process on one TPM share one connection and take turns. A device without a
+// resource manager (a socket, /dev/tpm0) is given back, empty, when it was idle for a moment or held for two seconds, so that
+// other programs have their turn; prefer /dev/tpmrm0 where there is one. Never more than three transient objects are loaded
+// at once, and what is loaded is flushed on every path.
+//
+// A TPM that goes away is dialled again for some seconds, and what was loaded is loaded anew: the store need not be reopened.
+// After that the error is hsm.ErrLost.
+//
+// # Secrets on the wire
+//
+// Authorization values, keys on their way into the TPM and those on their way out travel inside sessions salted to the SRK,
+// with the parameter encrypted, or wrapped for the SRK. The SRK's public area is read when the store is opened, and an SRK of
+// another name is refused from then on; whoever could already answer in the TPM's place at that moment is not kept out.
+//
+// Keys are made fixedTPM, fixedParent and noDA: they never leave, and a wrong authorization value does not lock the TPM. It
+// is tried once all the same.
+package tpm
