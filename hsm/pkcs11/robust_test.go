@@ -86,6 +86,32 @@ func TestSessionTableFull(t *testing.T) {
 	}
 }
 
+// A session that was left in the middle of something is closed, and the operation done in another.
+func TestBusySession(t *testing.T) {
+	s := open(t, hsmtest.SoftHSM(t, "line-3"))
+	k, err := s.Generate(t.Context(), hsm.Spec{Name: "signer", Algorithm: hsm.ECP256})
+	if err != nil {
+		t.Fatal(err)
+	}
+	generation := s.generation.Load()
+	for range 3 {
+		if len(s.idle) != 1 {
+			t.Fatalf("%d idle sessions", len(s.idle))
+		}
+		busy := s.idle[0]
+		if err := s.mod.ctx.FindObjectsInit(busy, nil); err != nil {
+			t.Fatal(err)
+		}
+		hsmtest.Check(t, k.(hsm.SigningKey))
+		if len(s.idle) != 1 || s.idle[0] == busy {
+			t.Error("the busy session is kept")
+		}
+	}
+	if s.generation.Load() != generation {
+		t.Error("the token was taken for lost")
+	}
+}
+
 // More keys than a TPM has room for, one after the other and all at once.
 func TestMoreKeysThanTheTPMHolds(t *testing.T) {
 	uri, _ := hsmtest.TPM2(t, "line-3")

@@ -250,6 +250,9 @@ func (e uncertainError) Unwrap() error { return e.error }
 func (s *Store) with(ctx context.Context, repeat bool, f func(pkcs11.SessionHandle) error) error {
 	for try := 1; ; try++ {
 		gen, err := s.borrow(ctx, f)
+		if is(err, pkcs11.CKR_OPERATION_ACTIVE) && try < operationTries {
+			continue // the session was left in the middle of something, and is closed; nothing was done
+		}
 		gone := lost(err)
 		if err == nil || !gone && (!exhausted(err) || s.pin == nil) {
 			return explained(err)
@@ -379,7 +382,7 @@ func (s *Store) inside(slot uint, epoch int64, keeper, h pkcs11.SessionHandle, l
 		}
 	}
 	err := f(h)
-	if err != nil && lost(err) {
+	if err != nil && (lost(err) || is(err, pkcs11.CKR_OPERATION_ACTIVE)) {
 		if h != keeper {
 			_ = s.mod.ctx.CloseSession(h) // it may be gone already
 		}
