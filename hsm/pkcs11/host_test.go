@@ -95,10 +95,20 @@ func orphans(t *testing.T, s *Store, want int) {
 	}
 }
 
+func openFiles(t *testing.T) int {
+	t.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(entries)
+}
+
 // While five hundred keys are made, the process that the module is in is killed again and again.
 func TestKilledInABatch(t *testing.T) {
 	s := openOutside(t, hsmtest.SoftHSM(t, "line-3"), time.Minute)
 	const count = 500
+	before := openFiles(t)
 	var next, made, kills atomic.Int64
 	var wg sync.WaitGroup
 	for range 4 {
@@ -134,6 +144,9 @@ func TestKilledInABatch(t *testing.T) {
 	wg.Wait()
 	if kills.Load() < 5 {
 		t.Fatalf("only %d kills", kills.Load())
+	}
+	if after := openFiles(t); after > before+4 { // the connection of the present process, and what the runtime may want
+		t.Errorf("%d open files became %d over %d kills", before, after, kills.Load())
 	}
 	orphans(t, s, count)
 }
@@ -304,6 +317,15 @@ func TestHangingModule(t *testing.T) {
 			t.Errorf("the process that hung: %v", err)
 		}
 	}
+	// Many callers, all of whom are inside when it hangs.
+	if err := syscall.Kill(s.mod.host.pid(), syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	for range 24 {
+		wg.Go(func() { hsmtest.Check(t, signing) })
+	}
+	wg.Wait()
 	// Making a key in a process that is stopped makes one.
 	if err := syscall.Kill(s.mod.host.pid(), syscall.SIGSTOP); err != nil {
 		t.Fatal(err)

@@ -433,7 +433,7 @@ func (s *Store) reconnect(ctx context.Context, gen int64, cause error) error {
 				return fmt.Errorf("%w: %w (looked for it %d times in %s: %w)", hsm.ErrLost, cause, try, s.patience, err)
 			}
 			select {
-			case <-time.After(recoveryPause):
+			case <-time.After(min(recoveryPause<<min(try-1, 5), time.Second)):
 			case <-ctx.Done():
 				return fmt.Errorf("%w: %w: %w", hsm.ErrLost, cause, ctx.Err())
 			}
@@ -794,6 +794,13 @@ func (s *Store) relogin(ctx context.Context, gen int64, cause error) error {
 	err := s.mod.alone(ctx, s.patience, func() error {
 		if s.epoch != s.mod.epoch {
 			return pkcs11.Error(pkcs11.CKR_SESSION_HANDLE_INVALID)
+		}
+		token, err := s.mod.ctx.GetTokenInfo(s.slot)
+		if err != nil {
+			return err
+		}
+		if err := mayLogin(token.Flags); err != nil {
+			return err
 		}
 		_ = s.mod.ctx.Logout(s.keeper)
 		return s.login(s.keeper)
