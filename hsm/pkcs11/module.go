@@ -167,6 +167,7 @@ func (m *module) initialize() error {
 func (m *module) enter() {
 	m.calls.RLock()
 	if m.host != nil {
+		m.host.turn.Lock()
 		m.host.enter()
 	}
 }
@@ -174,6 +175,7 @@ func (m *module) enter() {
 func (m *module) leave() {
 	if m.host != nil {
 		m.host.leave()
+		m.host.turn.Unlock()
 	}
 	m.calls.RUnlock()
 }
