@@ -137,7 +137,16 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 	cfg := mint.Config{
 		Ledger: led, Profile: p, List: list, Store: store, IDScope: l.IDScope, GlobalEndpoint: l.GlobalEndpoint, Out: o.out, Jobs: o.jobs,
 		OpenStore: func(ctx context.Context, uri string) (hsm.Store, error) { return a.openStore(ctx, uri, l.dir) },
-		Attest:    attestTPM, Endorsement: endorsementOf,
+	}
+	kind := tpm.EKECC // quick to make
+	if p.Attestation == mint.AttestationTPM {
+		kind = tpm.EKRSA // what the service and device SDKs speak of
+	}
+	cfg.Attest = func(ctx context.Context, store hsm.Store, key, registrationID string) (*evidence.Evidence, error) {
+		return attestTPM(ctx, store, kind, key, registrationID)
+	}
+	cfg.Endorsement = func(ctx context.Context, store hsm.Store) (ek, srk []byte, err error) {
+		return endorsementOf(ctx, store, kind)
 	}
 	if p.Attestation == mint.AttestationX509 {
 		issuer, err := l.issuer(ctx, store)
@@ -223,12 +232,8 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 }
 
 // attestTPM has a TPM prove that a key lives in it.
-func attestTPM(ctx context.Context, store hsm.Store, key, registrationID string) (*evidence.Evidence, error) {
-	t, ok := store.(*tpm.Store)
-	if !ok {
-		return nil, fmt.Errorf("%s is no TPM: %w", store.URI(), hsm.ErrUnsupported)
-	}
-	ek, err := endorsementKey(ctx, t)
+func attestTPM(ctx context.Context, store hsm.Store, kind tpm.EKType, key, registrationID string) (*evidence.Evidence, error) {
+	t, ek, err := endorsementKey(ctx, store, kind)
 	if err != nil {
 		return nil, err
 	}
@@ -239,25 +244,26 @@ func attestTPM(ctx context.Context, store hsm.Store, key, registrationID string)
 	return evidence.OfTPM(proof)
 }
 
-// endorsementKey returns the endorsement key that stands for a TPM: the ECC one, which is quick to make, where the TPM has it.
-func endorsementKey(ctx context.Context, t *tpm.Store) (*tpm.EK, error) {
-	ek, err := t.EK(ctx, tpm.EKECC)
-	if errors.Is(err, hsm.ErrUnsupported) {
-		ek, err = t.EK(ctx, tpm.EKRSA)
-	}
-	return ek, err
-}
-
-func endorsementOf(ctx context.Context, store hsm.Store) ([]byte, error) {
+// endorsementKey returns the endorsement key of the TPM that a store is: of that kind, or RSA where the TPM has no other.
+func endorsementKey(ctx context.Context, store hsm.Store, kind tpm.EKType) (*tpm.Store, *tpm.EK, error) {
 	t, ok := store.(*tpm.Store)
 	if !ok {
-		return nil, fmt.Errorf("%s is no TPM: %w", store.URI(), hsm.ErrUnsupported)
+		return nil, nil, fmt.Errorf("%s is no TPM: %w", store.URI(), hsm.ErrUnsupported)
 	}
-	ek, err := endorsementKey(ctx, t)
+	ek, err := t.EK(ctx, kind)
+	if errors.Is(err, hsm.ErrUnsupported) && kind != tpm.EKRSA {
+		ek, err = t.EK(ctx, tpm.EKRSA)
+	}
+	return t, ek, err
+}
+
+func endorsementOf(ctx context.Context, store hsm.Store, kind tpm.EKType) (ek, srk []byte, err error) {
+	t, key, err := endorsementKey(ctx, store, kind)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return ek.Public, nil
+	srk, _ = t.SRK()
+	return key.Public, srk, nil
 }
 
 // ownBundle refuses to write over anything but an earlier bundle of the job.

@@ -3,18 +3,21 @@ package main
 import (
 	"bytes"
 	"crypto"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/touchmark/touchmark/hsm/hsmtest"
+	"github.com/touchmark/touchmark/hsm/tpm/residency"
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/evidence"
 )
@@ -28,6 +31,13 @@ group = "tpm-devices"
 in = "tpm"
 store = "tpm:?device=unix:{tpm}"
 uri = "tpm:object=device-key?device=unix:{tpm}&keys=."
+`
+
+const attestationProfile = `
+attestation = "tpm"
+enrollment = "individual"
+[key]
+store = "tpm:?device=unix:{tpm}"
 `
 
 // newTPMLine makes a line, and a list of devices with a software TPM each.
@@ -87,6 +97,42 @@ func TestMintTPM(t *testing.T) {
 		t.Errorf("%v: %.40s", err, blob)
 	}
 	touchmark(t, dir, "ledger", "verify", "--line", "line")
+
+	// TPM attestation, registration IDs from the endorsement keys. Again, the bundle says the same.
+	touchmark(t, dir, "init", "line-2", "--id-scope", "0ne00112233")
+	if err := os.WriteFile(filepath.Join(dir, "line-2", "profiles", "tpm.toml"), []byte(attestationProfile), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	attestation := slices.Clone(mintTPM)
+	attestation[2], attestation[8], attestation[10] = "line-2", "stamps-2", "b2.tmb"
+	start = time.Now()
+	if err := json.Unmarshal([]byte(touchmark(t, dir, attestation...)), &res); err != nil || res.Minted != devices {
+		t.Fatalf("%v: %+v", err, res)
+	}
+	t.Logf("%d endorsement keys in %v", devices, time.Since(start).Round(time.Millisecond))
+	touchmark(t, dir, "bundle", "verify", "b2.tmb", "--trust", "line-2/station.pem", "--require-residency", "tpm")
+	before := bundleEntries(t, filepath.Join(dir, "b2.tmb"), filepath.Join(dir, "line-2", "station.pem"))
+	touchmark(t, dir, attestation...)
+	after := bundleEntries(t, filepath.Join(dir, "b2.tmb"), filepath.Join(dir, "line-2", "station.pem"))
+	if !reflect.DeepEqual(before, after) || len(after) != devices {
+		t.Errorf("written again the bundle has %d other entries", len(after))
+	}
+	for _, e := range after[:3] {
+		ek, err := base64.StdEncoding.DecodeString(e.Individual.Attestation.TPM.EndorsementKey)
+		if err != nil || len(ek) != 316 || residency.RegistrationID(ek) != e.Individual.RegistrationID { // DPS device API, section 9.1
+			t.Errorf("%s: endorsement key of %d octets, %v", e.Individual.RegistrationID, len(ek), err)
+		}
+		b, err := os.ReadFile(filepath.Join(dir, "stamps-2", e.Individual.RegistrationID, "provisioning.json"))
+		if err != nil || !bytes.Contains(b, []byte(`"attestation":"tpm"`)) {
+			t.Errorf("stamp: %s, %v", b, err)
+		}
+		other := after[4]
+		other.Evidence = e.Evidence
+		if err := other.Resides(evidence.TPM); !errors.Is(err, evidence.ErrResidency) {
+			t.Errorf("another TPM's proof: %v", err)
+		}
+	}
+	touchmark(t, dir, "ledger", "verify", "--line", "line-2")
 
 	// Proofs that were taken from another device, or changed, are refused, whoever signed the bundle.
 	entries := bundleEntries(t, filepath.Join(dir, "b.tmb"), filepath.Join(dir, "line", "station.pem"))
@@ -156,7 +202,7 @@ func bundleEntries(t *testing.T, path, station string) []bundle.Entry {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if e.Device != nil {
+		if e.Group == nil {
 			all = append(all, e)
 		}
 	}

@@ -37,6 +37,13 @@ func (e *Entry) Resides(want evidence.Residency) error {
 	case e.Individual == nil || e.Individual.Attestation == nil:
 		return evidence.ErrResidency
 	}
+	if t := e.Individual.Attestation.TPM; t != nil {
+		ek, err := base64.StdEncoding.DecodeString(t.EndorsementKey)
+		if err != nil {
+			return fmt.Errorf("%w: its endorsement key is not base64", evidence.ErrResidency)
+		}
+		return e.Evidence.CheckEndorsement(want, e.Individual.RegistrationID, ek)
+	}
 	x := e.Individual.Attestation.X509
 	if x == nil || x.ClientCertificates == nil || x.ClientCertificates.Primary == nil || x.ClientCertificates.Secondary != nil {
 		return fmt.Errorf("%w: it attests by %s", evidence.ErrResidency, e.Individual.Attestation.Type)

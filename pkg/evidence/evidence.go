@@ -143,6 +143,22 @@ func (e *Evidence) Check(want Residency, registrationID, keyHash string) error {
 	return fail("kind %.20q is not known to this version of touchmark", e.Kind)
 }
 
+// CheckEndorsement says what keeps the evidence from showing that a TPM holds the endorsement key, a whole TPM2B_PUBLIC, for
+// the device of that registration ID. The error is ErrResidency.
+func (e *Evidence) CheckEndorsement(want Residency, registrationID string, ek []byte) error {
+	if e == nil || e.Kind != TPM || want != TPM || e.TPM == nil {
+		return fmt.Errorf("%w: there is no evidence of a TPM, or %s was asked for", ErrResidency, want)
+	}
+	v, err := e.TPM.Verify(residency.Policy{RegistrationID: registrationID})
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrResidency, err)
+	}
+	if !bytes.Equal(v.EK, ek) {
+		return fmt.Errorf("%w: it is about another endorsement key", ErrResidency)
+	}
+	return nil
+}
+
 // A Statement is evidence about one key under a station's signature, for use without a bundle.
 type Statement struct {
 	Version   int       `json:"version"`

@@ -41,6 +41,10 @@ func (r *run) entry(u *unit) (*bundle.Entry, error) {
 		e.Attestation = &dps.Attestation{Type: dps.AttestationX509, X509: &dps.X509Attestation{
 			ClientCertificates: &dps.X509Certificates{Primary: &dps.X509Certificate{Certificate: base64.StdEncoding.EncodeToString(u.cert)}},
 		}}
+	} else if r.Profile.Attestation == AttestationTPM {
+		e.Attestation = &dps.Attestation{Type: dps.AttestationTPM, TPM: &dps.TPMAttestation{
+			EndorsementKey: base64.StdEncoding.EncodeToString(proof.TPM.EK), StorageRootKey: base64.StdEncoding.EncodeToString(u.srk),
+		}}
 	} else {
 		e.Attestation = &dps.Attestation{Type: dps.AttestationSymmetricKey, SymmetricKey: &dps.SymmetricKeyAttestation{
 			PrimaryKey: base64.StdEncoding.EncodeToString(u.symmetric),

@@ -149,7 +149,7 @@ func (r *run) withKeys(ctx context.Context, u *unit, f func(hsm.Store) error) (e
 		return f(r.Store)
 	}
 	uri := expand(r.Profile.store, r.List.Columns, u.row.Fields)
-	if r.Profile.Key.In == keyInTPM {
+	if r.Profile.Key.In == keyInTPM && r.Profile.Attestation == AttestationX509 {
 		if uri, err = r.withBlobs(uri, u); err != nil {
 			return err
 		}
@@ -185,7 +185,7 @@ func (r *run) openPatiently(ctx context.Context, uri string) (hsm.Store, error) 
 // readEK reads the endorsement key of the unit's TPM. The ledger refuses a second device with it before anything is made.
 func (r *run) readEK(ctx context.Context, u *unit) error {
 	return r.withKeys(ctx, u, func(store hsm.Store) error {
-		ek, err := r.Endorsement(ctx, store)
+		ek, _, err := r.Endorsement(ctx, store)
 		if err != nil {
 			return err
 		}

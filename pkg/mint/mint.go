@@ -67,8 +67,9 @@ type Config struct {
 	Store hsm.Store
 	// OpenStore opens a device's own store by its key URI, for profiles that name one.
 	OpenStore func(ctx context.Context, uri string) (hsm.Store, error)
-	// Endorsement returns the endorsement key of the TPM that a store is, a whole TPM2B_PUBLIC; for keys in TPMs only.
-	Endorsement func(ctx context.Context, store hsm.Store) ([]byte, error)
+	// Endorsement returns the endorsement key of the TPM that a store is, and its storage root key, as whole TPM2B_PUBLIC
+	// structures; for profiles with TPMs only.
+	Endorsement func(ctx context.Context, store hsm.Store) (ek, srk []byte, err error)
 	// Attest has the TPM that a store is prove that a key lives in it; for keys in TPMs only.
 	Attest func(ctx context.Context, store hsm.Store, key, registrationID string) (*evidence.Evidence, error)
 	// Issuer signs leaves; for x509 profiles only.
@@ -173,7 +174,7 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 	if r.jobs <= 0 {
 		r.jobs = runtime.GOMAXPROCS(0) + 1
 	}
-	if cfg.Out == "" && (p.Key.In == keyInMemory || p.Key.In == keyInTPM) {
+	if cfg.Out == "" && (p.Key.In == keyInMemory || p.Key.In == keyInTPM && p.Attestation == AttestationX509) {
 		return nil, fmt.Errorf("profile %s: %w", p.Name, ErrNeedsOut)
 	}
 	if err := cfg.Ledger.CheckClock(); err != nil {
@@ -277,7 +278,8 @@ type unit struct {
 	keyURI    string // of a key in a store
 	cert      []byte // DER
 	evidence  []byte // JSON; nil where the key may go anywhere
-	ekHash    []byte // of the device's TPM, where the key is in one
+	ekHash    []byte // of the device's TPM, where it has one
+	srk       []byte // TPM attestation: the TPM's storage root key
 	symmetric hsm.Secret
 	files     []stamp.File
 }
@@ -390,6 +392,8 @@ func (r *run) work(ctx context.Context, units []unit) error {
 	make := r.makeX509
 	switch {
 	case r.Profile.Attestation == AttestationX509:
+	case r.Profile.Attestation == AttestationTPM:
+		make = r.makeTPM
 	case r.Profile.Key.In == keyDerived:
 		make = r.makeDerived
 	default:

@@ -21,9 +21,11 @@ type Profile struct {
 	Name string `toml:"-"`
 
 	// registration-id is the pattern of the registration ID: text with columns of the serial list in braces, such as
-	// "pump-{serial}"; "{serial|lower}" folds the column to lower case. Required.
+	// "pump-{serial}"; "{serial|lower}" folds the column to lower case. Required, but for attestation = "tpm": there it may be
+	// left out, and is then what device SDKs derive from the endorsement key.
 	RegistrationID string `toml:"registration-id"`
-	// attestation is how devices prove themselves: "x509" or "symmetric-key". Required.
+	// attestation is how devices prove themselves: "x509", "symmetric-key", or "tpm", by their TPM's endorsement key
+	// (key.store says how the station reaches that). Required.
 	Attestation string `toml:"attestation"`
 	// enrollment is "group" (one enrollment group vouches for all) or "individual". Required.
 	Enrollment string `toml:"enrollment"`
@@ -108,6 +110,7 @@ type StampFile struct {
 const (
 	AttestationX509         = "x509"
 	AttestationSymmetricKey = "symmetric-key"
+	AttestationTPM          = "tpm"
 
 	keyInMemory = "memory"
 	keyInToken  = "token"
@@ -150,7 +153,9 @@ func (p *Profile) check(f *settings.Faults) {
 		return true
 	}
 	var err error
-	if p.RegistrationID == "" {
+	if p.RegistrationID == "" && p.Attestation == AttestationTPM {
+		// from the endorsement key
+	} else if p.RegistrationID == "" {
 		f.Key("registration-id", `registration-id is missing, for instance "pump-{serial}"`)
 	} else if p.pattern, err = parsePattern(p.RegistrationID); err != nil {
 		f.Key("registration-id", "registration-id: %v", err)
@@ -159,7 +164,7 @@ func (p *Profile) check(f *settings.Faults) {
 	if p.Stamp.Token && !x509 {
 		f.Key("stamp.token", "stamp.token goes with x509 only")
 	}
-	known := oneOf("attestation", p.Attestation, AttestationX509, AttestationSymmetricKey)
+	known := oneOf("attestation", p.Attestation, AttestationX509, AttestationSymmetricKey, AttestationTPM)
 	oneOf("enrollment", p.Enrollment, "group", "individual")
 	group := p.Enrollment == "group"
 	switch {
@@ -174,6 +179,8 @@ func (p *Profile) check(f *settings.Faults) {
 	}
 	switch {
 	case !known:
+	case p.Attestation == AttestationTPM:
+		p.checkTPM(f, group)
 	case x509:
 		if p.Key.In == "" {
 			p.Key.In = keyInMemory
@@ -283,6 +290,24 @@ func (p *Profile) checkCSR(f *settings.Faults) {
 	}
 	if !columns && words[0] != "" {
 		f.Key(key, "%s has no column in braces, so every device would get the same request", key)
+	}
+}
+
+// checkTPM looks at what goes with attestation by a TPM.
+func (p *Profile) checkTPM(f *settings.Faults, group bool) {
+	if group {
+		f.Key("enrollment", "attestation = \"tpm\" goes with enrollment = \"individual\": each TPM is one device's")
+	}
+	if k := p.Key; k.In != "" || k.Algorithm != "" || k.GroupKey != "" || k.CSR != "" || k.CSRCommand != nil || k.URI != "" {
+		f.Key("key.in", "attestation = \"tpm\" makes no key: of [key], store alone goes with it")
+	}
+	p.Key.In = keyInTPM
+	var err error
+	switch p.store, err = parseText(p.Key.Store); {
+	case err != nil:
+		f.Key("key.store", "key.store: %v", err)
+	case !hasColumn(p.store):
+		f.Key("key.store", "key.store is the device's TPM, with columns in braces: \"tpm:?device=tcp:fixture-{head}:2321\"")
 	}
 }
 

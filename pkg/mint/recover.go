@@ -58,6 +58,9 @@ func (r *run) recover(ctx context.Context, units []unit) error {
 	var void []ledger.Event
 	for i, have := range known {
 		u := at[i]
+		if r.Profile.pattern == nil {
+			u.row.RegistrationID = have.RegistrationID // it came from the TPM
+		}
 		if have.RegistrationID != u.row.RegistrationID {
 			return fmt.Errorf("serial %s was begun as %s, and would be %s now: the profile's registration-id was changed in the middle of a job",
 				have.Serial, have.RegistrationID, u.row.RegistrationID)
@@ -141,6 +144,9 @@ func (r *run) prove(ctx context.Context, u *unit, have *ledger.Unit) error {
 			return fmt.Errorf("%w: the token holds another key under its name", ErrUnproven)
 		}
 		return nil
+	}
+	if r.Profile.Attestation == AttestationTPM {
+		return u.decodeTPM(have.Data)
 	}
 	if r.Profile.Key.In == keyDerived {
 		return nil

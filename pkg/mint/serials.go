@@ -121,6 +121,15 @@ func ReadList(name string, r io.Reader, p *Profile) (*List, error) {
 			faults.add("%s, line %d, column %d: %v", name, line, column, err)
 			continue
 		}
+		if p.pattern == nil { // known once the device's TPM is asked
+			if first, dup := serials[row.Serial]; dup {
+				faults.add("%s, line %d: serial %s was first listed on line %d", name, line, row.Serial, first)
+				continue
+			}
+			serials[row.Serial] = line
+			list.Rows = append(list.Rows, row)
+			continue
+		}
 		row.RegistrationID = expand(p.pattern, list.Columns, record)
 		if err := dps.CheckRegistrationID(row.RegistrationID); err != nil {
 			faults.add("%s, line %d: serial %s: %v", name, line, row.Serial, err)

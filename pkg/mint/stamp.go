@@ -140,6 +140,8 @@ func (r *run) render(u *unit) error {
 		}
 		leaf := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: u.cert})
 		files = append(files, stamp.File{Name: chainFile, Data: append(leaf, r.chain...)})
+	} else if r.Profile.Attestation == AttestationTPM {
+		doc.Attestation = "tpm"
 	} else {
 		doc.Attestation, doc.SymmetricKey = "symmetricKey", base64.StdEncoding.EncodeToString(u.symmetric)
 	}
