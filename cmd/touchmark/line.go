@@ -115,14 +115,17 @@ func (a *app) openStore(ctx context.Context, raw, base string) (hsm.Store, error
 			return a.askSecret(ctx, what)
 		}})
 	}
-	if uri.Scheme == hsm.SchemeFile {
-		dir := uri.Path
-		if !filepath.IsAbs(dir) {
-			dir = filepath.Join(base, dir)
-		}
-		store, err := keyfile.Open(ctx, keyfile.Config{Dir: dir, Passphrase: pin})
+	switch uri.Scheme {
+	case hsm.SchemeFile:
+		store, err := keyfile.Open(ctx, keyfile.Config{Dir: under(base, uri.Path), Passphrase: pin})
 		if err != nil {
 			return nil, err // and not a nil pointer that is no nil interface
+		}
+		return store, nil
+	case hsm.SchemeTPM:
+		store, err := a.openTPM(ctx, uri, base, pin)
+		if err != nil {
+			return nil, err
 		}
 		return store, nil
 	}
@@ -131,6 +134,14 @@ func (a *app) openStore(ctx context.Context, raw, base string) (hsm.Store, error
 		return nil, err
 	}
 	return store, nil
+}
+
+// under returns a path as it counts from base.
+func under(base, path string) string {
+	if path == "" || filepath.IsAbs(path) {
+		return path
+	}
+	return filepath.Join(base, path)
 }
 
 func (a *app) openLineStore(ctx context.Context, l *line) (hsm.Store, error) {

@@ -60,7 +60,8 @@ type Store struct {
 	dir string
 	dev *device
 
-	parent *parent // of the keys that are made
+	parent   *parent // of the keys that are made
+	noParent error   // why there is none
 
 	mu      sync.Mutex
 	closed  bool
@@ -76,7 +77,9 @@ type parent struct {
 	public tpm2.TPMTPublic
 }
 
-// Open connects to the TPM and reads its storage root key. Errors: hsm.ErrLost when nothing answers there.
+// Open connects to the TPM and reads its storage root key. Errors: hsm.ErrLost when nothing answers there. A TPM that refuses
+// to make the storage root key, because it has an owner whose authorization was not given, opens all the same: its state, its
+// NV and its keys at persistent handles can be had, and what needs the SRK answers with that refusal.
 func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
@@ -95,6 +98,9 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 	s.parent, err = s.parentAt(ctx, persistentSRK)
 	if errors.Is(err, errNoParent) {
 		s.parent, err = s.parentAt(ctx, tpm2.TPMRHOwner)
+	}
+	if answer := new(Error); errors.As(err, &answer) {
+		s.noParent, err = err, nil
 	}
 	if err != nil {
 		return nil, err
@@ -258,6 +264,9 @@ func (b *bus) session(s *Store, auth hsm.Secret, dir direction) (tpm2.Session, e
 	if open := b.d.open; open != nil && open.key == key {
 		return open.Session, nil
 	}
+	if s.noParent != nil {
+		return nil, s.noParent
+	}
 	if err := b.closeSession(); err != nil {
 		return nil, err
 	}
@@ -364,6 +373,8 @@ func (s *Store) begin(ctx context.Context, spec hsm.Spec) (_ hsm.Spec, auth hsm.
 	switch {
 	case closed:
 		return spec, nil, errClosed
+	case s.noParent != nil:
+		return spec, nil, s.noParent
 	case spec.Extractable:
 		return spec, nil, fmt.Errorf("key %q: a TPM's keys stay in it: %w", spec.Name, hsm.ErrUnsupported)
 	case !spec.Ephemeral && !handle && s.dir == "":

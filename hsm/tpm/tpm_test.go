@@ -262,9 +262,14 @@ func TestAuthorization(t *testing.T) {
 func TestOwned(t *testing.T) {
 	s := hsmtest.SWTPM(t)
 	tool(t, s, nil, "tpm2_changeauth", "-c", "owner", "0wner")
-	if _, err := tpm.Open(t.Context(), tpm.Config{URI: s.URI()}); !is(err, hsm.ErrPINIncorrect) || !strings.Contains(err.Error(), "TPM_RC_BAD_AUTH") {
+	bare := open(t, s.URI())
+	if _, err := bare.Generate(t.Context(), hsm.Spec{Name: "k", Algorithm: hsm.ECP256}); !is(err, hsm.ErrPINIncorrect) || !strings.Contains(err.Error(), "TPM_RC_BAD_AUTH") {
 		t.Errorf("no owner authorization: %v", err)
 	}
+	if st, err := bare.State(t.Context()); err != nil || !st.OwnerAuth {
+		t.Errorf("the state of an owned TPM: %+v, %v", st, err)
+	}
+	_ = bare.Close()
 	store, err := tpm.Open(t.Context(), tpm.Config{URI: s.URI(), Owner: hsm.Secret("0wner")})
 	if err != nil {
 		t.Fatal(err)
