@@ -2,6 +2,7 @@ package tpm
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/asn1"
 	"encoding/pem"
 	"errors"
@@ -40,13 +41,39 @@ type Blob struct {
 	Public tpm2.TPMTPublic
 	// Private is the encrypted part, less its size field.
 	Private []byte
+
+	// area is Public as octets, once they are known: go-tpm marshals by reflection, which costs a TPM in software as much as
+	// making a key.
+	area []byte
+}
+
+// public returns the public area as commands want it.
+func (b *Blob) public() tpm2.TPM2BPublic {
+	if b.area == nil {
+		b.area = tpm2.Marshal(b.Public)
+	}
+	return tpm2.BytesAs2B[tpm2.TPMTPublic](b.area)
+}
+
+// name returns the key's name (Part 1, 16).
+func (b *Blob) name() (tpm2.TPM2BName, error) {
+	if b.Public.NameAlg != tpm2.TPMAlgSHA256 {
+		n, err := tpm2.ObjectName(&b.Public)
+		if err != nil {
+			return tpm2.TPM2BName{}, err
+		}
+		return *n, nil
+	}
+	p := b.public()
+	sum := sha256.Sum256(p.Bytes())
+	return tpm2.TPM2BName{Buffer: append([]byte{byte(tpm2.TPMAlgSHA256 >> 8), byte(tpm2.TPMAlgSHA256 & 0xff)}, sum[:]...)}, nil
 }
 
 // Marshal returns the blob as a PEM file.
 func (b *Blob) Marshal() ([]byte, error) {
 	der, err := asn1.Marshal(tpmKey{
 		Type: oidLoadableKey, EmptyAuth: b.EmptyAuth, Parent: int64(b.Parent),
-		Public:  tpm2.Marshal(tpm2.New2B(b.Public)),
+		Public:  tpm2.Marshal(b.public()),
 		Private: tpm2.Marshal(tpm2.TPM2BPrivate{Buffer: b.Private}),
 	})
 	if err != nil {
@@ -84,5 +111,5 @@ func ParseBlob(text []byte) (*Blob, error) {
 	if len(k.Private) < 4 || int(k.Private[0])<<8|int(k.Private[1]) != len(k.Private)-2 {
 		return nil, errors.New("its private part is not a TPM2B_PRIVATE")
 	}
-	return &Blob{EmptyAuth: k.EmptyAuth, Parent: tpm2.TPMHandle(k.Parent), Public: *public, Private: k.Private[2:]}, nil
+	return &Blob{EmptyAuth: k.EmptyAuth, Parent: tpm2.TPMHandle(k.Parent), Public: *public, Private: k.Private[2:], area: k.Public[2:]}, nil
 }

@@ -392,15 +392,15 @@ func (s *Store) Generate(ctx context.Context, spec hsm.Spec) (hsm.Key, error) {
 	if err != nil {
 		return nil, err
 	}
-	template, err := template(spec)
+	area, err := templateOctets(spec)
 	if err != nil {
 		return nil, err
 	}
-	return s.create(ctx, spec, template, auth, nil)
+	return s.create(ctx, spec, area, auth, nil)
 }
 
 // create has the TPM make a key, of data where that is an HMAC key from elsewhere.
-func (s *Store) create(ctx context.Context, spec hsm.Spec, template tpm2.TPMTPublic, auth, data hsm.Secret) (hsm.Key, error) {
+func (s *Store) create(ctx context.Context, spec hsm.Spec, template []byte, auth, data hsm.Secret) (hsm.Key, error) {
 	blob := &Blob{EmptyAuth: len(auth) == 0, Parent: s.parent.handle}
 	err := s.do(ctx, fmt.Sprintf("making key %q", spec.Name), func(b *bus) error {
 		var extra []tpm2.Session
@@ -422,7 +422,7 @@ func (s *Store) create(ctx context.Context, spec hsm.Spec, template tpm2.TPMTPub
 					UserAuth: tpm2.TPM2BAuth{Buffer: auth},
 					Data:     tpm2.NewTPMUSensitiveCreate(&tpm2.TPM2BSensitiveData{Buffer: data}),
 				}},
-				InPublic: tpm2.New2B(template),
+				InPublic: tpm2.BytesAs2B[tpm2.TPMTPublic](template),
 			}.Execute(b, extra...)
 			if err != nil {
 				return err
@@ -444,7 +444,7 @@ func (b *Blob) set(public tpm2.TPM2BPublic, private tpm2.TPM2BPrivate) error {
 	if err != nil {
 		return err
 	}
-	b.Public, b.Private = *p, private.Buffer
+	b.Public, b.Private, b.area = *p, private.Buffer, public.Bytes()
 	return nil
 }
 
@@ -463,7 +463,7 @@ func (s *Store) Import(ctx context.Context, spec hsm.Spec, secret hsm.Secret) (h
 		if len(secret) < 16 || len(secret) > 64 {
 			return nil, fmt.Errorf("importing key %q: an HMAC key has 16 to 64 octets, not %d", spec.Name, len(secret))
 		}
-		return s.create(ctx, spec, public, auth, secret)
+		return s.create(ctx, spec, tpm2.Marshal(public), auth, secret)
 	}
 	// A TPM makes asymmetric keys itself; those from elsewhere come as if another TPM had duplicated them, without a policy that
 	// would let them go on (Part 3, 13.3).
@@ -659,11 +659,11 @@ func (s *Store) blobKey(ctx context.Context, name string, blob *Blob) (tpmKeyLik
 		return nil, fmt.Errorf("key %q: %w", name, err)
 	}
 	k := &base{store: s, name: name, public: blob.Public, auth: !blob.EmptyAuth}
-	want, err := tpm2.ObjectName(&k.public)
+	want, err := blob.name()
 	if err != nil {
 		return nil, fmt.Errorf("key %q: %w", name, err)
 	}
-	k.object.name = *want
+	k.object.name = want
 	k.object.load = func(b *bus) (tpm2.TPMHandle, error) {
 		h, err := b.use(&p.object)
 		if err != nil {
@@ -673,12 +673,12 @@ func (s *Store) blobKey(ctx context.Context, name string, blob *Blob) (tpmKeyLik
 		rsp, err := tpm2.Load{
 			ParentHandle: tpm2.AuthHandle{Handle: h, Name: p.name, Auth: tpm2.PasswordAuth(nil)},
 			InPrivate:    tpm2.TPM2BPrivate{Buffer: blob.Private},
-			InPublic:     tpm2.New2B(blob.Public),
+			InPublic:     blob.public(),
 		}.Execute(b)
 		if err != nil {
 			return 0, err
 		}
-		if !sameName(rsp.Name, *want) {
+		if !sameName(rsp.Name, want) {
 			return 0, errors.Join(errors.New("the TPM loaded another key than asked for"), b.flush(rsp.ObjectHandle))
 		}
 		return rsp.ObjectHandle, nil
