@@ -49,6 +49,7 @@ type device struct {
 	open     *openSession     // kept for the next operation
 	foreign  []tpm2.TPMHandle // sessions of others, when conn was taken up
 	begun    bool             // a session was asked for, and the answer is not there yet
+	dirty    bool             // a connection broke, and what it left in the TPM was not seen to
 	// Fixed properties, read with the first connection.
 	slots       int
 	inputBuffer int
@@ -124,11 +125,12 @@ func (d *device) do(ctx context.Context, wait time.Duration, f func(*bus) error)
 		d.idle.Stop()
 	}
 	for try := 1; ; try++ {
-		err := d.connect(ctx, wait, try > 1)
+		err := d.connect(ctx, wait)
 		if err == nil {
 			b := &bus{ctx: ctx, d: d, pinned: make(map[*object]bool)}
 			if err = f(b); err != nil && !lost(err) {
 				_ = b.closeSession() // nobody knows how far it came
+				_ = b.flushSessions()
 			}
 			if b.null != nil && !lost(err) {
 				_ = b.evictIfLoaded(b.null)
@@ -137,7 +139,10 @@ func (d *device) do(ctx context.Context, wait time.Duration, f func(*bus) error)
 		switch {
 		case lost(err):
 			d.drop()
-			if try < 4 && ctx.Err() == nil && d.slots != 0 {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			if try < 4 && d.slots != 0 {
 				d.log.Warn("TPM lost, dialling again", "tpm", d.address, "error", err)
 				continue
 			}
@@ -153,7 +158,7 @@ func (d *device) do(ctx context.Context, wait time.Duration, f func(*bus) error)
 }
 
 // connect dials if need be. A TPM that answered before is waited for.
-func (d *device) connect(ctx context.Context, wait time.Duration, again bool) error {
+func (d *device) connect(ctx context.Context, wait time.Duration) error {
 	if d.conn != nil {
 		return nil
 	}
@@ -163,13 +168,14 @@ func (d *device) connect(ctx context.Context, wait time.Duration, again bool) er
 		if err == nil {
 			d.conn, d.since = c, time.Now()
 			b := &bus{ctx: ctx, d: d}
-			if err = b.properties(); err == nil && again {
+			if err = b.properties(); err == nil && d.dirty {
 				err = b.sweep()
 			}
 			if err == nil && !managed(d.address) {
 				d.foreign, err = b.handles(loadedSessions)
 			}
 			if err == nil || !lost(err) {
+				d.dirty = false
 				return err
 			}
 			d.drop()
@@ -193,7 +199,7 @@ func (d *device) connect(ctx context.Context, wait time.Duration, again bool) er
 func (d *device) drop() {
 	if d.conn != nil {
 		_ = d.conn.Close()
-		d.conn = nil
+		d.conn, d.dirty = nil, true
 	}
 	d.forget()
 }
@@ -252,14 +258,14 @@ func (d *device) release() error {
 	}
 	ctx := context.Background()
 	b := &bus{ctx: ctx, d: d}
-	err := b.closeSession()
+	err := errors.Join(b.closeSession(), b.flushSessions())
 	for len(d.loaded) > 0 && !lost(err) {
 		err = errors.Join(err, b.evict(d.loaded[0]))
 	}
 	if lost(err) {
 		d.drop()
 		// Once more, for what would stay behind. A TPM that is gone has nothing in it.
-		if err = d.connect(ctx, 0, true); err != nil {
+		if err = d.connect(ctx, 0); err != nil {
 			return nil
 		}
 	}
@@ -347,12 +353,9 @@ const loadedSessions = tpm2.TPMHandle(0x02000000)
 
 // sweep flushes what a broken connection left behind: sessions that were open, and objects of the names that we load.
 func (b *bus) sweep() error {
-	for h := range b.d.sessions {
-		if _, err := (tpm2.FlushContext{FlushHandle: h}).Execute(b); lost(err) {
-			return err
-		}
+	if err := b.flushSessions(); err != nil {
+		return err
 	}
-	clear(b.d.sessions)
 	if b.d.begun && !managed(b.d.address) {
 		now, err := b.handles(loadedSessions)
 		if err != nil {
@@ -371,6 +374,20 @@ func (b *bus) sweep() error {
 		return nil // went with the connection
 	}
 	return b.flushStrays()
+}
+
+// flushSessions flushes the sessions that were begun and not flushed. Most of them the TPM closed after their one command.
+func (b *bus) flushSessions() error {
+	for h := range b.d.sessions {
+		if b.d.open != nil && b.d.open.Handle() == h {
+			continue
+		}
+		if err := b.flush(h); lost(err) {
+			return err
+		}
+		delete(b.d.sessions, h)
+	}
+	return nil
 }
 
 // flushStrays flushes transient objects that are ours by name and that we do not know to be loaded: a process of ours was
@@ -531,9 +548,9 @@ func (b *bus) readPublic(h tpm2.TPMHandle) (rsp *tpm2.ReadPublicResponse, err er
 	return rsp, err
 }
 
-// flush flushes a handle. One that is not there is as good as flushed.
+// flush flushes a handle, whether or not somebody still waits for the operation. One that is not there is as good as flushed.
 func (b *bus) flush(h tpm2.TPMHandle) error {
-	_, err := tpm2.FlushContext{FlushHandle: h}.Execute(b)
+	_, err := tpm2.FlushContext{FlushHandle: h}.Execute(&bus{ctx: context.WithoutCancel(b.ctx), d: b.d})
 	if errors.Is(err, tpm2.TPMRCHandle) || gone(err) {
 		return nil
 	}

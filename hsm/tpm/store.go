@@ -119,11 +119,14 @@ func (s *Store) Close() error {
 		return nil
 	}
 	s.closed = true
+	s.mu.Unlock()
+	// Between operations, so that none goes on with a secret that was wiped.
+	s.dev.turn <- struct{}{}
 	s.pin.Wipe()
 	s.cfg.Owner.Wipe()
 	s.cfg.Endorsement.Wipe()
 	s.cfg.Lockout.Wipe()
-	s.mu.Unlock()
+	<-s.dev.turn
 	return s.dev.detach()
 }
 
@@ -131,13 +134,21 @@ var errClosed = errors.New("TPM is closed")
 
 // do runs an operation on the TPM. The error says what was being done and what the TPM's answer means.
 func (s *Store) do(ctx context.Context, op string, f func(*bus) error) error {
-	s.mu.Lock()
-	closed := s.closed
-	s.mu.Unlock()
-	if closed {
+	if s.isClosed() {
 		return errClosed
 	}
-	return explain(op, s.dev.do(ctx, s.cfg.Wait, f))
+	return explain(op, s.dev.do(ctx, s.cfg.Wait, func(b *bus) error {
+		if s.isClosed() {
+			return errClosed
+		}
+		return f(b)
+	}))
+}
+
+func (s *Store) isClosed() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.closed
 }
 
 var errNoParent = errors.New("no storage key there")
@@ -307,8 +318,7 @@ func (b *bus) closeSession() error {
 		return nil
 	}
 	b.d.open = nil
-	_, err := tpm2.FlushContext{FlushHandle: open.Handle()}.Execute(b)
-	if lost(err) {
+	if err := b.flush(open.Handle()); lost(err) {
 		return err
 	}
 	return nil // one that the TPM has closed already is closed
@@ -366,12 +376,9 @@ func (s *Store) begin(ctx context.Context, spec hsm.Spec) (_ hsm.Spec, auth hsm.
 	if err := ctx.Err(); err != nil {
 		return spec, nil, err
 	}
-	s.mu.Lock()
-	closed := s.closed
-	s.mu.Unlock()
 	_, handle := hsm.ParseTPMHandle(spec.Name)
 	switch {
-	case closed:
+	case s.isClosed():
 		return spec, nil, errClosed
 	case s.noParent != nil:
 		return spec, nil, s.noParent
@@ -623,10 +630,7 @@ func (s *Store) taken(name string) bool {
 // Open implements [hsm.Store]. The key is used for the first time when it first works: a blob of another TPM opens, and then
 // answers with TPM_RC_INTEGRITY.
 func (s *Store) Open(ctx context.Context, name string) (hsm.Key, error) {
-	s.mu.Lock()
-	closed := s.closed
-	s.mu.Unlock()
-	if closed {
+	if s.isClosed() {
 		return nil, errClosed
 	}
 	if h, ok := hsm.ParseTPMHandle(name); ok {
@@ -715,10 +719,7 @@ func (s *Store) Delete(ctx context.Context, name string) error {
 	if h, ok := hsm.ParseTPMHandle(name); ok {
 		return s.evict(ctx, tpm2.TPMHandle(h))
 	}
-	s.mu.Lock()
-	closed := s.closed
-	s.mu.Unlock()
-	if closed {
+	if s.isClosed() {
 		return errClosed
 	}
 	if err := ctx.Err(); err != nil {
