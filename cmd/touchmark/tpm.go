@@ -44,7 +44,7 @@ forgets a key. It leaves nothing behind. Each line that is not OK says what to d
 	}
 	makersFlag(doctor, &o.makers)
 	c := parent("tpm", "TPM 2.0: identity, keys, memory and state",
-		show, doctor, newTPMEK(a, o), newTPMSRK(a, o), newTPMKey(a, o), newTPMNV(a, o), newTPMCertify(a, o), newTPMVerify(a), newTPMLockout(a, o), newTPMClear(a, o))
+		show, doctor, newTPMEK(a, o), newTPMSRK(a, o), newTPMKey(a, o), newTPMNV(a, o), newTPMCertify(a, o), newTPMVerify(a), newTPMLockout(a, o), newTPMFlush(a, o), newTPMClear(a, o))
 	c.Long = `A TPM is named by a key URI: a device node (without one, ` + tpm.DefaultDevice + `), or the Unix socket or TCP port of a TPM elsewhere, so
 that a fixture can lend its device's:
 
@@ -212,8 +212,8 @@ func (a *app) runTPMDoctor(ctx context.Context, o *tpmOptions) error {
 		add("answers", true, fmt.Sprintf("%s, %s firmware %s, TPM 2.0 revision %s", st.Device, strings.TrimSpace(st.Manufacturer+" "+st.Vendor), st.Firmware, st.Revision), "")
 		add("not locked", !st.Lockout.Locked, lockoutText(st.Lockout), "wait, or reset it: touchmark tpm lockout --reset --lockout-auth-file FILE")
 		add("hierarchies", st.StorageEnabled && st.EndorsementEnabled, fmt.Sprintf("storage %s, endorsement %s", onOff(st.StorageEnabled), onOff(st.EndorsementEnabled)), "enable them in the firmware's settings")
-		add("free slots", len(st.Loaded) == 0, fmt.Sprintf("%d of %d", max(0, st.Slots-len(st.Loaded)), st.Slots), "use /dev/tpmrm0; or let the other program flush: tpm2_flushcontext --transient-object")
-		add("sessions", st.Sessions < 8, fmt.Sprintf("%d of other programs", st.Sessions), "let the other program flush: tpm2_flushcontext --loaded-session, --saved-session")
+		add("free slots", len(st.Loaded) == 0, fmt.Sprintf("%d of %d", max(0, st.Slots-len(st.Loaded)), st.Slots), "use /dev/tpmrm0; or, when no other program is at work there: touchmark tpm flush")
+		add("sessions", st.Sessions < 8, fmt.Sprintf("%d of other programs", st.Sessions), "when no other program is at work there: touchmark tpm flush")
 		_, handle, err := s.SRK()
 		srk := "the owner's primary (ECC P-256)"
 		if handle != 0 {

@@ -69,6 +69,34 @@ func (a *app) runTPMLockout(ctx context.Context, o *tpmOptions, l *lockoutOption
 	})
 }
 
+func newTPMFlush(a *app, o *tpmOptions) *cobra.Command {
+	var yes bool
+	c := &cobra.Command{
+		Use: "flush", Short: "Free the slots of a TPM that other programs left taken", Args: cobra.NoArgs,
+		Long: `flush takes every loaded object and session out of a TPM that has no resource manager: what programs left that were killed. A
+program that is at work there with some of them fails.`,
+		Example: "  touchmark tpm flush --tpm 'tpm:?device=/dev/tpm0' --yes",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := a.confirm(cmd.Context(), yes, "flushing what other programs have loaded", "flush"); err != nil {
+				return err
+			}
+			return a.withTPM(cmd.Context(), o, func(s *tpm.Store) error {
+				n, err := s.Flush(cmd.Context())
+				if err != nil {
+					return err
+				}
+				if a.json {
+					return a.printJSON(map[string]any{"flushed": n})
+				}
+				_, err = fmt.Fprintf(a.out, "Flushed %d objects and sessions\n", n)
+				return err
+			})
+		},
+	}
+	c.Flags().BoolVar(&yes, "yes", false, "do not ask")
+	return c
+}
+
 func newTPMClear(a *app, o *tpmOptions) *cobra.Command {
 	var yes bool
 	c := &cobra.Command{

@@ -6,7 +6,6 @@ import (
 	"crypto"
 	"fmt"
 	"testing"
-	"time"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
@@ -75,7 +74,6 @@ func bare(b *testing.B) (transport.TPM, tpm2.NamedHandle) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	time.Sleep(10 * time.Millisecond)
 	rsp, err := tpm2.CreatePrimary{PrimaryHandle: tpm2.TPMRHOwner, InPublic: tpm2.New2B(tpm2.ECCSRKTemplate)}.Execute(t)
 	if err != nil {
 		b.Fatal(err)

@@ -43,6 +43,7 @@ type device struct {
 
 	conn     conn
 	since    time.Time   // when conn was taken up
+	lease    int         // counts how often it was
 	idle     *time.Timer // gives the device back
 	loaded   []*object   // what is in transient slots, longest unused first
 	sessions map[tpm2.TPMHandle]bool
@@ -93,8 +94,10 @@ func (d *device) detach() error {
 // object is something that can be in one of the TPM's transient slots.
 type object struct {
 	name tpm2.TPM2BName
-	// persistent is where the object is without being loaded; 0 for the others.
+	// persistent is where the object is without being loaded; 0 for the others. seen is the lease in which it was last seen to be
+	// there: while others have the TPM they may put something else in its place.
 	persistent tpm2.TPMHandle
+	seen       int
 	load       func(*bus) (tpm2.TPMHandle, error)
 	handle     tpm2.TPMHandle // where it is loaded; 0 where it is not
 	// keep has the context of an object that is dear to make saved when it is flushed.
@@ -167,6 +170,7 @@ func (d *device) connect(ctx context.Context, wait time.Duration) error {
 		c, err := dial(ctx, d.address)
 		if err == nil {
 			d.conn, d.since = c, time.Now()
+			d.lease++
 			b := &bus{ctx: ctx, d: d}
 			if err = b.properties(); err == nil && d.dirty {
 				err = b.sweep()
@@ -348,8 +352,12 @@ func (b *bus) note(command, response []byte, code tpm2.TPMRC) {
 	}
 }
 
-// loadedSessions is the first handle of loaded sessions, to list them by (Part 2, 7.4: TPM_HT_LOADED_SESSION).
-const loadedSessions = tpm2.TPMHandle(0x02000000)
+// The first handles of loaded and of saved sessions, to list them by (Part 2, 7.2: TPM_HT_LOADED_SESSION and
+// TPM_HT_SAVED_SESSION).
+const (
+	loadedSessions = tpm2.TPMHandle(0x02000000)
+	savedSessions  = tpm2.TPMHandle(0x03000000)
+)
 
 // sweep flushes what a broken connection left behind: sessions that were open, and objects of the names that we load.
 func (b *bus) sweep() error {
@@ -446,6 +454,16 @@ func (n *nameSet) has(name []byte) bool {
 // use returns the handle of an object, which it loads if need be and keeps loaded until the operation ends.
 func (b *bus) use(o *object) (tpm2.TPMHandle, error) {
 	if o.persistent != 0 {
+		if o.seen != b.d.lease {
+			rsp, err := b.readPublic(o.persistent)
+			if errors.Is(err, tpm2.TPMRCHandle) || err == nil && !sameName(rsp.Name, o.name) {
+				return 0, fmt.Errorf("the key that was at %s is not there any more: %w", hsm.TPMHandleName(uint32(o.persistent)), hsm.ErrNotFound)
+			}
+			if err != nil {
+				return 0, err
+			}
+			o.seen = b.d.lease
+		}
 		// The TPM brings it into a slot for as long as a command needs it (Part 1, 37.2.2).
 		b.pinned[o] = true
 		return o.persistent, b.roomFor(0, func() error { return nil })

@@ -180,6 +180,13 @@ func TestPersistentHandles(t *testing.T) {
 		t.Fatal(err)
 	}
 	hsmtest.Check(t, theirs)
+	// Another key in its place, while we do not look, is not taken for it.
+	tool(t, s, nil, "tpm2_evictcontrol", "-Q", "-C", "o", "-c", "0x81000100")
+	tool(t, s, nil, "tpm2_evictcontrol", "-Q", "-C", "o", "-c", "k.ctx", "0x81000100")
+	tool(t, s, nil, "tpm2_flushcontext", "-t")
+	if _, err := key.Sign(rand.Reader, make([]byte, 32), crypto.SHA256); !is(err, hsm.ErrNotFound) {
+		t.Errorf("another key in its place: %v", err)
+	}
 	if err := store.Delete(t.Context(), "0x81000100"); err != nil {
 		t.Fatal(err)
 	}
@@ -189,8 +196,8 @@ func TestPersistentHandles(t *testing.T) {
 	if got := tool(t, s, nil, "tpm2_getcap", "handles-persistent"); strings.Contains(got, "0x81000100") {
 		t.Error("the deleted key is still there")
 	}
-	if _, err := key.Sign(rand.Reader, make([]byte, 32), crypto.SHA256); err == nil {
-		t.Error("a deleted key signs")
+	if _, err := key.Sign(rand.Reader, make([]byte, 32), crypto.SHA256); !is(err, hsm.ErrNotFound) {
+		t.Errorf("a deleted key: %v", err)
 	}
 }
 
