@@ -9,6 +9,8 @@ import (
 	"fmt"
 
 	"github.com/google/go-tpm/tpm2"
+	"golang.org/x/crypto/cryptobyte"
+	casn1 "golang.org/x/crypto/cryptobyte/asn1"
 
 	"github.com/touchmark/touchmark/hsm/tpm/residency"
 )
@@ -22,10 +24,13 @@ const (
 
 var oidLoadableKey = asn1.ObjectIdentifier{2, 23, 133, 10, 1, 3}
 
+// emptyAuthTag is that of emptyAuth [0] EXPLICIT BOOLEAN OPTIONAL.
+var emptyAuthTag = casn1.Tag(0).Constructed().ContextSpecific()
+
 // tpmKey is TPMKey. Policies and keys to be imported are not taken.
 type tpmKey struct {
 	Type      asn1.ObjectIdentifier
-	EmptyAuth bool `asn1:"explicit,tag:0,optional"`
+	EmptyAuth bool
 	Parent    int64
 	Public    []byte // TPM2B_PUBLIC
 	Private   []byte // TPM2B_PRIVATE
@@ -71,15 +76,41 @@ func (b *Blob) name() (tpm2.TPM2BName, error) {
 
 // Marshal returns the blob as a PEM file.
 func (b *Blob) Marshal() ([]byte, error) {
-	der, err := asn1.Marshal(tpmKey{
-		Type: oidLoadableKey, EmptyAuth: b.EmptyAuth, Parent: int64(b.Parent),
-		Public:  tpm2.Marshal(b.public()),
-		Private: tpm2.Marshal(tpm2.TPM2BPrivate{Buffer: b.Private}),
+	var w cryptobyte.Builder
+	w.AddASN1(casn1.SEQUENCE, func(w *cryptobyte.Builder) {
+		w.AddASN1ObjectIdentifier(oidLoadableKey)
+		// Written also when it is false: tpm2-openssl 1.1 takes its absence for true.
+		w.AddASN1(emptyAuthTag, func(w *cryptobyte.Builder) { w.AddASN1Boolean(b.EmptyAuth) })
+		w.AddASN1Int64(int64(b.Parent))
+		w.AddASN1OctetString(tpm2.Marshal(b.public()))
+		w.AddASN1OctetString(tpm2.Marshal(tpm2.TPM2BPrivate{Buffer: b.Private}))
 	})
+	der, err := w.Bytes()
 	if err != nil {
 		return nil, err
 	}
 	return pem.EncodeToMemory(&pem.Block{Type: blobPEMType, Bytes: der}), nil
+}
+
+// readTPMKey reads a TPMKey. OpenSSL's provider (tpm2-openssl 1.1) writes the boolean as 01, which DER does not have.
+func readTPMKey(der []byte) (k tpmKey, ok bool) {
+	input, seq := cryptobyte.String(der), cryptobyte.String(nil)
+	if !input.ReadASN1(&seq, casn1.SEQUENCE) || !input.Empty() || !seq.ReadASN1ObjectIdentifier(&k.Type) {
+		return k, false
+	}
+	var wrapped, boolean cryptobyte.String
+	var present bool
+	if !seq.ReadOptionalASN1(&wrapped, &present, emptyAuthTag) {
+		return k, false
+	}
+	if present {
+		if !wrapped.ReadASN1(&boolean, casn1.BOOLEAN) || !wrapped.Empty() || len(boolean) != 1 {
+			return k, false
+		}
+		k.EmptyAuth = boolean[0] != 0
+	}
+	ok = seq.ReadASN1Integer(&k.Parent) && seq.ReadASN1Bytes(&k.Public, casn1.OCTET_STRING) && seq.ReadASN1Bytes(&k.Private, casn1.OCTET_STRING) && seq.Empty()
+	return k, ok
 }
 
 // ParseBlob reads a key blob. It is strict: one PEM block, DER, no trailing octets, a parent that this package knows to make.
@@ -94,8 +125,8 @@ func ParseBlob(text []byte) (*Blob, error) {
 	if len(bytes.TrimSpace(rest)) > 0 {
 		return nil, errors.New("something stands behind the PEM block")
 	}
-	var k tpmKey
-	if rest, err := asn1.Unmarshal(block.Bytes, &k); err != nil || len(rest) > 0 {
+	k, ok := readTPMKey(block.Bytes)
+	if !ok {
 		return nil, errors.New("it is not a TPMKey as we know it (keys with policies are not taken)")
 	}
 	if !k.Type.Equal(oidLoadableKey) {

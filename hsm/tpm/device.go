@@ -22,8 +22,8 @@ const (
 	// more to do: another program may be waiting, and what is loaded takes the slots that it needs.
 	idleTime = 50 * time.Millisecond
 	holdTime = 2 * time.Second
-	// minSlots is the smallest number of transient objects that a TPM may have room for (PC Client Platform TPM Profile 1.05,
-	// 4.3), and what the kernel's resource manager has for each connection.
+	// minSlots is the smallest number of transient objects that a TPM may have room for (PC Client Platform TPM
+	// Profile), and what the kernel's resource manager has for each connection.
 	minSlots = 3
 	// defaultWait is how long a TPM that went away is waited for.
 	defaultWait = 6 * time.Second
@@ -464,7 +464,7 @@ func (b *bus) use(o *object) (tpm2.TPMHandle, error) {
 			}
 			o.seen = b.d.lease
 		}
-		// The TPM brings it into a slot for as long as a command needs it (Part 1, 37.2.2).
+		// The TPM brings it into a slot for as long as a command needs it.
 		b.pinned[o] = true
 		return o.persistent, b.roomFor(0, func() error { return nil })
 	}
