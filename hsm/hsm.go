@@ -1,9 +1,9 @@
 // Package hsm is the contract for keys that may never leave where they were made.
 //
-// A [Store] holds named keys: a directory of encrypted key files (hsm/keyfile) or a PKCS#11 token (hsm/pkcs11).
-// A [Key] is one of them. A key that signs is a [SigningKey], which is a [crypto.Signer]; a key that authenticates
-// messages is a [MACKey]; a key that agrees on secrets, such as the one that a sealed file is opened with, is an
-// [AgreementKey]. Which one a key is follows from its [Algorithm] and [Usage] and never changes.
+// A [Store] holds named keys: a directory of encrypted key files (hsm/keyfile), a PKCS#11 token (hsm/pkcs11) or a TPM 2.0
+// (hsm/tpm). A [Key] is one of them. A key that signs is a [SigningKey], which is a [crypto.Signer]; a key that
+// authenticates messages is a [MACKey]; a key that agrees on secrets, such as the one that a sealed file is opened with, is
+// an [AgreementKey]. Which one a key is follows from its [Algorithm] and [Usage] and never changes.
 //
 // A caller names a store by its key URI ([ParseURI]), opens it through the backend's Open, and from then on speaks
 // this contract only. hsm/hsmtest is the suite that every backend passes.

@@ -11,6 +11,8 @@ import (
 
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/hsm/pkcs11"
+	"github.com/touchmark/touchmark/hsm/tpm"
+	"github.com/touchmark/touchmark/hsm/tpm/residency"
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/device"
 	"github.com/touchmark/touchmark/pkg/evidence"
@@ -52,7 +54,7 @@ var environmentTopic = &cobra.Command{
 	Short: "The environment variables that touchmark reads",
 	Long: `touchmark reads these environment variables. Flags beat them, and they beat the configuration file.
 
-  TOUCHMARK_PIN_FILE         file that holds the user PIN of a PKCS#11 token
+  TOUCHMARK_PIN_FILE         file that holds the user PIN of a PKCS#11 token, or the authorization value of a TPM's key
   TOUCHMARK_PIN              the user PIN itself
   TOUCHMARK_PASSPHRASE_FILE  file that holds the passphrase of a key-file store
   TOUCHMARK_PASSPHRASE       the passphrase itself
@@ -60,6 +62,9 @@ var environmentTopic = &cobra.Command{
   TOUCHMARK_PKCS11_TIMEOUT   how long a PKCS#11 module in a process of its own (module-path=p11-kit:…) may be
                              silent before that process is killed and started again; 60s if unset
   TOUCHMARK_LINE             the line's directory, instead of --line
+  TOUCHMARK_TPM              key URI of the TPM, instead of --tpm
+  TOUCHMARK_TPM_OWNER_AUTH_FILE, TOUCHMARK_TPM_ENDORSEMENT_AUTH_FILE, TOUCHMARK_TPM_LOCKOUT_AUTH_FILE
+                             files that hold the authorization values of the TPM's hierarchies, where they have some
   NO_COLOR                   no colour, whatever its value
 
 A PIN or passphrase is looked for in the key URI's pin-source first, then here, then asked for on the terminal.`,
@@ -141,6 +146,7 @@ func classify(ctx context.Context, err error) (code int, help string) {
 	var denied *device.RefusedError
 	var faults *settings.Error
 	var list *mint.ListError
+	var answer *tpm.Error
 	switch {
 	case errors.As(err, &partial):
 		if ctx.Err() != nil && errors.Is(err, context.Canceled) {
@@ -162,6 +168,8 @@ func classify(ctx context.Context, err error) (code int, help string) {
 	case errors.Is(err, hsm.ErrPINIncorrect):
 		suggest("it was tried once and will not be tried again by itself; check the file that pin-source or the environment names (touchmark help environment), or unset it to be asked")
 		return exitRefused, help
+	case errors.Is(err, hsm.ErrPINLocked) && errors.As(err, &answer):
+		return exitRefused, help // the TPM's error says what to do
 	case errors.Is(err, hsm.ErrPINLocked):
 		suggest("one more wrong PIN would lock the token, so none was tried; the token's tool can tell and reset the count")
 		return exitRefused, help
@@ -178,13 +186,13 @@ func classify(ctx context.Context, err error) (code int, help string) {
 	case errors.Is(err, ledger.ErrStation):
 		suggest("name the public key of the station that keeps this ledger with --trust")
 		return exitUnverified, help
-	case errors.Is(err, bundle.ErrCorrupt), errors.Is(err, ledger.ErrDamaged):
+	case errors.Is(err, bundle.ErrCorrupt), errors.Is(err, ledger.ErrDamaged), errors.Is(err, residency.ErrNotProven):
 		return exitUnverified, help
 	case errors.Is(err, ledger.ErrFull), errors.Is(err, stamp.ErrFull), errors.Is(err, mint.ErrNoSpace):
 		suggest("make room on the disk and run the same command again")
 	case errors.Is(err, filelock.ErrLocked):
 		suggest("another touchmark is at work there: wait for it, or stop it")
-	case errors.Is(err, hsm.ErrFull):
+	case errors.Is(err, hsm.ErrFull) && !errors.As(err, &answer):
 		suggest("the token has no room for more keys: delete some, or make device keys in memory")
 	}
 	if _, try, ok := pkcs11.Explain(err); ok {

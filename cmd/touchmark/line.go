@@ -17,7 +17,6 @@ import (
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/hsm/keyfile"
 	"github.com/touchmark/touchmark/hsm/pkcs11"
-	"github.com/touchmark/touchmark/hsm/tpm"
 	"github.com/touchmark/touchmark/pkg/ca"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/ledger"
@@ -116,23 +115,15 @@ func (a *app) openStore(ctx context.Context, raw, base string) (hsm.Store, error
 			return a.askSecret(ctx, what)
 		}})
 	}
-	if uri.Scheme == hsm.SchemeFile {
-		dir := uri.Path
-		if !filepath.IsAbs(dir) {
-			dir = filepath.Join(base, dir)
-		}
-		store, err := keyfile.Open(ctx, keyfile.Config{Dir: dir, Passphrase: pin})
+	switch uri.Scheme {
+	case hsm.SchemeFile:
+		store, err := keyfile.Open(ctx, keyfile.Config{Dir: under(base, uri.Path), Passphrase: pin})
 		if err != nil {
 			return nil, err // and not a nil pointer that is no nil interface
 		}
 		return store, nil
-	}
-	if uri.Scheme == hsm.SchemeTPM {
-		dir := uri.Keys
-		if dir != "" && !filepath.IsAbs(dir) {
-			dir = filepath.Join(base, dir)
-		}
-		store, err := tpm.Open(ctx, tpm.Config{URI: uri, Dir: dir, Device: tpmDevice(uri.Device, base), PIN: pin})
+	case hsm.SchemeTPM:
+		store, err := a.openTPM(ctx, uri, base, pin)
 		if err != nil {
 			return nil, err
 		}
@@ -145,12 +136,12 @@ func (a *app) openStore(ctx context.Context, raw, base string) (hsm.Store, error
 	return store, nil
 }
 
-// tpmDevice has the relative path of a TPM's socket count from a directory.
-func tpmDevice(device, base string) string {
-	if path, ok := strings.CutPrefix(device, "unix:"); ok && !filepath.IsAbs(path) {
-		return "unix:" + filepath.Join(base, path)
+// under returns a path as it counts from base.
+func under(base, path string) string {
+	if path == "" || filepath.IsAbs(path) {
+		return path
 	}
-	return device
+	return filepath.Join(base, path)
 }
 
 func (a *app) openLineStore(ctx context.Context, l *line) (hsm.Store, error) {

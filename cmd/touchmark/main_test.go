@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
@@ -48,10 +49,11 @@ func TestScripts(t *testing.T) {
 		Setup: func(e *testscript.Env) error {
 			e.Setenv("TOUCHMARK_PASSPHRASE", "words for a test")
 			e.Setenv("HOME", e.WorkDir)
+			e.Values["swtpm"] = make(map[string]*exec.Cmd)
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"softhsm": softhsmCmd, "serve": serveCmd, "serials": serialsCmd, "flip": flipCmd, "exits": exitsCmd, "stdout2file": saveCmd,
+			"softhsm": softhsmCmd, "serve": serveCmd, "serials": serialsCmd, "flip": flipCmd, "swtpm": swtpmCmd, "exits": exitsCmd, "stdout2file": saveCmd,
 		},
 		Condition: func(cond string) (bool, error) {
 			if cond == "root" {
@@ -81,6 +83,53 @@ func softhsmCmd(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(os.WriteFile(pin, []byte(hsmtest.PIN+"\n"), 0o600))
 	ts.Setenv("MODULE", module)
 	ts.Setenv("URI", "pkcs11:token="+args[0]+"?module-path="+module+"&pin-source=file:"+pin)
+}
+
+// swtpm start NAME, swtpm kill NAME: starts a software TPM that was manufactured in the directory NAME, and puts its key URI, with
+// the key blobs in NAME/keys, into $NAME; starts the one that was killed there; or kills it as pulling its plug would.
+func swtpmCmd(ts *testscript.TestScript, neg bool, args []string) {
+	dir := ts.MkAbs(args[1])
+	running := ts.Value("swtpm").(map[string]*exec.Cmd)
+	if args[0] == "kill" {
+		cmd := running[args[1]]
+		if cmd == nil {
+			ts.Fatalf("no swtpm in %s", dir)
+		}
+		ts.Check(cmd.Process.Kill())
+		_ = cmd.Wait()
+		delete(running, args[1])
+		return
+	}
+	for _, program := range []string{"swtpm", "swtpm_setup"} {
+		if _, err := exec.LookPath(program); err != nil {
+			ts.Fatalf("missing: %s (apt-get install swtpm swtpm-tools)", program)
+		}
+	}
+	state, socket := filepath.Join(dir, "state"), filepath.Join(dir, "sock")
+	if !exists(state) {
+		ts.Check(os.MkdirAll(state, 0o700))
+		ts.Check(hsmtest.Manufacture(dir, state))
+	}
+	for _, path := range []string{socket, socket + ".ctrl"} {
+		_ = os.Remove(path)
+	}
+	cmd := exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+state, "--server", "type=unixio,path="+socket,
+		"--ctrl", "type=unixio,path="+socket+".ctrl", "--flags", "not-need-init,startup-clear", "--seccomp", "action=none")
+	ts.Check(cmd.Start())
+	running[args[1]] = cmd
+	ts.Defer(func() {
+		if running[args[1]] == cmd {
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait()
+		}
+	})
+	for begin := time.Now(); !exists(socket); time.Sleep(5 * time.Millisecond) {
+		if time.Since(begin) > 20*time.Second {
+			ts.Fatalf("swtpm did not start")
+		}
+	}
+	ts.Setenv(strings.ToUpper(args[1]), "tpm:?device=unix:"+socket+"&keys="+filepath.Join(dir, "keys"))
+	ts.Setenv("TPM2TOOLS_TCTI", "swtpm:path="+socket)
 }
 
 func softhsmModule(ts *testscript.TestScript) string {

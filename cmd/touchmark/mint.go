@@ -262,8 +262,8 @@ func endorsementOf(ctx context.Context, store hsm.Store, kind tpm.EKType) (ek, s
 	if err != nil {
 		return nil, nil, err
 	}
-	srk, _ = t.SRK()
-	return key.Public, srk, nil
+	srk, _, err = t.SRK()
+	return key.Public, srk, err
 }
 
 // ownBundle refuses to write over anything but an earlier bundle of the job.

@@ -149,7 +149,7 @@ func (s *Store) useEK(b *bus, ek *EK) (_ tpm2.Session, done func() error, err er
 		return tpm2.PasswordAuth(nil), none, nil
 	}
 	// PolicySecret(endorsement) is PolicyA of the profile. An EK with PolicyB answers with TPM_RC_POLICY_FAIL.
-	session, closer, err := tpm2.PolicySession(b, ek.public.NameAlg, nonceSize)
+	session, _, err := tpm2.PolicySession(b, ek.public.NameAlg, nonceSize)
 	if err != nil {
 		return nil, none, err
 	}
@@ -159,11 +159,11 @@ func (s *Store) useEK(b *bus, ek *EK) (_ tpm2.Session, done func() error, err er
 	}
 	if err != nil {
 		if !lost(err) {
-			err = errors.Join(err, closer())
+			err = errors.Join(err, b.flush(session.Handle()))
 		}
 		return nil, none, err
 	}
-	return session, closer, nil
+	return session, func() error { return b.flush(session.Handle()) }, nil
 }
 
 // Attest proves to the caller that the key of that name lives in this TPM, and returns the evidence, for the caller to sign

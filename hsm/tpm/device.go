@@ -22,8 +22,8 @@ const (
 	// more to do: another program may be waiting, and what is loaded takes the slots that it needs.
 	idleTime = 50 * time.Millisecond
 	holdTime = 2 * time.Second
-	// minSlots is the smallest number of transient objects that a TPM may have room for (PC Client Platform TPM Profile 1.05,
-	// 4.3), and what the kernel's resource manager has for each connection.
+	// minSlots is the smallest number of transient objects that a TPM may have room for (PC Client Platform TPM
+	// Profile), and what the kernel's resource manager has for each connection.
 	minSlots = 3
 	// defaultWait is how long a TPM that went away is waited for.
 	defaultWait = 6 * time.Second
@@ -43,12 +43,14 @@ type device struct {
 
 	conn     conn
 	since    time.Time   // when conn was taken up
+	lease    int         // counts how often it was
 	idle     *time.Timer // gives the device back
 	loaded   []*object   // what is in transient slots, longest unused first
 	sessions map[tpm2.TPMHandle]bool
 	open     *openSession     // kept for the next operation
 	foreign  []tpm2.TPMHandle // sessions of others, when conn was taken up
 	begun    bool             // a session was asked for, and the answer is not there yet
+	dirty    bool             // a connection broke, and what it left in the TPM was not seen to
 	// Fixed properties, read with the first connection.
 	slots       int
 	inputBuffer int
@@ -92,8 +94,10 @@ func (d *device) detach() error {
 // object is something that can be in one of the TPM's transient slots.
 type object struct {
 	name tpm2.TPM2BName
-	// persistent is where the object is without being loaded; 0 for the others.
+	// persistent is where the object is without being loaded; 0 for the others. seen is the lease in which it was last seen to be
+	// there: while others have the TPM they may put something else in its place.
 	persistent tpm2.TPMHandle
+	seen       int
 	load       func(*bus) (tpm2.TPMHandle, error)
 	handle     tpm2.TPMHandle // where it is loaded; 0 where it is not
 	// keep has the context of an object that is dear to make saved when it is flushed.
@@ -124,11 +128,12 @@ func (d *device) do(ctx context.Context, wait time.Duration, f func(*bus) error)
 		d.idle.Stop()
 	}
 	for try := 1; ; try++ {
-		err := d.connect(ctx, wait, try > 1)
+		err := d.connect(ctx, wait)
 		if err == nil {
 			b := &bus{ctx: ctx, d: d, pinned: make(map[*object]bool)}
 			if err = f(b); err != nil && !lost(err) {
 				_ = b.closeSession() // nobody knows how far it came
+				_ = b.flushSessions()
 			}
 			if b.null != nil && !lost(err) {
 				_ = b.evictIfLoaded(b.null)
@@ -137,7 +142,10 @@ func (d *device) do(ctx context.Context, wait time.Duration, f func(*bus) error)
 		switch {
 		case lost(err):
 			d.drop()
-			if try < 4 && ctx.Err() == nil && d.slots != 0 {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			if try < 4 && d.slots != 0 {
 				d.log.Warn("TPM lost, dialling again", "tpm", d.address, "error", err)
 				continue
 			}
@@ -153,7 +161,7 @@ func (d *device) do(ctx context.Context, wait time.Duration, f func(*bus) error)
 }
 
 // connect dials if need be. A TPM that answered before is waited for.
-func (d *device) connect(ctx context.Context, wait time.Duration, again bool) error {
+func (d *device) connect(ctx context.Context, wait time.Duration) error {
 	if d.conn != nil {
 		return nil
 	}
@@ -162,14 +170,16 @@ func (d *device) connect(ctx context.Context, wait time.Duration, again bool) er
 		c, err := dial(ctx, d.address)
 		if err == nil {
 			d.conn, d.since = c, time.Now()
+			d.lease++
 			b := &bus{ctx: ctx, d: d}
-			if err = b.properties(); err == nil && again {
+			if err = b.properties(); err == nil && d.dirty {
 				err = b.sweep()
 			}
 			if err == nil && !managed(d.address) {
 				d.foreign, err = b.handles(loadedSessions)
 			}
 			if err == nil || !lost(err) {
+				d.dirty = false
 				return err
 			}
 			d.drop()
@@ -193,7 +203,7 @@ func (d *device) connect(ctx context.Context, wait time.Duration, again bool) er
 func (d *device) drop() {
 	if d.conn != nil {
 		_ = d.conn.Close()
-		d.conn = nil
+		d.conn, d.dirty = nil, true
 	}
 	d.forget()
 }
@@ -252,14 +262,14 @@ func (d *device) release() error {
 	}
 	ctx := context.Background()
 	b := &bus{ctx: ctx, d: d}
-	err := b.closeSession()
+	err := errors.Join(b.closeSession(), b.flushSessions())
 	for len(d.loaded) > 0 && !lost(err) {
 		err = errors.Join(err, b.evict(d.loaded[0]))
 	}
 	if lost(err) {
 		d.drop()
 		// Once more, for what would stay behind. A TPM that is gone has nothing in it.
-		if err = d.connect(ctx, 0, true); err != nil {
+		if err = d.connect(ctx, 0); err != nil {
 			return nil
 		}
 	}
@@ -342,17 +352,18 @@ func (b *bus) note(command, response []byte, code tpm2.TPMRC) {
 	}
 }
 
-// loadedSessions is the first handle of loaded sessions, to list them by (Part 2, 7.4: TPM_HT_LOADED_SESSION).
-const loadedSessions = tpm2.TPMHandle(0x02000000)
+// The first handles of loaded and of saved sessions, to list them by (Part 2, 7.2: TPM_HT_LOADED_SESSION and
+// TPM_HT_SAVED_SESSION).
+const (
+	loadedSessions = tpm2.TPMHandle(0x02000000)
+	savedSessions  = tpm2.TPMHandle(0x03000000)
+)
 
 // sweep flushes what a broken connection left behind: sessions that were open, and objects of the names that we load.
 func (b *bus) sweep() error {
-	for h := range b.d.sessions {
-		if _, err := (tpm2.FlushContext{FlushHandle: h}).Execute(b); lost(err) {
-			return err
-		}
+	if err := b.flushSessions(); err != nil {
+		return err
 	}
-	clear(b.d.sessions)
 	if b.d.begun && !managed(b.d.address) {
 		now, err := b.handles(loadedSessions)
 		if err != nil {
@@ -371,6 +382,20 @@ func (b *bus) sweep() error {
 		return nil // went with the connection
 	}
 	return b.flushStrays()
+}
+
+// flushSessions flushes the sessions that were begun and not flushed. Most of them the TPM closed after their one command.
+func (b *bus) flushSessions() error {
+	for h := range b.d.sessions {
+		if b.d.open != nil && b.d.open.Handle() == h {
+			continue
+		}
+		if err := b.flush(h); lost(err) {
+			return err
+		}
+		delete(b.d.sessions, h)
+	}
+	return nil
 }
 
 // flushStrays flushes transient objects that are ours by name and that we do not know to be loaded: a process of ours was
@@ -429,7 +454,17 @@ func (n *nameSet) has(name []byte) bool {
 // use returns the handle of an object, which it loads if need be and keeps loaded until the operation ends.
 func (b *bus) use(o *object) (tpm2.TPMHandle, error) {
 	if o.persistent != 0 {
-		// The TPM brings it into a slot for as long as a command needs it (Part 1, 37.2.2).
+		if o.seen != b.d.lease {
+			rsp, err := b.readPublic(o.persistent)
+			if errors.Is(err, tpm2.TPMRCHandle) || err == nil && !sameName(rsp.Name, o.name) {
+				return 0, fmt.Errorf("the key that was at %s is not there any more: %w", hsm.TPMHandleName(uint32(o.persistent)), hsm.ErrNotFound)
+			}
+			if err != nil {
+				return 0, err
+			}
+			o.seen = b.d.lease
+		}
+		// The TPM brings it into a slot for as long as a command needs it.
 		b.pinned[o] = true
 		return o.persistent, b.roomFor(0, func() error { return nil })
 	}
@@ -531,9 +566,9 @@ func (b *bus) readPublic(h tpm2.TPMHandle) (rsp *tpm2.ReadPublicResponse, err er
 	return rsp, err
 }
 
-// flush flushes a handle. One that is not there is as good as flushed.
+// flush flushes a handle, whether or not somebody still waits for the operation. One that is not there is as good as flushed.
 func (b *bus) flush(h tpm2.TPMHandle) error {
-	_, err := tpm2.FlushContext{FlushHandle: h}.Execute(b)
+	_, err := tpm2.FlushContext{FlushHandle: h}.Execute(&bus{ctx: context.WithoutCancel(b.ctx), d: b.d})
 	if errors.Is(err, tpm2.TPMRCHandle) || gone(err) {
 		return nil
 	}

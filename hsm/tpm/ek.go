@@ -176,7 +176,10 @@ func (s *Store) makePrimary(b *bus, o *object, hierarchy tpm2.TPMHandle, templat
 }
 
 // SRK returns the whole TPM2B_PUBLIC of the storage root key that keys are made under, and its persistent handle, or 0 when it
-// is the owner's primary.
-func (s *Store) SRK() (public []byte, handle uint32) {
-	return residency.MarshalPublic(s.parent.public), uint32(s.parent.persistent)
+// is the owner's primary. The error says why there is none.
+func (s *Store) SRK() (public []byte, handle uint32, err error) {
+	if s.noParent != nil {
+		return nil, 0, s.noParent
+	}
+	return residency.MarshalPublic(s.parent.public), uint32(s.parent.persistent), nil
 }

@@ -222,7 +222,7 @@ func signature(s *tpm2.TPMTSignature) ([]byte, error) {
 
 type macKey struct{ *base }
 
-// MAC implements [hsm.MACKey]. What is longer than the TPM's input buffer goes in as a sequence (Part 3, 17.3 to 17.5). The
+// MAC implements [hsm.MACKey]. What is longer than the TPM's input buffer goes in as a sequence (Part 3, 17.2, 17.5 and 17.6). The
 // result may be a device's key, and comes out encrypted.
 func (k *macKey) MAC(ctx context.Context, dst, data []byte) ([]byte, error) {
 	err := k.with(ctx, "computing an HMAC with key", out, func(b *bus, key tpm2.AuthHandle, extra []tpm2.Session) error {

@@ -53,7 +53,7 @@ func TestEKTemplates(t *testing.T) {
 		if len(mine.Certificates) != 0 || mine.Handle != 0 {
 			t.Errorf("%s: %+v", kind, mine)
 		}
-		id := strings.TrimSpace(tool(t, s, nil, "sh", "-c", "sha256sum -b mine | cut -c1-64 | tr -d '\\n' | xxd -r -p | base32 | tr -d '=' | tr A-Z a-z"))
+		id := strings.TrimSpace(tool(t, s, nil, "sh", "-c", "openssl dgst -sha256 -binary mine | base32 | tr -d '=' | tr A-Z a-z"))
 		if mine.RegistrationID() != id || len(id) != 52 {
 			t.Errorf("%s: registration ID %s, want %s", kind, mine.RegistrationID(), id)
 		}

@@ -101,7 +101,7 @@ func (s *Store) State(ctx context.Context) (*State, error) {
 				st.Loaded = append(st.Loaded, uint32(h))
 			}
 		}
-		for _, first := range []tpm2.TPMHandle{loadedSessions, 0x03000000} {
+		for _, first := range []tpm2.TPMHandle{loadedSessions, savedSessions} {
 			sessions, err := b.handles(first)
 			if err != nil {
 				return err
@@ -234,6 +234,34 @@ func (s *Store) lockoutCommand(b *bus, code tpm2.TPMCC, parameters []byte) error
 		return err
 	}
 	return session.Validate(tpm2.TPMRCSuccess, code, nil, names, 0, answer)
+}
+
+// Flush flushes every transient object and session that is in the TPM and not this process's, and returns how many there
+// were: what programs left that were killed, and what others may still be using. Behind a resource manager there are none.
+func (s *Store) Flush(ctx context.Context) (int, error) {
+	n := 0
+	err := s.do(ctx, "flushing what others left", func(b *bus) error {
+		if err := b.closeSession(); err != nil {
+			return err
+		}
+		for _, first := range []tpm2.TPMHandle{0x80000000, loadedSessions, savedSessions} {
+			all, err := b.handles(first)
+			if err != nil {
+				return err
+			}
+			for _, h := range all {
+				if b.isLoaded(h) {
+					continue
+				}
+				if err := b.flush(h); err != nil {
+					return err
+				}
+				n++
+			}
+		}
+		return nil
+	})
+	return n, err
 }
 
 // Clear makes the TPM forget its owner: the storage and endorsement hierarchies' authorization values, every key under the

@@ -60,7 +60,8 @@ type Store struct {
 	dir string
 	dev *device
 
-	parent *parent // of the keys that are made
+	parent   *parent // of the keys that are made
+	noParent error   // why there is none
 
 	mu      sync.Mutex
 	closed  bool
@@ -76,7 +77,9 @@ type parent struct {
 	public tpm2.TPMTPublic
 }
 
-// Open connects to the TPM and reads its storage root key. Errors: hsm.ErrLost when nothing answers there.
+// Open connects to the TPM and reads its storage root key. Errors: hsm.ErrLost when nothing answers there. A TPM that refuses
+// to make the storage root key, because it has an owner whose authorization was not given, opens all the same: its state, its
+// NV and its keys at persistent handles can be had, and what needs the SRK answers with that refusal.
 func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
@@ -96,6 +99,9 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 	if errors.Is(err, errNoParent) {
 		s.parent, err = s.parentAt(ctx, tpm2.TPMRHOwner)
 	}
+	if answer := new(Error); errors.As(err, &answer) {
+		s.noParent, err = err, nil
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -113,11 +119,14 @@ func (s *Store) Close() error {
 		return nil
 	}
 	s.closed = true
+	s.mu.Unlock()
+	// Between operations, so that none goes on with a secret that was wiped.
+	s.dev.turn <- struct{}{}
 	s.pin.Wipe()
 	s.cfg.Owner.Wipe()
 	s.cfg.Endorsement.Wipe()
 	s.cfg.Lockout.Wipe()
-	s.mu.Unlock()
+	<-s.dev.turn
 	return s.dev.detach()
 }
 
@@ -125,13 +134,21 @@ var errClosed = errors.New("TPM is closed")
 
 // do runs an operation on the TPM. The error says what was being done and what the TPM's answer means.
 func (s *Store) do(ctx context.Context, op string, f func(*bus) error) error {
-	s.mu.Lock()
-	closed := s.closed
-	s.mu.Unlock()
-	if closed {
+	if s.isClosed() {
 		return errClosed
 	}
-	return explain(op, s.dev.do(ctx, s.cfg.Wait, f))
+	return explain(op, s.dev.do(ctx, s.cfg.Wait, func(b *bus) error {
+		if s.isClosed() {
+			return errClosed
+		}
+		return f(b)
+	}))
+}
+
+func (s *Store) isClosed() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.closed
 }
 
 var errNoParent = errors.New("no storage key there")
@@ -258,6 +275,9 @@ func (b *bus) session(s *Store, auth hsm.Secret, dir direction) (tpm2.Session, e
 	if open := b.d.open; open != nil && open.key == key {
 		return open.Session, nil
 	}
+	if s.noParent != nil {
+		return nil, s.noParent
+	}
 	if err := b.closeSession(); err != nil {
 		return nil, err
 	}
@@ -298,8 +318,7 @@ func (b *bus) closeSession() error {
 		return nil
 	}
 	b.d.open = nil
-	_, err := tpm2.FlushContext{FlushHandle: open.Handle()}.Execute(b)
-	if lost(err) {
+	if err := b.flush(open.Handle()); lost(err) {
 		return err
 	}
 	return nil // one that the TPM has closed already is closed
@@ -357,13 +376,12 @@ func (s *Store) begin(ctx context.Context, spec hsm.Spec) (_ hsm.Spec, auth hsm.
 	if err := ctx.Err(); err != nil {
 		return spec, nil, err
 	}
-	s.mu.Lock()
-	closed := s.closed
-	s.mu.Unlock()
 	_, handle := hsm.ParseTPMHandle(spec.Name)
 	switch {
-	case closed:
+	case s.isClosed():
 		return spec, nil, errClosed
+	case s.noParent != nil:
+		return spec, nil, s.noParent
 	case spec.Extractable:
 		return spec, nil, fmt.Errorf("key %q: a TPM's keys stay in it: %w", spec.Name, hsm.ErrUnsupported)
 	case !spec.Ephemeral && !handle && s.dir == "":
@@ -381,15 +399,15 @@ func (s *Store) Generate(ctx context.Context, spec hsm.Spec) (hsm.Key, error) {
 	if err != nil {
 		return nil, err
 	}
-	template, err := template(spec)
+	area, err := templateOctets(spec)
 	if err != nil {
 		return nil, err
 	}
-	return s.create(ctx, spec, template, auth, nil)
+	return s.create(ctx, spec, area, auth, nil)
 }
 
 // create has the TPM make a key, of data where that is an HMAC key from elsewhere.
-func (s *Store) create(ctx context.Context, spec hsm.Spec, template tpm2.TPMTPublic, auth, data hsm.Secret) (hsm.Key, error) {
+func (s *Store) create(ctx context.Context, spec hsm.Spec, template []byte, auth, data hsm.Secret) (hsm.Key, error) {
 	blob := &Blob{EmptyAuth: len(auth) == 0, Parent: s.parent.handle}
 	err := s.do(ctx, fmt.Sprintf("making key %q", spec.Name), func(b *bus) error {
 		var extra []tpm2.Session
@@ -411,7 +429,7 @@ func (s *Store) create(ctx context.Context, spec hsm.Spec, template tpm2.TPMTPub
 					UserAuth: tpm2.TPM2BAuth{Buffer: auth},
 					Data:     tpm2.NewTPMUSensitiveCreate(&tpm2.TPM2BSensitiveData{Buffer: data}),
 				}},
-				InPublic: tpm2.New2B(template),
+				InPublic: tpm2.BytesAs2B[tpm2.TPMTPublic](template),
 			}.Execute(b, extra...)
 			if err != nil {
 				return err
@@ -433,7 +451,7 @@ func (b *Blob) set(public tpm2.TPM2BPublic, private tpm2.TPM2BPrivate) error {
 	if err != nil {
 		return err
 	}
-	b.Public, b.Private = *p, private.Buffer
+	b.Public, b.Private, b.area = *p, private.Buffer, public.Bytes()
 	return nil
 }
 
@@ -452,7 +470,7 @@ func (s *Store) Import(ctx context.Context, spec hsm.Spec, secret hsm.Secret) (h
 		if len(secret) < 16 || len(secret) > 64 {
 			return nil, fmt.Errorf("importing key %q: an HMAC key has 16 to 64 octets, not %d", spec.Name, len(secret))
 		}
-		return s.create(ctx, spec, public, auth, secret)
+		return s.create(ctx, spec, tpm2.Marshal(public), auth, secret)
 	}
 	// A TPM makes asymmetric keys itself; those from elsewhere come as if another TPM had duplicated them, without a policy that
 	// would let them go on (Part 3, 13.3).
@@ -612,10 +630,7 @@ func (s *Store) taken(name string) bool {
 // Open implements [hsm.Store]. The key is used for the first time when it first works: a blob of another TPM opens, and then
 // answers with TPM_RC_INTEGRITY.
 func (s *Store) Open(ctx context.Context, name string) (hsm.Key, error) {
-	s.mu.Lock()
-	closed := s.closed
-	s.mu.Unlock()
-	if closed {
+	if s.isClosed() {
 		return nil, errClosed
 	}
 	if h, ok := hsm.ParseTPMHandle(name); ok {
@@ -648,11 +663,11 @@ func (s *Store) blobKey(ctx context.Context, name string, blob *Blob) (tpmKeyLik
 		return nil, fmt.Errorf("key %q: %w", name, err)
 	}
 	k := &base{store: s, name: name, public: blob.Public, auth: !blob.EmptyAuth}
-	want, err := tpm2.ObjectName(&k.public)
+	want, err := blob.name()
 	if err != nil {
 		return nil, fmt.Errorf("key %q: %w", name, err)
 	}
-	k.object.name = *want
+	k.object.name = want
 	k.object.load = func(b *bus) (tpm2.TPMHandle, error) {
 		h, err := b.use(&p.object)
 		if err != nil {
@@ -662,12 +677,12 @@ func (s *Store) blobKey(ctx context.Context, name string, blob *Blob) (tpmKeyLik
 		rsp, err := tpm2.Load{
 			ParentHandle: tpm2.AuthHandle{Handle: h, Name: p.name, Auth: tpm2.PasswordAuth(nil)},
 			InPrivate:    tpm2.TPM2BPrivate{Buffer: blob.Private},
-			InPublic:     tpm2.New2B(blob.Public),
+			InPublic:     blob.public(),
 		}.Execute(b)
 		if err != nil {
 			return 0, err
 		}
-		if !sameName(rsp.Name, *want) {
+		if !sameName(rsp.Name, want) {
 			return 0, errors.Join(errors.New("the TPM loaded another key than asked for"), b.flush(rsp.ObjectHandle))
 		}
 		return rsp.ObjectHandle, nil
@@ -704,10 +719,7 @@ func (s *Store) Delete(ctx context.Context, name string) error {
 	if h, ok := hsm.ParseTPMHandle(name); ok {
 		return s.evict(ctx, tpm2.TPMHandle(h))
 	}
-	s.mu.Lock()
-	closed := s.closed
-	s.mu.Unlock()
-	if closed {
+	if s.isClosed() {
 		return errClosed
 	}
 	if err := ctx.Err(); err != nil {

@@ -2,6 +2,7 @@ package tpm
 
 import (
 	"fmt"
+	"sync"
 
 	"github.com/google/go-tpm/tpm2"
 
@@ -66,6 +67,24 @@ func template(spec hsm.Spec) (tpm2.TPMTPublic, error) {
 		return t, fmt.Errorf("algorithm %s: TPM 2.0 does not have it: %w", spec.Algorithm, hsm.ErrUnsupported)
 	}
 	return t, nil
+}
+
+// templates remembers the octets of templates, by algorithm and usage.
+var templates sync.Map
+
+// templateOctets returns the TPMT_PUBLIC of template.
+func templateOctets(spec hsm.Spec) ([]byte, error) {
+	key := [2]string{string(spec.Algorithm), string(spec.Usage)}
+	if b, ok := templates.Load(key); ok {
+		return b.([]byte), nil
+	}
+	t, err := template(spec)
+	if err != nil {
+		return nil, err
+	}
+	b := tpm2.Marshal(t)
+	templates.Store(key, b)
+	return b, nil
 }
 
 func rsaAlgorithm(bits int) hsm.Algorithm {

@@ -41,10 +41,12 @@ func tool(t testing.TB, s *hsmtest.TPM, stdin []byte, name string, args ...strin
 	return out.String()
 }
 
-// provider skips a test where OpenSSL has no provider for TPMs.
-func provider(t *testing.T) {
+// provider skips a test where OpenSSL has no provider for TPMs. The provider wants a TPM when it is loaded.
+func provider(t *testing.T, s *hsmtest.TPM) {
 	t.Helper()
-	if out, err := exec.Command("openssl", "list", "-providers", "-provider", "tpm2").CombinedOutput(); err != nil {
+	cmd := exec.Command("openssl", "list", "-providers", "-provider", "tpm2")
+	cmd.Env = append(os.Environ(), "TPM2OPENSSL_TCTI="+s.TCTI())
+	if out, err := cmd.CombinedOutput(); err != nil {
 		hsmtest.Require(t, "OpenSSL's tpm2 provider (apt-get install tpm2-openssl): "+string(out))
 	}
 }
@@ -69,7 +71,6 @@ func signer(t testing.TB, s hsm.Store, spec hsm.Spec) hsm.SigningKey {
 
 // OpenSSL's provider opens our blobs and signs with them, whether the SRK is the owner's primary or at its persistent handle.
 func TestOpenSSL(t *testing.T) {
-	provider(t)
 	message := []byte("the message")
 	digest := sha256.Sum256(message)
 	for name, prepare := range map[string]func(t *testing.T, s *hsmtest.TPM){
@@ -87,12 +88,13 @@ func TestOpenSSL(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := hsmtest.SWTPM(t)
+			provider(t, s)
 			prepare(t, s)
 			store := open(t, s.URI())
 			for _, alg := range []hsm.Algorithm{hsm.ECP256, hsm.ECP384, hsm.RSA2048} {
 				key := signer(t, store, hsm.Spec{Name: "ossl-" + string(alg), Algorithm: alg})
 				file := filepath.Join(s.Dir, "keys", key.Name()+".pem")
-				sig := tool(t, s, message, "openssl", "dgst", "-provider", "tpm2", "-provider", "default", "-sha256", "-sign", file)
+				sig := tool(t, s, message, "openssl", "dgst", "-provider", "tpm2", "-provider", "default", "-propquery", "?provider=tpm2", "-sha256", "-sign", file)
 				switch pub := key.Public().(type) {
 				case *ecdsa.PublicKey:
 					if !ecdsa.VerifyASN1(pub, digest[:], []byte(sig)) {
@@ -120,8 +122,8 @@ func TestOpenSSL(t *testing.T) {
 
 // And the other way round: a key that OpenSSL made is opened by its file.
 func TestOpenSSLKey(t *testing.T) {
-	provider(t)
 	s := hsmtest.SWTPM(t)
+	provider(t, s)
 	store := open(t, s.URI())
 	if err := os.Mkdir(filepath.Join(s.Dir, "keys"), 0o700); err != nil {
 		t.Fatal(err)
@@ -136,6 +138,24 @@ func TestOpenSSLKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	hsmtest.Check(t, key)
+	if err := store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	// Ours with an authorization value takes it from OpenSSL too.
+	protected, err := tpm.Open(t.Context(), tpm.Config{URI: s.URI(), PIN: secret("auth"), Protect: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer protected.Close()
+	ours := signer(t, protected, hsm.Spec{Name: "ours", Algorithm: hsm.ECP256})
+	if err := os.WriteFile(filepath.Join(s.Dir, "auth"), []byte("auth\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	sig := tool(t, s, []byte("m"), "openssl", "dgst", "-provider", "tpm2", "-provider", "default", "-propquery", "?provider=tpm2", "-sha256", "-sign", "keys/ours.pem", "-passin", "file:auth")
+	digest := sha256.Sum256([]byte("m"))
+	if !ecdsa.VerifyASN1(ours.Public().(*ecdsa.PublicKey), digest[:], []byte(sig)) {
+		t.Error("OpenSSL's signature with a protected blob does not verify")
+	}
 }
 
 // A key at a persistent handle is there for tpm2-tools, and a key of theirs is there for us.
@@ -180,6 +200,13 @@ func TestPersistentHandles(t *testing.T) {
 		t.Fatal(err)
 	}
 	hsmtest.Check(t, theirs)
+	// Another key in its place, while we do not look, is not taken for it.
+	tool(t, s, nil, "tpm2_evictcontrol", "-Q", "-C", "o", "-c", "0x81000100")
+	tool(t, s, nil, "tpm2_evictcontrol", "-Q", "-C", "o", "-c", "k.ctx", "0x81000100")
+	tool(t, s, nil, "tpm2_flushcontext", "-t")
+	if _, err := key.Sign(rand.Reader, make([]byte, 32), crypto.SHA256); !is(err, hsm.ErrNotFound) {
+		t.Errorf("another key in its place: %v", err)
+	}
 	if err := store.Delete(t.Context(), "0x81000100"); err != nil {
 		t.Fatal(err)
 	}
@@ -189,8 +216,8 @@ func TestPersistentHandles(t *testing.T) {
 	if got := tool(t, s, nil, "tpm2_getcap", "handles-persistent"); strings.Contains(got, "0x81000100") {
 		t.Error("the deleted key is still there")
 	}
-	if _, err := key.Sign(rand.Reader, make([]byte, 32), crypto.SHA256); err == nil {
-		t.Error("a deleted key signs")
+	if _, err := key.Sign(rand.Reader, make([]byte, 32), crypto.SHA256); !is(err, hsm.ErrNotFound) {
+		t.Errorf("a deleted key: %v", err)
 	}
 }
 

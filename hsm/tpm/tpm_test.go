@@ -262,9 +262,14 @@ func TestAuthorization(t *testing.T) {
 func TestOwned(t *testing.T) {
 	s := hsmtest.SWTPM(t)
 	tool(t, s, nil, "tpm2_changeauth", "-c", "owner", "0wner")
-	if _, err := tpm.Open(t.Context(), tpm.Config{URI: s.URI()}); !is(err, hsm.ErrPINIncorrect) || !strings.Contains(err.Error(), "TPM_RC_BAD_AUTH") {
+	bare := open(t, s.URI())
+	if _, err := bare.Generate(t.Context(), hsm.Spec{Name: "k", Algorithm: hsm.ECP256}); !is(err, hsm.ErrPINIncorrect) || !strings.Contains(err.Error(), "TPM_RC_BAD_AUTH") {
 		t.Errorf("no owner authorization: %v", err)
 	}
+	if st, err := bare.State(t.Context()); err != nil || !st.OwnerAuth {
+		t.Errorf("the state of an owned TPM: %+v, %v", st, err)
+	}
+	_ = bare.Close()
 	store, err := tpm.Open(t.Context(), tpm.Config{URI: s.URI(), Owner: hsm.Secret("0wner")})
 	if err != nil {
 		t.Fatal(err)
@@ -284,6 +289,7 @@ func TestRestart(t *testing.T) {
 	key := signer(t, store, hsm.Spec{Name: "k", Algorithm: hsm.ECP256})
 	fixed := signer(t, store, hsm.Spec{Name: "0x81000100", Algorithm: hsm.ECP256})
 	var wg sync.WaitGroup
+	progress := make(chan struct{}, 1000)
 	for i := range 4 {
 		wg.Go(func() {
 			digest := sha256.Sum256([]byte{byte(i)})
@@ -295,8 +301,8 @@ func TestRestart(t *testing.T) {
 				sig, err := k.Sign(rand.Reader, digest[:], crypto.SHA256)
 				if err != nil || !ecdsa.VerifyASN1(k.Public().(*ecdsa.PublicKey), digest[:], sig) {
 					t.Errorf("signature %d: %v", n, err)
-					return
 				}
+				progress <- struct{}{}
 				if n%10 == 0 {
 					if _, err := store.Generate(t.Context(), hsm.Spec{Name: fmt.Sprintf("k-%d-%d", i, n), Algorithm: hsm.ECP256}); err != nil {
 						t.Errorf("key %d: %v", n, err)
@@ -306,7 +312,9 @@ func TestRestart(t *testing.T) {
 		})
 	}
 	for range 3 {
-		time.Sleep(60 * time.Millisecond) // in the middle of it, wherever that is
+		for range 100 { // in the middle of it, wherever that is
+			<-progress
+		}
 		s.Kill()
 		s.Start()
 	}
@@ -369,7 +377,6 @@ func TestSlotsTaken(t *testing.T) {
 	s := hsmtest.SWTPM(t)
 	store := open(t, s.URI())
 	key := signer(t, store, hsm.Spec{Name: "k", Algorithm: hsm.ECP256})
-	time.Sleep(100 * time.Millisecond)
 	for range 3 {
 		tool(t, s, nil, "tpm2_createprimary", "-Q", "-C", "n", "-G", "rsa2048")
 	}
@@ -379,6 +386,14 @@ func TestSlotsTaken(t *testing.T) {
 	if got := strings.Count(tool(t, s, nil, "tpm2_getcap", "handles-transient"), "0x8"); got != 3 {
 		t.Errorf("%d of the other program's 3 objects are left", got)
 	}
-	tool(t, s, nil, "tpm2_flushcontext", "-t")
+	// A store that is opened now has no room for its storage root key, and can make some.
+	late := open(t, s.URI())
+	if _, err := late.Generate(t.Context(), hsm.Spec{Name: "late", Algorithm: hsm.ECP256}); !is(err, hsm.ErrFull) {
+		t.Errorf("no slot: %v", err)
+	}
+	if n, err := late.Flush(t.Context()); n != 3 || err != nil {
+		t.Errorf("%d flushed, %v", n, err)
+	}
+	clean(t, s)
 	hsmtest.Check(t, key)
 }

@@ -1,6 +1,7 @@
 package tpm_test
 
 import (
+	"context"
 	"crypto"
 	"crypto/rand"
 	"encoding/binary"
@@ -261,6 +262,61 @@ func TestBrokenConnection(t *testing.T) {
 			clean(t, s)
 		}
 	}
+}
+
+// An operation that nobody waits for any more, ended at every command, leaves nothing behind.
+func TestCancelled(t *testing.T) {
+	s := hsmtest.SWTPM(t)
+	tool(t, s, nil, "tpm2_changeauth", "-c", "endorsement", "3ndorsement")
+	f := &front{t: t, s: s}
+	var n atomic.Int64
+	var cancel context.CancelFunc
+	f.answer = func([]byte) ([]byte, bool) {
+		if n.Add(-1) == 0 {
+			cancel()
+		}
+		return nil, false
+	}
+	store, err := tpm.Open(t.Context(), tpm.Config{
+		URI: hsm.URI{Scheme: hsm.SchemeTPM, Device: "tcp:" + f.listen(), Keys: t.TempDir()}, PIN: secret("auth"), Protect: true, Endorsement: hsm.Secret("3ndorsement"),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	generate(t, store, hsm.Spec{Name: "k", Algorithm: hsm.ECP256})
+	generate(t, store, hsm.Spec{Name: "mac", Algorithm: hsm.HMACSHA256})
+	e := ek(t, store, tpm.EKECC)
+	ended := 0
+	for at := range int64(60) {
+		ctx, stop := context.WithCancel(t.Context())
+		cancel = stop
+		n.Store(at + 1)
+		_, err := store.Attest(ctx, e, "k", deviceID)
+		if err == nil {
+			var k hsm.Key
+			if k, err = store.Open(ctx, "mac"); err == nil {
+				_, err = k.(hsm.MACKey).MAC(ctx, nil, make([]byte, 3000))
+			}
+		}
+		if err != nil {
+			ended++
+			if !is(err, context.Canceled) {
+				t.Errorf("cancelled at command %d: %v", at, err)
+			}
+		}
+		stop()
+	}
+	if ended < 10 {
+		t.Errorf("%d operations were cancelled", ended)
+	}
+	n.Store(0)
+	if _, err := store.Attest(t.Context(), e, "k", deviceID); err != nil {
+		t.Errorf("after all that: %v", err)
+	}
+	if err := store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	clean(t, s)
 }
 
 // What answers and is no TPM is refused.

@@ -14,6 +14,7 @@ import (
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -113,11 +114,17 @@ func Parse(b []byte) (*Envelope, error) {
 	if again, err := json.Marshal(e.dsse); err != nil || !bytes.Equal(again, b) {
 		return nil, fmt.Errorf("%w: it is not in the form that is written", ErrCorrupt)
 	}
-	payload, err := e.dsse.DecodeB64Payload()
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
+	// The library takes two alphabets, and bits at the end that mean nothing.
+	strict := base64.StdEncoding.Strict()
+	var err error
+	if e.payload, err = strict.DecodeString(e.dsse.Payload); err != nil {
+		return nil, fmt.Errorf("%w: payload: %w", ErrCorrupt, err)
 	}
-	e.payload = payload
+	for _, s := range e.dsse.Signatures {
+		if _, err := strict.DecodeString(s.Sig); err != nil {
+			return nil, fmt.Errorf("%w: signature: %w", ErrCorrupt, err)
+		}
+	}
 	return &e, nil
 }
 
