@@ -31,6 +31,8 @@ group = "tpm-devices"
 in = "tpm"
 store = "tpm:?device=unix:{tpm}"
 uri = "tpm:object=device-key?device=unix:{tpm}&keys=."
+[stamp]
+nv = "0x01800001"
 `
 
 const attestationProfile = `
@@ -90,6 +92,18 @@ func TestMintTPM(t *testing.T) {
 	touchmark(t, dir, mintTPM...)
 	if again, err := os.ReadFile(filepath.Join(dir, "b.tmb")); err != nil || len(again) != len(first) {
 		t.Errorf("the bundle was written again with %d octets, not %d: %v", len(again), len(first), err)
+	}
+	// What is in NV is locked, and other programs read it.
+	for _, i := range []int{0, devices - 1} {
+		want := fmt.Sprintf(`{"idScope":"0ne00112233","globalEndpoint":"global.azure-devices-provisioning.net","registrationId":"sn%06d"}`, i)
+		read := exec.Command("tpm2_nvread", "-C", "0x01800001", "0x01800001")
+		read.Env = append(os.Environ(), "TPM2TOOLS_TCTI="+tpms[i].TCTI())
+		if out, err := read.Output(); err != nil || string(out) != want {
+			t.Errorf("tpm2_nvread of device %d: %s, %v", i, out, err)
+		}
+		if code, text := attempt(t, dir, "tpm", "nv", "write", "0x01800001", "--in", "serials.csv", "--tpm", "tpm:?device=unix:"+tpms[i].Socket); code == 0 {
+			t.Errorf("NV of device %d was written over: %s", i, text)
+		}
 	}
 	// What is in the stamp is the TPM's blob, and no other TPM loads it.
 	blob, err := os.ReadFile(filepath.Join(dir, "stamps", "sn000000", "device-key.pem"))

@@ -170,7 +170,7 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 	if cfg.Rand == nil {
 		cfg.Rand = rand.Reader
 	}
-	r := &run{Config: cfg, jobs: cfg.Jobs, alg: hsm.Algorithm(p.Key.Algorithm), stampless: cfg.Out == "" && !p.Stamp.Token}
+	r := &run{Config: cfg, jobs: cfg.Jobs, alg: hsm.Algorithm(p.Key.Algorithm), stampless: cfg.Out == "" && !p.Stamp.Token && p.nv == 0}
 	if r.jobs <= 0 {
 		r.jobs = runtime.GOMAXPROCS(0) + 1
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -70,6 +71,10 @@ type Profile struct {
 		// token puts the stamp into the device's own token as well (key.store): the certificate beside the key, and each file of
 		// the stamp as a data object of its name, application "touchmark".
 		Token bool `toml:"token"`
+		// nv is an index of the TPM's non-volatile memory (key.store) that gets the ID scope, global endpoint and registration ID
+		// as well, as a JSON document, and is locked against writing: "0x01800001", one of the owner's. For keys in TPMs and
+		// attestation by TPM.
+		NV string `toml:"nv"`
 		// file lists further files to render into each device's directory.
 		File []StampFile `toml:"file"`
 	} `toml:"stamp"`
@@ -94,6 +99,7 @@ type Profile struct {
 	csr     [][]segment // of the file's name, or of each word of the command
 	uri     []segment
 	store   []segment
+	nv      uint32
 }
 
 // A StampFile is one rendered file of a stamp.
@@ -161,6 +167,15 @@ func (p *Profile) check(f *settings.Faults) {
 		f.Key("registration-id", "registration-id: %v", err)
 	}
 	x509 := p.Attestation == AttestationX509
+	if p.Stamp.NV != "" {
+		n, err := strconv.ParseUint(p.Stamp.NV, 0, 32)
+		if err != nil || n < 0x01800000 || n > 0x01bfffff {
+			f.Key("stamp.nv", "stamp.nv is %q: want an NV index of the owner's, 0x01800000 to 0x01bfffff", p.Stamp.NV)
+		} else if p.Attestation != AttestationTPM && p.Key.In != keyInTPM {
+			f.Key("stamp.nv", "stamp.nv goes with key.in = \"tpm\" and attestation = \"tpm\"")
+		}
+		p.nv = uint32(n)
+	}
 	if p.Stamp.Token && !x509 {
 		f.Key("stamp.token", "stamp.token goes with x509 only")
 	}

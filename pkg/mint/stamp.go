@@ -31,12 +31,39 @@ func (r *run) stamp(ctx context.Context, units []unit) error {
 			}
 		}
 	}
+	for _, u := range minted {
+		if r.Profile.nv == 0 {
+			break
+		}
+		if err := r.stampNV(ctx, u); err != nil {
+			return fmt.Errorf("serial %s: %w", u.row.Serial, err)
+		}
+	}
 	if r.out != nil {
 		if err := r.stampFiles(minted); err != nil {
 			return err
 		}
 	}
 	return r.commit(ctx, minted, ledger.Verified, nil)
+}
+
+// stampNV puts the part of a unit's stamp that every device needs into its TPM's non-volatile memory.
+func (r *run) stampNV(ctx context.Context, u *unit) error {
+	document, err := json.Marshal(struct {
+		IDScope        string `json:"idScope"`
+		GlobalEndpoint string `json:"globalEndpoint"`
+		RegistrationID string `json:"registrationId"`
+	}{r.IDScope, r.GlobalEndpoint, u.row.RegistrationID})
+	if err != nil {
+		return err
+	}
+	return r.withKeys(ctx, u, func(store hsm.Store) error {
+		tpm, ok := store.(stamp.NV)
+		if !ok {
+			return fmt.Errorf("stamping into %s: it has no NV indices: %w", store.URI(), hsm.ErrUnsupported)
+		}
+		return stamp.ToNV(ctx, tpm, r.Profile.nv, document)
+	})
 }
 
 // stampToken puts a unit's stamp into the device's own token. What an earlier run put there is left when it is the same.
