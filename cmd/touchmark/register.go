@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -64,12 +63,20 @@ func (a *app) runRegister(ctx context.Context, o *registerOptions) (err error) {
 	}
 	cfg := device.Config{Stamp: stamp, Endpoint: o.endpoint, Protocol: o.protocol, RootCAs: roots}
 	if stamp.KeyURI != "" {
-		signer, closeStore, err := a.openKeyURI(ctx, stamp.KeyURI, o.stamp)
-		if err != nil {
+		var key hsm.Key
+		var closeStore func() error
+		if key, closeStore, err = a.openKeyURI(ctx, stamp.KeyURI, o.stamp); err != nil {
 			return err
 		}
 		defer func() { err = errors.Join(err, closeStore()) }()
-		cfg.Signer = signer
+		if stamp.Symmetric {
+			cfg.MAC, err = hsm.MACKeyOf(key)
+		} else {
+			cfg.Signer, err = hsm.SigningKeyOf(key)
+		}
+		if err != nil {
+			return err
+		}
 	}
 	state, err := device.Register(ctx, cfg)
 	var refused *device.RefusedError
@@ -103,7 +110,7 @@ func (a *app) runRegister(ctx context.Context, o *registerOptions) (err error) {
 }
 
 // openKeyURI opens the one key that a URI names.
-func (a *app) openKeyURI(ctx context.Context, raw, base string) (crypto.Signer, func() error, error) {
+func (a *app) openKeyURI(ctx context.Context, raw, base string) (hsm.Key, func() error, error) {
 	uri, err := hsm.ParseURI(raw)
 	if err != nil {
 		return nil, nil, err
@@ -112,7 +119,7 @@ func (a *app) openKeyURI(ctx context.Context, raw, base string) (crypto.Signer, 
 	if err != nil {
 		return nil, nil, err
 	}
-	key, err := openSigner(ctx, store, uri.Object)
+	key, err := store.Open(ctx, uri.Object)
 	if err != nil {
 		return nil, nil, errors.Join(err, store.Close())
 	}

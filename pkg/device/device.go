@@ -5,6 +5,7 @@
 package device
 
 import (
+	"context"
 	"crypto"
 	"crypto/hmac"
 	"crypto/sha256"
@@ -36,8 +37,10 @@ type Stamp struct {
 	// PrivateKey is the leaf's key, unless KeyURI says where it is.
 	PrivateKey crypto.Signer
 	KeyURI     string
-	// SymmetricKey is secret; for symmetric keys.
+	// SymmetricKey is secret; for symmetric keys, unless KeyURI says where it is.
 	SymmetricKey []byte
+	// Symmetric: the device attests by a symmetric key.
+	Symmetric bool
 }
 
 const (
@@ -85,6 +88,10 @@ func LoadStamp(dir string) (Stamp, error) {
 	}
 	switch doc.Attestation {
 	case "symmetricKey":
+		s.Symmetric = true
+		if s.KeyURI != "" && doc.SymmetricKey == "" {
+			return s, nil
+		}
 		if s.SymmetricKey, err = base64.StdEncoding.DecodeString(doc.SymmetricKey); err != nil || len(s.SymmetricKey) == 0 {
 			return s, fmt.Errorf("stamp %s: symmetricKey is not base64", dir)
 		}
@@ -147,12 +154,25 @@ func (s *Stamp) certificate(signer crypto.Signer) (tls.Certificate, error) {
 }
 
 // token makes a SAS token that is good for an hour (device API, section 8.1).
-func (s *Stamp) token(now time.Time) string {
+func (s *Stamp) token(ctx context.Context, mac MAC, now time.Time) (string, error) {
 	sr := url.QueryEscape(s.IDScope + "/registrations/" + s.RegistrationID)
 	se := strconv.FormatInt(now.Add(time.Hour).Unix(), 10)
-	h := hmac.New(sha256.New, s.SymmetricKey)
-	io.WriteString(h, sr+"\n"+se)
-	return "SharedAccessSignature sr=" + sr + "&sig=" + url.QueryEscape(base64.StdEncoding.EncodeToString(h.Sum(nil))) + "&se=" + se + "&skn=registration"
+	text := []byte(sr + "\n" + se)
+	var sum []byte
+	switch {
+	case s.SymmetricKey != nil:
+		h := hmac.New(sha256.New, s.SymmetricKey)
+		h.Write(text)
+		sum = h.Sum(nil)
+	case mac == nil:
+		return "", fmt.Errorf("the key of %s is at %s and was not opened", s.RegistrationID, s.KeyURI)
+	default:
+		var err error
+		if sum, err = mac.MAC(ctx, nil, text); err != nil {
+			return "", err
+		}
+	}
+	return "SharedAccessSignature sr=" + sr + "&sig=" + url.QueryEscape(base64.StdEncoding.EncodeToString(sum)) + "&se=" + se + "&skn=registration", nil
 }
 
 // SaveAssignment keeps what a device was assigned beside its stamp: written whole, flushed, renamed over what was there.

@@ -34,10 +34,17 @@ type Config struct {
 	RootCAs *x509.CertPool
 	// Signer is the leaf's key where it is not in the stamp.
 	Signer crypto.Signer
+	// MAC is the symmetric key where it is not in the stamp.
+	MAC MAC
 	// Now tells the time; nil means time.Now.
 	Now func() time.Time
 	// Payload goes to the service with the request, as JSON.
 	Payload json.RawMessage
+}
+
+// A MAC computes HMAC-SHA256, as hsm.MACKey does.
+type MAC interface {
+	MAC(ctx context.Context, dst, data []byte) ([]byte, error)
 }
 
 // RefusedError is the service saying no. Registering again without a change will not help.
@@ -137,8 +144,10 @@ func registerOnce(ctx context.Context, cfg Config) (*dps.RegistrationState, erro
 	}
 	tc := &tls.Config{ServerName: host, RootCAs: cfg.RootCAs, MinVersion: tls.VersionTLS12, Time: cfg.Now}
 	token := ""
-	if cfg.Stamp.SymmetricKey != nil {
-		token = cfg.Stamp.token(cfg.Now())
+	if cfg.Stamp.Symmetric {
+		if token, err = cfg.Stamp.token(ctx, cfg.MAC, cfg.Now()); err != nil {
+			return nil, err
+		}
 	} else {
 		cert, err := cfg.Stamp.certificate(cfg.Signer)
 		if err != nil {

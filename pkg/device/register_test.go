@@ -16,6 +16,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/hsm/hsmtest"
+	"github.com/touchmark/touchmark/hsm/pkcs11"
 	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/attest/attesttest"
 	"github.com/touchmark/touchmark/pkg/device"
@@ -211,5 +214,38 @@ func TestSaveAssignment(t *testing.T) {
 	}
 	if left, _ := os.ReadDir(dir); len(left) != 1 {
 		t.Errorf("%v", left)
+	}
+}
+
+// The SAS token is made by a key that stays in a token: the stamp names it and does not hold it.
+func TestSymmetricKeyInToken(t *testing.T) {
+	s := newService(t, "hub-a.example.net")
+	store, err := pkcs11.Open(t.Context(), pkcs11.Config{URI: hsmtest.SoftHSM(t, "device"), PIN: func(context.Context) (hsm.Secret, error) { return hsm.Secret(hsmtest.PIN), nil }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	key, err := store.Import(t.Context(), hsm.Spec{Name: "own", Algorithm: hsm.HMACSHA256}, s.OwnKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mac, err := hsm.MACKeyOf(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stamp, err := device.LoadStamp(writeStamp(t, map[string]string{"idScope": registrationtest.Scope, "globalEndpoint": registrationtest.Host, "registrationId": "own-key",
+		"attestation": "symmetricKey", "keyUri": key.URI()}, nil))
+	if err != nil || stamp.SymmetricKey != nil {
+		t.Fatalf("%+v, %v", stamp, err)
+	}
+	for _, protocol := range []string{"https", "mqtt"} {
+		cfg := s.config(protocol, stamp)
+		if _, err := device.Register(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "was not opened") {
+			t.Errorf("%s without the key: %v", protocol, err)
+		}
+		cfg.MAC = mac
+		if st, err := device.Register(t.Context(), cfg); err != nil || st.Status != dps.Assigned {
+			t.Errorf("%s: %+v, %v", protocol, st, err)
+		}
 	}
 }
