@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 )
 
 // Errors that callers branch on. Backends wrap them, and keep the vendor's answer beside them.
@@ -50,15 +51,22 @@ type Algorithm string
 const (
 	ECP256     Algorithm = "EC-P256"
 	ECP384     Algorithm = "EC-P384"
+	ECP521     Algorithm = "EC-P521"
 	RSA2048    Algorithm = "RSA-2048"
 	RSA3072    Algorithm = "RSA-3072"
 	RSA4096    Algorithm = "RSA-4096"
 	Ed25519    Algorithm = "Ed25519"
 	HMACSHA256 Algorithm = "HMAC-SHA256"
+	AES256     Algorithm = "AES-256"
 )
 
 // Algorithms lists every algorithm in the order in which help texts show them.
-var Algorithms = []Algorithm{ECP256, ECP384, RSA2048, RSA3072, RSA4096, Ed25519, HMACSHA256}
+var Algorithms = []Algorithm{ECP256, ECP384, ECP521, RSA2048, RSA3072, RSA4096, Ed25519, HMACSHA256, AES256}
+
+// KeyPairs lists the algorithms of key pairs, which are those that certificates are for.
+func KeyPairs() []Algorithm {
+	return slices.DeleteFunc(slices.Clone(Algorithms), func(a Algorithm) bool { return a == HMACSHA256 || a == AES256 })
+}
 
 // ParseAlgorithm returns the algorithm of that exact name.
 func ParseAlgorithm(s string) (Algorithm, error) {
@@ -73,11 +81,12 @@ func ParseAlgorithm(s string) (Algorithm, error) {
 // A Usage is the one thing that a key does. One key, one usage.
 type Usage string
 
-// The usages. The zero value means the natural one: Sign for key pairs, MAC for HMAC keys.
+// The usages. The zero value means the natural one: Sign for key pairs, MAC for HMAC keys, Wrap for AES keys.
 const (
 	Sign  Usage = "sign"
 	MAC   Usage = "mac"
 	Agree Usage = "agree"
+	Wrap  Usage = "wrap"
 )
 
 // A Spec says what key to make.
@@ -86,7 +95,7 @@ type Spec struct {
 	Name string
 	// Algorithm is required.
 	Algorithm Algorithm
-	// Usage is Sign, MAC or Agree; empty means the algorithm's natural one. Agree goes with ECP256 alone.
+	// Usage is Sign, MAC, Agree or Wrap; empty means the algorithm's natural one. Agree goes with ECP256 alone.
 	Usage Usage
 	// Extractable lets the private half be wrapped out of the store later. The default is that it never can.
 	Extractable bool
@@ -104,8 +113,11 @@ func (s Spec) Resolved() (Spec, error) {
 		return s, err
 	}
 	natural := Sign
-	if s.Algorithm == HMACSHA256 {
+	switch s.Algorithm {
+	case HMACSHA256:
 		natural = MAC
+	case AES256:
+		natural = Wrap
 	}
 	if s.Usage == "" {
 		s.Usage = natural
@@ -188,8 +200,8 @@ type Store interface {
 	// Generate makes a key. Once it has returned the key survives a crash (unless it is ephemeral). The error is
 	// ErrExists when the name is taken, ErrFull when there is no room.
 	Generate(ctx context.Context, spec Spec) (Key, error)
-	// Import puts a secret that was made elsewhere into the store: for HMACSHA256 the octets of the key (16 to 64),
-	// for the others a PKCS #8 document. The caller wipes the secret afterwards. Errors as for Generate.
+	// Import puts a secret that was made elsewhere into the store: for HMACSHA256 the octets of the key (16 to 64), for
+	// AES256 its 32 octets, for the others a PKCS #8 document. The caller wipes the secret afterwards. Errors as for Generate.
 	Import(ctx context.Context, spec Spec, secret Secret) (Key, error)
 	// Open finds a key by name. It may search, so it is for start-up and recovery: never once per device.
 	Open(ctx context.Context, name string) (Key, error)
@@ -203,6 +215,40 @@ type Store interface {
 type Lister interface {
 	// List returns the keys whose name begins with prefix, sorted by name.
 	List(ctx context.Context, prefix string) ([]Key, error)
+}
+
+// WrappedFormat is how WrappedKey.Wrapped is encrypted: AES key wrap with padding (RFC 5649), of the PKCS #8 document of a key
+// pair and of the octets of an HMAC key.
+const WrappedFormat = "AES-KWP"
+
+// A WrappedKey is a key on its way from one token to another, encrypted under a key that both have. It holds no secret in
+// the clear. Its JSON form is what touchmark key wrap writes.
+type WrappedKey struct {
+	// Format is WrappedFormat.
+	Format string `json:"format"`
+	// Name, Algorithm and Usage are those of the key in the store that it came from.
+	Name      string    `json:"name"`
+	Algorithm Algorithm `json:"algorithm"`
+	Usage     Usage     `json:"usage"`
+	// Public is the SubjectPublicKeyInfo of a key pair: a token gives back a private key alone.
+	Public []byte `json:"public,omitempty"`
+	// Wrapped is the encrypted key.
+	Wrapped []byte `json:"wrapped"`
+}
+
+// A Wrapper can let a key out, encrypted.
+type Wrapper interface {
+	// WrapKey encrypts a key of the store under another key of it, of usage Wrap. Only a key that was made Extractable can
+	// be wrapped: for others the error is ErrUnsupported, as it is for a store without the mechanism.
+	WrapKey(ctx context.Context, wrapping, key Key) (WrappedKey, error)
+}
+
+// An Unwrapper can take in a key that a Wrapper let out.
+type Unwrapper interface {
+	// UnwrapKey decrypts a key inside the store and keeps it under spec's name. Algorithm and Usage of the spec may be empty;
+	// else they must be those of the wrapped key. The key is not extractable unless the spec says so, and never Local. A
+	// key pair whose halves do not belong together is refused. Errors as for Generate.
+	UnwrapKey(ctx context.Context, wrapping Key, spec Spec, wrapped WrappedKey) (Key, error)
 }
 
 // A Secret is key material in memory. It prints, logs and marshals as [redacted].

@@ -28,6 +28,9 @@ const (
 //
 //	pkcs11:token=line-3;object=station?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:/run/secrets/pin
 //
+// A module-path of "p11-kit:" and a path has that module loaded in a process of its own, which may crash or hang without
+// harm. x-init-reserved holds parameters for modules that want some, as NSS does.
+//
 // "file:" URIs name a directory of encrypted key files:
 //
 //	file:keys?object=station&pin-source=file:/run/secrets/passphrase
@@ -52,8 +55,11 @@ type URI struct {
 	Object string
 	// ID is the key's CKA_ID.
 	ID []byte
-	// ModulePath is the PKCS#11 module to load.
+	// ModulePath is the PKCS#11 module to load. Behind "p11-kit:" it is loaded in a process of its own.
 	ModulePath string
+	// InitArgs goes to the module when it is initialized, in CK_C_INITIALIZE_ARGS.pReserved: NSS wants its parameters there.
+	// In a URI it is x-init-reserved, as p11-kit calls it.
+	InitArgs string
 	// Device is where a TPM answers: /dev/…, unix:PATH, tcp:HOST:PORT or mssim:HOST:PORT; empty means /dev/tpmrm0.
 	Device string
 	// Keys is the directory of a TPM's key blobs, as written.
@@ -275,6 +281,8 @@ func (u *URI) parseQuery(query string) error {
 			u.pin = Secret(value)
 		case name == "module-path" && u.Scheme == SchemePKCS11:
 			u.ModulePath = value
+		case name == "x-init-reserved" && u.Scheme == SchemePKCS11:
+			u.InitArgs = value
 		case name == "module-name" && u.Scheme == SchemePKCS11:
 			return errors.New("attribute module-name is not taken: name the module by module-path")
 		case name == "object" && u.Scheme == SchemeFile:
@@ -347,6 +355,7 @@ func (u URI) String() string {
 		}
 	}
 	add(&query, "module-path", u.ModulePath, "/:")
+	add(&query, "x-init-reserved", u.InitArgs, "/:=',")
 	add(&query, "device", u.Device, "/:")
 	add(&query, "keys", u.Keys, "/:")
 	add(&query, "pin-source", u.PINSource, "/:")
@@ -387,15 +396,12 @@ type PINConfig struct {
 // maxPIN bounds a PIN or passphrase, in octets.
 const maxPIN = 1024
 
-// ResolvePIN returns the PIN of a token, the authorization value of a TPM's keys, or the passphrase of a key-file store: from pin-source, else the environment
-// (TOUCHMARK_PIN_FILE, TOUCHMARK_PIN; TOUCHMARK_PASSPHRASE_FILE, TOUCHMARK_PASSPHRASE), else a prompt.
+// ResolvePIN returns the PIN of a token, the authorization value of a TPM's keys, or the passphrase of a key-file store: from
+// pin-source, else the environment (TOUCHMARK_PIN_FILE, TOUCHMARK_PIN; TOUCHMARK_PASSPHRASE_FILE, TOUCHMARK_PASSPHRASE), else a
+// prompt. The error is ErrNoPIN when there is none of these.
 func (u URI) ResolvePIN(ctx context.Context, cfg PINConfig) (Secret, error) {
 	if u.pin != nil {
 		return Secret(bytes.Clone(u.pin)), nil
-	}
-	env := cfg.Env
-	if env == nil {
-		env = os.LookupEnv
 	}
 	name, what := "TOUCHMARK_PIN", fmt.Sprintf("user PIN of token %q", u.Token)
 	if u.Scheme == SchemeFile {
@@ -404,8 +410,22 @@ func (u URI) ResolvePIN(ctx context.Context, cfg PINConfig) (Secret, error) {
 	if u.Scheme == SchemeTPM {
 		what = "authorization value of the TPM key"
 	}
-	if u.PINSource != "" {
-		path := strings.TrimPrefix(strings.TrimPrefix(u.PINSource, "file:"), "//")
+	return cfg.resolve(ctx, u.PINSource, name, what, "pin-source in the key URI")
+}
+
+// ResolveSOPIN returns the PIN of a token's security officer: from a file, with or without "file:", else the environment
+// (TOUCHMARK_SO_PIN_FILE, TOUCHMARK_SO_PIN), else a prompt. The error is ErrNoPIN when there is none of these.
+func (u URI) ResolveSOPIN(ctx context.Context, source string, cfg PINConfig) (Secret, error) {
+	return cfg.resolve(ctx, source, "TOUCHMARK_SO_PIN", fmt.Sprintf("SO PIN of token %q", u.Token), "--so-pin-source")
+}
+
+func (cfg *PINConfig) resolve(ctx context.Context, source, name, what, where string) (Secret, error) {
+	env := cfg.Env
+	if env == nil {
+		env = os.LookupEnv
+	}
+	if source != "" {
+		path := strings.TrimPrefix(strings.TrimPrefix(source, "file:"), "//")
 		if !filepath.IsAbs(path) {
 			path = filepath.Join(cfg.Base, path)
 		}
@@ -418,11 +438,14 @@ func (u URI) ResolvePIN(ctx context.Context, cfg PINConfig) (Secret, error) {
 		return Secret(pin), nil
 	}
 	if cfg.Prompt == nil {
-		return nil, fmt.Errorf("%w the %s: name a file with pin-source in the key URI, or in %s_FILE", ErrNoPIN, what, name)
+		return nil, fmt.Errorf("%w the %s: name a file with %s, or in %s_FILE", ErrNoPIN, what, where, name)
 	}
 	pin, err := cfg.Prompt(ctx, what)
+	if err == nil && len(pin) == 0 {
+		err = errors.New("no PIN given")
+	}
 	if err != nil {
-		return nil, fmt.Errorf("%w: name a file with pin-source in the key URI, or in %s_FILE", err, name)
+		return nil, fmt.Errorf("%w: name a file with %s, or in %s_FILE", err, where, name)
 	}
 	return pin, nil
 }

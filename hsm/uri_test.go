@@ -23,6 +23,9 @@ func TestParseURI(t *testing.T) {
 	if again, err := hsm.ParseURI(u.String()); err != nil || again.String() != u.String() {
 		t.Errorf("%s reads as %s, %v", u, again, err)
 	}
+	if u, err := hsm.ParseURI("pkcs11:token=NSS?module-path=p11-kit:/m.so&x-init-reserved=configdir='sql:/db'%20flags="); err != nil || u.InitArgs != "configdir='sql:/db' flags=" || u.ModulePath != "p11-kit:/m.so" {
+		t.Errorf("%+v, %v", u, err)
+	}
 	for uri, want := range map[string]string{
 		"keys":                                "no scheme",
 		"https://x":                           "not known",
@@ -178,6 +181,7 @@ func TestSpec(t *testing.T) {
 
 func FuzzParseURI(f *testing.F) {
 	f.Add("pkcs11:token=line%203;object=k;id=%01?module-path=/m.so&pin-source=file:pin")
+	f.Add("pkcs11:token=a?module-path=p11-kit:/m.so&x-init-reserved=configdir='/db'%20flags=")
 	f.Add("file:keys?object=a")
 	f.Add("pkcs11:token=a?pin-value=1")
 	f.Add("file:////var//keys")

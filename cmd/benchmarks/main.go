@@ -70,6 +70,7 @@ func main() {
 		{"mint-x509", func() { b.mintX509("mint-x509", temp) }}, {"mint-x509-disk", func() { b.mintX509("mint-x509-disk", disk) }},
 		{"mint-x509-token", b.mintX509Token},
 		{"derive", func() { b.derive("derive", temp) }}, {"derive-disk", func() { b.derive("derive-disk", disk) }}, {"derive-token", b.deriveToken},
+		{"token-sign", b.tokenSign}, {"token-hmac", b.tokenHMAC}, {"token-keygen", b.tokenKeygen}, {"token-crowded", b.tokenCrowded},
 		{"register-https", func() { b.register("https") }}, {"register-mqtt", func() { b.register("mqtt") }}, {"import", b.importBundle},
 	} {
 		if strings.Contains(x.name, *only) {

@@ -4,6 +4,10 @@ package main
 
 import (
 	"context"
+	"crypto"
+	"crypto/rand"
+	"crypto/sha256"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -69,8 +73,88 @@ func newBareToken(label string) *bareToken {
 
 func (b *bareToken) close() {}
 
+// tokenSign: the key's Sign against C_SignInit and C_Sign.
+func (b *bench) tokenSign() {
+	store := newToken()
+	defer store.Close()
+	key := must(hsm.SigningKeyOf(must(store.Generate(context.Background(), hsm.Spec{Name: "signer", Algorithm: hsm.ECP256}))))
+	bare := newBareToken("signer")
+	digest := sha256.Sum256([]byte("certificate"))
+	n := 5000 * b.scale
+	b.compare("token-sign", "signatures/s", func() float64 {
+		return rate(n, func() { must(key.Sign(rand.Reader, digest[:], crypto.SHA256)) })
+	}, func() float64 { return bare.rate(n, func(sign func([]byte)) { sign(digest[:]) }) })
+}
+
+// tokenHMAC: the key's MAC against the same.
+func (b *bench) tokenHMAC() {
+	store := newToken()
+	defer store.Close()
+	importGroupKey(store)
+	key := must(hsm.MACKeyOf(must(store.Open(context.Background(), "group-key"))))
+	bare := newBareToken("group-key")
+	n := 20000 * b.scale
+	b.compare("token-hmac", "HMACs/s", func() float64 {
+		return rate(n, func() { must(key.MAC(context.Background(), nil, []byte("sn00000001"))) })
+	}, func() float64 { return bare.rate(n, func(sign func([]byte)) { sign([]byte("sn00000001")) }) })
+}
+
+// tokenKeygen: throw-away key pairs against C_GenerateKeyPair with the same templates and reading the public point, which
+// nobody can do without.
+func (b *bench) tokenKeygen() {
+	store := newToken()
+	defer store.Close()
+	must(store.Generate(context.Background(), hsm.Spec{Name: "signer", Algorithm: hsm.ECP256}))
+	bare := newBareToken("signer")
+	n := 500 * b.scale
+	b.compare("token-keygen", "key pairs/s", func() float64 {
+		return rate(n, func() {
+			must(store.Generate(context.Background(), hsm.Spec{Name: "throw-away", Algorithm: hsm.ECP256, Ephemeral: true}))
+		})
+	}, func() float64 {
+		id := make([]byte, 16)
+		public := []*bare11.Attribute{bare11.NewAttribute(bare11.CKA_TOKEN, false), bare11.NewAttribute(bare11.CKA_VERIFY, true), bare11.NewAttribute(bare11.CKA_LABEL, "throw-away"),
+			bare11.NewAttribute(bare11.CKA_ID, id), bare11.NewAttribute(bare11.CKA_EC_PARAMS, []byte{0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07})}
+		private := []*bare11.Attribute{bare11.NewAttribute(bare11.CKA_TOKEN, false), bare11.NewAttribute(bare11.CKA_PRIVATE, true), bare11.NewAttribute(bare11.CKA_SENSITIVE, true),
+			bare11.NewAttribute(bare11.CKA_EXTRACTABLE, false), bare11.NewAttribute(bare11.CKA_SIGN, true), bare11.NewAttribute(bare11.CKA_LABEL, "throw-away"), bare11.NewAttribute(bare11.CKA_ID, id)}
+		mech := []*bare11.Mechanism{bare11.NewMechanism(bare11.CKM_EC_KEY_PAIR_GEN, nil)}
+		return bare.sessions(n, func(h bare11.SessionHandle) {
+			pub, _, err := bare.ctx.GenerateKeyPair(h, mech, public, private)
+			check(err)
+			must(bare.ctx.GetAttributeValue(h, pub, []*bare11.Attribute{bare11.NewAttribute(bare11.CKA_EC_POINT, nil)}))
+		})
+	})
+}
+
+// tokenCrowded: a device minted with its CA on a token of 10,000 objects, against the same on a token of 10.
+func (b *bench) tokenCrowded() {
+	n := 1000 * b.scale
+	run := func(objects int) func() float64 {
+		return func() float64 {
+			store := newToken()
+			f := newFactory(store, temp)
+			defer f.close()
+			for i := range objects / 2 { // a key pair is two
+				must(store.Generate(context.Background(), hsm.Spec{Name: fmt.Sprintf("crowd-%d", i), Algorithm: hsm.ECP256}))
+			}
+			return f.mintRun("x509-group", n, true)
+		}
+	}
+	b.compare("token-crowded", "devices/s", run(1000*b.scale), run(10))
+}
+
 // rate runs f n times on all cores, each with a session of its own.
 func (b *bareToken) rate(n int, f func(sign func([]byte))) float64 {
+	return b.sessions(n, func(h bare11.SessionHandle) {
+		f(func(data []byte) {
+			check(b.ctx.SignInit(h, b.mech, b.key))
+			must(b.ctx.Sign(h, data))
+		})
+	})
+}
+
+// sessions runs f n times on all cores, each with a session of its own.
+func (b *bareToken) sessions(n int, f func(bare11.SessionHandle)) float64 {
 	var done atomic.Int64
 	var wg sync.WaitGroup
 	start := time.Now()
@@ -78,10 +162,7 @@ func (b *bareToken) rate(n int, f func(sign func([]byte))) float64 {
 		wg.Go(func() {
 			h := must(b.ctx.OpenSession(b.slot, bare11.CKF_SERIAL_SESSION))
 			for done.Add(1) <= int64(n) {
-				f(func(data []byte) {
-					check(b.ctx.SignInit(h, b.mech, b.key))
-					must(b.ctx.Sign(h, data))
-				})
+				f(h)
 			}
 			check(b.ctx.CloseSession(h))
 		})

@@ -8,10 +8,11 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/touchmark/touchmark/pkg/bundle"
+	"github.com/touchmark/touchmark/pkg/evidence"
 )
 
 func newBundle(a *app) *cobra.Command {
-	var trustShow, trustVerify, trustEntries string
+	var trustShow, trustVerify, trustEntries, residency string
 	trust := func(c *cobra.Command, dst *string) {
 		c.Flags().StringVar(dst, "trust", "", "PEM file with the public key of the station that signed")
 	}
@@ -24,10 +25,11 @@ func newBundle(a *app) *cobra.Command {
 	trust(show, &trustShow)
 	verify := &cobra.Command{
 		Use: "verify FILE --trust PEM", Short: "Verify a bundle to its last byte", Args: cobra.ExactArgs(1),
-		Example: "  touchmark bundle verify monday.tmb --trust line-3/station.pem",
-		RunE:    func(_ *cobra.Command, args []string) error { return a.runBundleVerify(args[0], trustVerify) },
+		Example: "  touchmark bundle verify monday.tmb --trust line-3/station.pem\n  touchmark bundle verify monday.tmb --trust line-3/station.pem --require-residency token",
+		RunE:    func(_ *cobra.Command, args []string) error { return a.runBundleVerify(args[0], trustVerify, residency) },
 	}
 	trust(verify, &trustVerify)
+	residencyFlag(verify, &residency)
 	entries := &cobra.Command{
 		Use: "entries FILE --trust PEM", Short: "Print the entries of a bundle, as JSON, one per line", Args: cobra.ExactArgs(1),
 		Long:    "entries prints each entry once the part of the bundle that holds it is verified. Sealed secrets stay sealed.",
@@ -36,6 +38,23 @@ func newBundle(a *app) *cobra.Command {
 	}
 	trust(entries, &trustEntries)
 	return parent("bundle", "Look into bundles, and verify them", show, verify, entries)
+}
+
+// residencyFlag adds --require-residency to a command.
+func residencyFlag(c *cobra.Command, dst *string) {
+	c.Flags().StringVar(dst, "require-residency", "", fmt.Sprintf("refuse devices whose key is not shown to live there: one of %v", evidence.Residencies))
+	_ = c.RegisterFlagCompletionFunc("require-residency", cobra.FixedCompletions([]string{string(evidence.Token), string(evidence.TPM)}, cobra.ShellCompDirectiveNoFileComp))
+}
+
+func parseResidency(s string) (evidence.Residency, error) {
+	if s == "" {
+		return "", nil
+	}
+	r, err := evidence.ParseResidency(s)
+	if err != nil {
+		return "", usageError{fmt.Errorf("--require-residency: %w", err)}
+	}
+	return r, nil
 }
 
 func openConfig(trust string) (bundle.OpenConfig, error) {
@@ -86,6 +105,7 @@ func (a *app) runBundleShow(path, trust string) error {
 		{"Enrollment groups", fmt.Sprint(m.Counts.Group)},
 		{"Group devices", fmt.Sprint(m.Counts.Device)},
 		{"Sealed secrets", fmt.Sprint(m.Counts.Sealed)},
+		{"With evidence", fmt.Sprint(m.Counts.Evidence)},
 	}
 	var keys []string
 	for k := range m.Info {
@@ -98,9 +118,12 @@ func (a *app) runBundleShow(path, trust string) error {
 	return a.table(nil, rows)
 }
 
-func (a *app) runBundleVerify(path, trust string) error {
+func (a *app) runBundleVerify(path, trust, residency string) error {
 	cfg, err := openConfig(trust)
 	if err != nil {
+		return err
+	}
+	if cfg.RequireResidency, err = parseResidency(residency); err != nil {
 		return err
 	}
 	f, err := openFile(path)
@@ -120,6 +143,7 @@ func (a *app) runBundleVerify(path, trust string) error {
 		{"  ID", sum.ID},
 		{"  ID scope", sum.IDScope},
 		{"  entries", fmt.Sprint(sum.Entries)},
+		{"  with evidence", fmt.Sprint(sum.Counts.Evidence)},
 	})
 }
 

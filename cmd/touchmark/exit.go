@@ -10,14 +10,17 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/hsm/pkcs11"
 	"github.com/touchmark/touchmark/hsm/tpm"
 	"github.com/touchmark/touchmark/hsm/tpm/residency"
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/device"
+	"github.com/touchmark/touchmark/pkg/evidence"
 	"github.com/touchmark/touchmark/pkg/filelock"
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/mint"
 	"github.com/touchmark/touchmark/pkg/settings"
+	"github.com/touchmark/touchmark/pkg/signed"
 	"github.com/touchmark/touchmark/pkg/stamp"
 )
 
@@ -56,6 +59,8 @@ var environmentTopic = &cobra.Command{
   TOUCHMARK_PASSPHRASE_FILE  file that holds the passphrase of a key-file store
   TOUCHMARK_PASSPHRASE       the passphrase itself
   TOUCHMARK_PKCS11_MODULE    PKCS#11 module to load where a key URI names none
+  TOUCHMARK_PKCS11_TIMEOUT   how long a PKCS#11 module in a process of its own (module-path=p11-kit:…) may be
+                             silent before that process is killed and started again; 60s if unset
   TOUCHMARK_LINE             the line's directory, instead of --line
   TOUCHMARK_TPM              key URI of the TPM, instead of --tpm
   TOUCHMARK_TPM_OWNER_AUTH_FILE, TOUCHMARK_TPM_ENDORSEMENT_AUTH_FILE, TOUCHMARK_TPM_LOCKOUT_AUTH_FILE
@@ -170,8 +175,13 @@ func classify(ctx context.Context, err error) (code int, help string) {
 		return exitRefused, help
 	case errors.As(err, &refused), errors.As(err, &denied):
 		return exitRefused, help
-	case errors.Is(err, bundle.ErrUntrusted):
+	case errors.Is(err, signed.ErrUntrusted):
 		suggest("name the station's public key with --trust station.pem, if it is one that you trust")
+		return exitUnverified, help
+	case errors.Is(err, evidence.ErrResidency):
+		suggest("mint with a profile whose keys are made in a token or TPM, or take the bundle without --require-residency")
+		return exitUnverified, help
+	case errors.Is(err, signed.ErrCorrupt):
 		return exitUnverified, help
 	case errors.Is(err, ledger.ErrStation):
 		suggest("name the public key of the station that keeps this ledger with --trust")
@@ -184,6 +194,9 @@ func classify(ctx context.Context, err error) (code int, help string) {
 		suggest("another touchmark is at work there: wait for it, or stop it")
 	case errors.Is(err, hsm.ErrFull) && !errors.As(err, &answer):
 		suggest("the token has no room for more keys: delete some, or make device keys in memory")
+	}
+	if _, try, ok := pkcs11.Explain(err); ok {
+		suggest(try)
 	}
 	return exitFailed, help
 }

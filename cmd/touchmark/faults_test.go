@@ -75,7 +75,7 @@ attestation = "x509"
 enrollment = "group"
 group = "token-devices"
 [key]
-made = "token"
+in = "token"
 `
 
 // newTokenLine makes a line whose keys are in a fresh SoftHSM token.

@@ -15,11 +15,14 @@ import (
 
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/evidence"
 	"github.com/touchmark/touchmark/pkg/registration"
+	"github.com/touchmark/touchmark/pkg/signed"
 )
 
 type importOptions struct {
 	bundle, service, trust, ca string
+	residency                  string
 	dryRun                     bool
 }
 
@@ -43,6 +46,7 @@ content are conflicts: they are counted and named, and nothing is overwritten. I
 	f.StringVar(&o.service, "service", "", "file with the service's connection string (required)")
 	f.StringVar(&o.trust, "trust", "", "PEM file with the public key of the station that signed (default: what the service trusts)")
 	f.StringVar(&o.ca, "ca", "", "PEM file with the CA of the service's certificate (default: ca.pem beside --service, else the system's)")
+	residencyFlag(c, &o.residency)
 	f.BoolVar(&o.dryRun, "dry-run", false, "count what would happen, and change nothing")
 	_ = c.MarkFlagRequired("service")
 	return c
@@ -65,12 +69,19 @@ func (a *app) runImport(ctx context.Context, o *importOptions) error {
 		return importError(err)
 	}
 	header := http.Header{"Content-Type": {"application/x-tar"}}
+	residency, err := parseResidency(o.residency)
+	if err != nil {
+		return err
+	}
+	if residency != "" {
+		header.Set("Touchmark-Residency", string(residency))
+	}
 	if o.trust != "" {
 		pub, err := readPublicKey(o.trust)
 		if err != nil {
 			return err
 		}
-		sum, err := bundle.Verify(f, bundle.OpenConfig{Trusted: []crypto.PublicKey{pub}})
+		sum, err := bundle.Verify(f, bundle.OpenConfig{Trusted: []crypto.PublicKey{pub}, RequireResidency: residency})
 		if err != nil {
 			return fmt.Errorf("verifying %s: %w", o.bundle, err)
 		}
@@ -119,7 +130,9 @@ func importError(err error) error {
 	case se.code.Status() == http.StatusUnauthorized:
 		return hint(refusedError{err}, "the connection string is not this service's, or not any more: take the one in owner.connection of its data directory")
 	case se.code == dps.CodeBundleUntrusted:
-		return fmt.Errorf("%w: %w", bundle.ErrUntrusted, err)
+		return fmt.Errorf("%w: %w", signed.ErrUntrusted, err)
+	case se.code == dps.CodeBundleResidency:
+		return fmt.Errorf("%w: %w", evidence.ErrResidency, err)
 	case se.code == dps.CodeBundleCorrupt:
 		return fmt.Errorf("%w: %w", bundle.ErrCorrupt, err)
 	}

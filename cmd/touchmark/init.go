@@ -137,17 +137,25 @@ func (a *app) runInit(ctx context.Context, o *initOptions) (err error) {
 	if err := a.makeAuthorities(made, make, o.subject); err != nil {
 		return err
 	}
+	recipient := ""
 	k, err := make(made.Keys.Recipient, hsm.Agree)
-	if err != nil {
+	switch {
+	case errors.Is(err, hsm.ErrUnsupported):
+		a.note("the line has no recipient key, so group keys cannot be brought in: %v", err)
+		made.Keys.Recipient = ""
+	case err != nil:
 		return err
-	}
-	agreement, err := hsm.AgreementKeyOf(k)
-	if err != nil {
-		return err
-	}
-	recipient, err := sealing.Recipient(agreement)
-	if err != nil {
-		return err
+	default:
+		agreement, err := hsm.AgreementKeyOf(k)
+		if err != nil {
+			return err
+		}
+		if recipient, err = sealing.Recipient(agreement); err != nil {
+			return err
+		}
+		if err := writeFile(made.path(recipientFile), []byte(recipient+"\n"), 0o644, false); err != nil {
+			return err
+		}
 	}
 	if k, err = make(made.Keys.Station, ""); err != nil {
 		return err
@@ -165,8 +173,8 @@ func (a *app) runInit(ctx context.Context, o *initOptions) (err error) {
 		return err
 	}
 	for name, content := range map[string][]byte{
-		stationFile: pub, recipientFile: []byte(recipient + "\n"),
-		lineFile: append([]byte("# A touchmark line. Relative paths count from this file's directory.\n\n"), config...),
+		stationFile: pub,
+		lineFile:    append([]byte("# A touchmark line. Relative paths count from this file's directory.\n\n"), config...),
 	} {
 		if err := writeFile(made.path(name), content, 0o644, false); err != nil {
 			return err
@@ -203,11 +211,11 @@ func (a *app) runInit(ctx context.Context, o *initOptions) (err error) {
 		return a.printJSON(map[string]any{"line": dir, "idScope": o.idScope, "station": filepath.Join(dir, stationFile), "recipient": recipient})
 	}
 	fmt.Fprintf(a.out, "Made line %s in %s\n\n", o.name, dir)
-	return a.table(nil, [][]string{
-		{"  station key", filepath.Join(dir, stationFile), "give it to whoever imports bundles"},
-		{"  recipient", recipient, "files for this line are sealed to it"},
-		{"  profiles", filepath.Join(dir, profilesDir), "what products look like"},
-	})
+	rows := [][]string{{"  station key", filepath.Join(dir, stationFile), "give it to whoever imports bundles"}}
+	if recipient != "" {
+		rows = append(rows, []string{"  recipient", recipient, "files for this line are sealed to it"})
+	}
+	return a.table(nil, append(rows, []string{"  profiles", filepath.Join(dir, profilesDir), "what products look like"}))
 }
 
 // createKeyFiles makes the folder of a key-file store, asking twice where it asks.
@@ -219,21 +227,12 @@ func (a *app) createKeyFiles(ctx context.Context, uri hsm.URI, base string) erro
 	asked := false
 	pass, err := uri.ResolvePIN(ctx, hsm.PINConfig{Base: base, Env: a.env, Prompt: func(ctx context.Context, what string) (hsm.Secret, error) {
 		asked = true
-		return a.askSecret(ctx, "new "+what)
+		return a.askNew(ctx, what)
 	}})
 	if err != nil {
 		return err
 	}
 	defer pass.Wipe()
-	if asked {
-		again, err := a.askSecret(ctx, "same again")
-		if err != nil {
-			return err
-		}
-		if string(again) != string(pass) {
-			return refusedError{errors.New("the two passphrases differ")}
-		}
-	}
 	if len(pass) == 0 {
 		return refusedError{errors.New("the passphrase is empty")}
 	}

@@ -28,6 +28,7 @@ type keyOptions struct {
 	name, algorithm string
 	in              string
 	yes             bool
+	extractable     bool
 }
 
 // storeFlags adds the ways to say which key store a command works on.
@@ -52,6 +53,7 @@ func newKey(a *app) *cobra.Command {
 	storeFlags(newCmd, mk)
 	newCmd.Flags().StringVar(&mk.name, "name", "", "the key's name (required)")
 	newCmd.Flags().StringVar(&mk.algorithm, "algorithm", string(hsm.ECP256), fmt.Sprintf("one of %v", hsm.Algorithms))
+	newCmd.Flags().BoolVar(&mk.extractable, "extractable", false, "let the key be wrapped out of the store later (touchmark key wrap); without it, it never can")
 	_ = newCmd.MarkFlagRequired("name")
 	_ = newCmd.RegisterFlagCompletionFunc("algorithm", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 		var names []string
@@ -81,7 +83,7 @@ line's store, where it cannot be read again. The key is in memory for that momen
 	deleteCmd.Flags().StringVar(&del.name, "name", "", "the key's name (required)")
 	deleteCmd.Flags().BoolVar(&del.yes, "yes", false, "do not ask")
 	_ = deleteCmd.MarkFlagRequired("name")
-	return parent("key", "Keys that stay where they were made", listCmd, newCmd, importCmd, deleteCmd)
+	return parent("key", "Keys that stay where they were made", append(append(a.keyUses(), a.evidenceCommands()...), listCmd, newCmd, importCmd, deleteCmd, newKeyWrap(a), newKeyUnwrap(a))...)
 }
 
 // withStore opens the store that the options name, and closes it after f.
@@ -193,7 +195,7 @@ func (a *app) runKeyNew(ctx context.Context, o *keyOptions) error {
 		return usageError{err}
 	}
 	return a.withStore(ctx, o, func(store hsm.Store, _ *line) error {
-		k, err := store.Generate(ctx, hsm.Spec{Name: o.name, Algorithm: alg})
+		k, err := store.Generate(ctx, hsm.Spec{Name: o.name, Algorithm: alg, Extractable: o.extractable})
 		if err != nil {
 			return err
 		}
@@ -246,6 +248,9 @@ func (a *app) runKeyImport(ctx context.Context, o *keyOptions) error {
 		return err
 	}
 	return a.withStore(ctx, o, func(store hsm.Store, l *line) error {
+		if l.Keys.Recipient == "" {
+			return hint(fmt.Errorf("line %s has no recipient key: %w", l.Name, hsm.ErrUnsupported), "its token cannot agree on secrets (touchmark token show), so nothing can be sealed to it")
+		}
 		k, err := store.Open(ctx, l.Keys.Recipient)
 		if err != nil {
 			return fmt.Errorf("opening the recipient key: %w", err)

@@ -35,12 +35,12 @@ type lineConfig struct {
 	// store is the key URI of the line's keys: file:DIR, or pkcs11:token=…?module-path=…&pin-source=….
 	// Relative paths count from the line's directory.
 	Store string `toml:"store"`
-	// keys names the keys in the store.
+	// keys names the keys in the store. There is no recipient where the store cannot agree on secrets.
 	Keys struct {
 		Root      string `toml:"root"`
 		Issuing   string `toml:"issuing"`
 		Station   string `toml:"station"`
-		Recipient string `toml:"recipient"`
+		Recipient string `toml:"recipient,omitempty"`
 	} `toml:"keys"`
 }
 
@@ -88,7 +88,7 @@ func (a *app) loadLine(dir string) (*line, error) {
 		faults.Key("id-scope", "id-scope: %v", err)
 	}
 	for _, must := range [][2]string{{"name", l.Name}, {"global-endpoint", l.GlobalEndpoint}, {"store", l.Store}, {"keys.root", l.Keys.Root},
-		{"keys.issuing", l.Keys.Issuing}, {"keys.station", l.Keys.Station}, {"keys.recipient", l.Keys.Recipient}} {
+		{"keys.issuing", l.Keys.Issuing}, {"keys.station", l.Keys.Station}} {
 		if must[1] == "" {
 			faults.Key(must[0], "%s is missing", must[0])
 		}
@@ -267,21 +267,25 @@ func readPublicKey(path string) (crypto.PublicKey, error) {
 	if block == nil {
 		return nil, usageError{fmt.Errorf("%s holds no PEM", path)}
 	}
+	pub, err := parsePublic(block)
+	if err != nil {
+		return nil, usageError{fmt.Errorf("%s: %w", path, err)}
+	}
+	return pub, nil
+}
+
+func parsePublic(block *pem.Block) (crypto.PublicKey, error) {
 	switch block.Type {
 	case "PUBLIC KEY":
-		pub, err := x509.ParsePKIXPublicKey(block.Bytes)
-		if err != nil {
-			return nil, usageError{fmt.Errorf("%s: %w", path, err)}
-		}
-		return pub, nil
+		return x509.ParsePKIXPublicKey(block.Bytes)
 	case "CERTIFICATE":
 		cert, err := x509.ParseCertificate(block.Bytes)
 		if err != nil {
-			return nil, usageError{fmt.Errorf("%s: %w", path, err)}
+			return nil, err
 		}
 		return cert.PublicKey, nil
 	}
-	return nil, usageError{fmt.Errorf("%s holds a %s, want a PUBLIC KEY or a CERTIFICATE", path, block.Type)}
+	return nil, fmt.Errorf("it holds a %s, want a PUBLIC KEY or a CERTIFICATE", block.Type)
 }
 
 // writeFile puts a file in place whole: written beside it, flushed, renamed, the directory flushed. Without force nothing

@@ -17,7 +17,9 @@ import (
 
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/hsm/sealing"
+	"github.com/touchmark/touchmark/hsm/tpm"
 	"github.com/touchmark/touchmark/pkg/bundle"
+	"github.com/touchmark/touchmark/pkg/evidence"
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/mint"
 )
@@ -134,6 +136,17 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 	defer func() { err = errors.Join(err, led.Close()) }()
 	cfg := mint.Config{
 		Ledger: led, Profile: p, List: list, Store: store, IDScope: l.IDScope, GlobalEndpoint: l.GlobalEndpoint, Out: o.out, Jobs: o.jobs,
+		OpenStore: func(ctx context.Context, uri string) (hsm.Store, error) { return a.openStore(ctx, uri, l.dir) },
+	}
+	kind := tpm.EKECC // quick to make
+	if p.Attestation == mint.AttestationTPM {
+		kind = tpm.EKRSA // what the service and device SDKs speak of
+	}
+	cfg.Attest = func(ctx context.Context, store hsm.Store, key, registrationID string) (*evidence.Evidence, error) {
+		return attestTPM(ctx, store, kind, key, registrationID)
+	}
+	cfg.Endorsement = func(ctx context.Context, store hsm.Store) (ek, srk []byte, err error) {
+		return endorsementOf(ctx, store, kind)
 	}
 	if p.Attestation == mint.AttestationX509 {
 		issuer, err := l.issuer(ctx, store)
@@ -216,6 +229,41 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 		return a.printJSON(res)
 	}
 	return a.printMint(&res)
+}
+
+// attestTPM has a TPM prove that a key lives in it.
+func attestTPM(ctx context.Context, store hsm.Store, kind tpm.EKType, key, registrationID string) (*evidence.Evidence, error) {
+	t, ek, err := endorsementKey(ctx, store, kind)
+	if err != nil {
+		return nil, err
+	}
+	proof, err := t.Attest(ctx, ek, key, registrationID)
+	if err != nil {
+		return nil, err
+	}
+	return evidence.OfTPM(proof)
+}
+
+// endorsementKey returns the endorsement key of the TPM that a store is: of that kind, or RSA where the TPM has no other.
+func endorsementKey(ctx context.Context, store hsm.Store, kind tpm.EKType) (*tpm.Store, *tpm.EK, error) {
+	t, ok := store.(*tpm.Store)
+	if !ok {
+		return nil, nil, fmt.Errorf("%s is no TPM: %w", store.URI(), hsm.ErrUnsupported)
+	}
+	ek, err := t.EK(ctx, kind)
+	if errors.Is(err, hsm.ErrUnsupported) && kind != tpm.EKRSA {
+		ek, err = t.EK(ctx, tpm.EKRSA)
+	}
+	return t, ek, err
+}
+
+func endorsementOf(ctx context.Context, store hsm.Store, kind tpm.EKType) (ek, srk []byte, err error) {
+	t, key, err := endorsementKey(ctx, store, kind)
+	if err != nil {
+		return nil, nil, err
+	}
+	srk, _, err = t.SRK()
+	return key.Public, srk, err
 }
 
 // ownBundle refuses to write over anything but an earlier bundle of the job.

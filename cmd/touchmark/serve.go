@@ -32,10 +32,12 @@ import (
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/ca"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/evidence"
 	"github.com/touchmark/touchmark/pkg/filelock"
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/mqttd"
 	"github.com/touchmark/touchmark/pkg/registration"
+	"github.com/touchmark/touchmark/pkg/signed"
 	"github.com/touchmark/touchmark/pkg/sqlstore"
 )
 
@@ -172,8 +174,8 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 		ready["https"], ready["connectionStringFile"] = address, filepath.Join(dir, connectionFile)
 		door := httpd.New(httpd.Config{
 			Registrar: svc, Service: svc, Hosts: append(o.hostnames, "localhost", "127.0.0.1", "::1"), Recipient: d.recipient, Log: log,
-			Import: func(ctx context.Context, body io.Reader, trust []byte, dryRun bool) (registration.ImportResult, error) {
-				return d.importBundle(ctx, svc, body, trust, dryRun)
+			Import: func(ctx context.Context, r httpd.ImportRequest) (registration.ImportResult, error) {
+				return d.importBundle(ctx, svc, r)
 			},
 			TLS: httpd.TLSConfig(certificate, "http/1.1"),
 		})
@@ -467,7 +469,7 @@ func parseKeyPEM(b []byte) (crypto.Signer, error) {
 
 // importBundle takes a bundle as it comes in. It is written to the data directory first, which shows no secret that is not
 // sealed, verified to its last octet, and only then imported: an upload that breaks off imports nothing.
-func (d *serviceData) importBundle(ctx context.Context, svc *registration.Service, body io.Reader, trust []byte, dryRun bool) (registration.ImportResult, error) {
+func (d *serviceData) importBundle(ctx context.Context, svc *registration.Service, in httpd.ImportRequest) (registration.ImportResult, error) {
 	var none registration.ImportResult
 	f, err := os.CreateTemp(d.dir, ".upload-*")
 	if err != nil {
@@ -477,7 +479,7 @@ func (d *serviceData) importBundle(ctx context.Context, svc *registration.Servic
 	if err := os.Remove(f.Name()); err != nil { // nameless: a crash leaves nothing behind
 		return none, err
 	}
-	if _, err := io.Copy(f, body); err != nil {
+	if _, err := io.Copy(f, in.Body); err != nil {
 		var onDisk *fs.PathError // the file's own errors; those of the connection are others
 		if errors.As(err, &onDisk) {
 			return none, dps.NewError(dps.CodeServiceOverloaded, "The service has no room for the bundle, or cannot write it", err)
@@ -485,8 +487,13 @@ func (d *serviceData) importBundle(ctx context.Context, svc *registration.Servic
 		return none, dps.NewError(dps.CodeBundleCorrupt, "The bundle did not arrive whole", err)
 	}
 	cfg := bundle.OpenConfig{Identities: []age.Identity{d.identity}}
-	if cfg.Trusted, err = d.trusted(trust); err != nil {
+	if cfg.Trusted, err = d.trusted(in.Trust); err != nil {
 		return none, err
+	}
+	if in.Residency != "" {
+		if cfg.RequireResidency, err = evidence.ParseResidency(in.Residency); err != nil {
+			return none, dps.NewError(dps.CodeBadRequest, "Touchmark-Residency: "+err.Error(), err)
+		}
 	}
 	if _, err := f.Seek(0, io.SeekStart); err != nil {
 		return none, err
@@ -506,13 +513,15 @@ func (d *serviceData) importBundle(ctx context.Context, svc *registration.Servic
 		return none, bundleError(err)
 	}
 	defer r.Close()
-	return svc.Import(ctx, r.Entries(), dryRun)
+	return svc.Import(ctx, r.Entries(), in.DryRun)
 }
 
 func bundleError(err error) error {
 	switch {
-	case errors.Is(err, bundle.ErrUntrusted):
+	case errors.Is(err, signed.ErrUntrusted):
 		return dps.NewError(dps.CodeBundleUntrusted, "The bundle is not signed by a station that this service trusts", err)
+	case errors.Is(err, evidence.ErrResidency):
+		return dps.NewError(dps.CodeBundleResidency, "The bundle does not show where its devices' keys live: "+err.Error(), err)
 	case errors.Is(err, bundle.ErrSealed):
 		return dps.NewError(dps.CodeBundleSealed, "The bundle's keys are sealed to somebody else: mint with this service's recipient", err)
 	case errors.Is(err, bundle.ErrCorrupt):

@@ -2,8 +2,10 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -122,6 +124,24 @@ func (a *app) askSecret(ctx context.Context, what string) ([]byte, error) {
 	fmt.Fprintf(a.err, "%s: ", what)
 	defer fmt.Fprintln(a.err)
 	return interruptible(ctx, func() ([]byte, error) { return term.ReadPassword(int(f.Fd())) }, func() { _ = term.Restore(int(f.Fd()), state) })
+}
+
+// askNew reads a PIN or passphrase that is being chosen: twice, so that a slip of the finger locks nobody out.
+func (a *app) askNew(ctx context.Context, what string) ([]byte, error) {
+	secret, err := a.askSecret(ctx, "new "+what)
+	if err != nil {
+		return nil, err
+	}
+	again, err := a.askSecret(ctx, "same again")
+	defer clear(again)
+	if err == nil && !bytes.Equal(secret, again) {
+		err = refusedError{errors.New("the two differ")}
+	}
+	if err != nil {
+		clear(secret)
+		return nil, err
+	}
+	return secret, nil
 }
 
 // interruptible waits for a person's answer, and no longer than the context. What reads on behind it ends with the program.

@@ -69,7 +69,7 @@ func makersFlag(c *cobra.Command, dst *string) {
 // openTPM opens a TPM. Relative paths in the URI count from base.
 func (a *app) openTPM(ctx context.Context, uri hsm.URI, base string, pin func(context.Context) (hsm.Secret, error)) (*tpm.Store, error) {
 	cfg := tpm.Config{URI: uri, Dir: under(base, uri.Keys), PIN: pin, Protect: uri.HasPIN()}
-	if path, ok := strings.CutPrefix(uri.Device, "unix:"); ok {
+	if path, ok := strings.CutPrefix(uri.Device, "unix:"); ok { // relative like the directory
 		cfg.Device = "unix:" + under(base, path)
 	}
 	for _, h := range []struct {
@@ -182,8 +182,8 @@ func lockoutText(l tpm.Lockout) string {
 	return fmt.Sprintf("%s: %d of %d failures, %s", state, l.Failures, l.MaxFailures, forgiven)
 }
 
-// finding is a line of tpm doctor.
-type finding struct {
+// tpmFinding is a line of tpm doctor.
+type tpmFinding struct {
 	Check string `json:"check"`
 	OK    bool   `json:"ok"`
 	Found string `json:"found"`
@@ -196,9 +196,9 @@ func (a *app) runTPMDoctor(ctx context.Context, o *tpmOptions) error {
 	if err != nil {
 		return err
 	}
-	var all []finding
+	var all []tpmFinding
 	add := func(check string, ok bool, found, next string) {
-		f := finding{Check: check, OK: ok, Found: found}
+		f := tpmFinding{Check: check, OK: ok, Found: found}
 		if !ok {
 			f.Next = next
 		}

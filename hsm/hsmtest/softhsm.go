@@ -38,7 +38,7 @@ func SoftHSMModule(t testing.TB) string {
 // key, which a disk may take 60 ms for.
 func memoryDir(t testing.TB) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("/dev/shm", "softhsm-test-*")
+	dir, err := os.MkdirTemp("/dev/shm", "hsm-test-*")
 	if err != nil {
 		return t.TempDir()
 	}

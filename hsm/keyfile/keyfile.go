@@ -230,6 +230,8 @@ func generate(alg hsm.Algorithm) (crypto.Signer, error) {
 		return ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	case hsm.ECP384:
 		return ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	case hsm.ECP521:
+		return ecdsa.GenerateKey(elliptic.P521(), rand.Reader)
 	case hsm.RSA2048:
 		return rsa.GenerateKey(rand.Reader, 2048)
 	case hsm.RSA3072:
@@ -434,6 +436,9 @@ func (s *Store) key(doc document, secret hsm.Secret) (hsm.Key, error) {
 		own := bytes.Clone(secret)
 		return &macKey{base: b, pool: sync.Pool{New: func() any { return hmac.New(sha256.New, own) }}}, nil
 	}
+	if doc.Algorithm == hsm.AES256 {
+		return nil, fmt.Errorf("wrapping keys are for tokens: %w", hsm.ErrUnsupported)
+	}
 	priv, err := x509.ParsePKCS8PrivateKey(secret)
 	if err != nil {
 		return nil, errors.New("the private key is not PKCS #8")
@@ -459,6 +464,8 @@ func algorithmOf(priv any) hsm.Algorithm {
 			return hsm.ECP256
 		case elliptic.P384():
 			return hsm.ECP384
+		case elliptic.P521():
+			return hsm.ECP521
 		}
 	case *rsa.PrivateKey:
 		switch k.N.BitLen() {

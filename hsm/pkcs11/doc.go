@@ -13,5 +13,20 @@
 // operation is tried once more. A PIN that was refused is never tried again, and none is tried at all when the token says
 // that one more failure would lock it.
 //
+// Tokens differ. What a token offers is read when it is opened, and [Store.Capabilities] tells what touchmark makes of it; a
+// key that the token could make and not use is not made. Templates go from full to lean, points and public halves are taken
+// in whatever form they come, PSS is padded outside where there is only raw RSA. A token whose session table is full is used
+// with the sessions that there are, and one that is out of memory is made to let go by logging in anew. [Explain] tells what
+// a token's answer means here.
+//
+// A module-path that begins with "p11-kit:" has the module loaded in a process of its own, through p11-kit (its programs and
+// client module must be installed). A module that crashes or hangs there costs the operation, which is repeated, and not the
+// station: the process is killed, started again, and logged in to. It serves one call after the other, carries only what
+// p11-kit knows (0.24: no agreement, no key wrap, no Ed25519), and ends with this process. A module in this process that
+// hangs cannot be helped.
+//
+// A module that wants parameters gets them from x-init-reserved in the key URI, in CK_C_INITIALIZE_ARGS.pReserved: NSS, for
+// one, wants "configdir='sql:DIR' certPrefix=” keyPrefix=” secmod='secmod.db' flags=".
+//
 // This is the only package with cgo. Without it Open answers hsm.ErrUnsupported.
 package pkcs11

@@ -7,6 +7,7 @@ import (
 	"crypto"
 	"crypto/rand"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/asn1"
 	"errors"
 	"math/big"
@@ -38,9 +39,56 @@ func open(t testing.TB, uri hsm.URI) *Store {
 	return s
 }
 
+// The four modules, and what each cannot do: hsmtest sees to it that it says so.
+
 func TestContract(t *testing.T) {
 	uri := hsmtest.SoftHSM(t, "line-3")
-	hsmtest.Run(t, hsmtest.Suite{Hardware: true, Open: func(t *testing.T) hsm.Store { return open(t, uri) }})
+	hsmtest.Run(t, hsmtest.Suite{
+		Hardware: true, Open: func(t *testing.T) hsm.Store { return open(t, uri) },
+		CannotWrap: []hsm.Algorithm{hsm.Ed25519}, // CKR_KEY_NOT_WRAPPABLE
+	})
+}
+
+func TestContractNSS(t *testing.T) {
+	uri := hsmtest.NSS(t, "line-3")
+	hsmtest.Run(t, hsmtest.Suite{
+		Hardware: true, Open: func(t *testing.T) hsm.Store { return open(t, uri) },
+		Cannot: []hsm.Algorithm{hsm.Ed25519},
+		// Its database does not keep CKA_LOCAL.
+		Vouches: func(_ hsm.Algorithm, a *hsm.Attributes) { a.Local = false },
+	})
+}
+
+func TestContractTPM2(t *testing.T) {
+	uri, _ := hsmtest.TPM2(t, "line-3")
+	hsmtest.Run(t, hsmtest.Suite{
+		Hardware: true, Open: func(t *testing.T) hsm.Store { return open(t, uri) },
+		// It makes no secret keys that authenticate or wrap, and takes in no keys that were made elsewhere.
+		// It writes the length of a P-521 point, 133, into one octet of DER, cannot read that itself, and so cannot sign.
+		Cannot:       []hsm.Algorithm{hsm.ECP521, hsm.RSA4096, hsm.Ed25519, hsm.HMACSHA256, hsm.AES256},
+		CannotImport: hsm.Algorithms,
+		NoAgreement:  true, NoEphemeral: true, NoWrap: true,
+	})
+}
+
+// bridged is what p11-kit 0.24 does not carry: mechanisms with parameters that it does not know, and those of PKCS#11 3.0.
+func bridged(t *testing.T, uri hsm.URI) {
+	hsmtest.Run(t, hsmtest.Suite{
+		Hardware: true, Open: func(t *testing.T) hsm.Store { return open(t, uri) },
+		Cannot:      []hsm.Algorithm{hsm.Ed25519, hsm.AES256},
+		NoAgreement: true, NoWrap: true,
+	})
+}
+
+func TestContractP11Kit(t *testing.T) {
+	uri, _ := hsmtest.P11Kit(t, hsmtest.SoftHSM(t, "line-3"))
+	bridged(t, uri)
+}
+
+func TestContractOutOfProcess(t *testing.T) {
+	uri := hsmtest.SoftHSM(t, "line-3")
+	uri.ModulePath = "p11-kit:" + uri.ModulePath
+	bridged(t, uri)
 }
 
 func TestToken(t *testing.T) {
@@ -192,6 +240,27 @@ func FuzzECDSASignature(f *testing.F) {
 		half := len(sig) / 2
 		if err != nil || len(rest) != 0 || v.R.Cmp(new(big.Int).SetBytes(sig[:half])) != 0 || v.S.Cmp(new(big.Int).SetBytes(sig[half:])) != 0 {
 			t.Fatalf("% x became % x: %v", sig, der, err)
+		}
+	})
+}
+
+// A token's public key comes out as a point of its curve, or not at all.
+func FuzzPoint(f *testing.F) {
+	f.Add(oidP256, append([]byte{4}, make([]byte, 64)...))
+	f.Add(oidP521, []byte{2, 1})
+	f.Add(oidEd25519, append([]byte{4, 32}, make([]byte, 32)...))
+	f.Add(ed25519Name, make([]byte, 32))
+	f.Fuzz(func(t *testing.T, params, point []byte) {
+		pub, err := parsePoint(params, point)
+		if err != nil {
+			return
+		}
+		der, err := x509.MarshalPKIXPublicKey(pub)
+		if err != nil {
+			t.Fatalf("% x % x: %v", params, point, err)
+		}
+		if _, err := x509.ParsePKIXPublicKey(der); err != nil {
+			t.Fatalf("% x % x: %v", params, point, err)
 		}
 	})
 }

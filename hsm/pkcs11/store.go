@@ -3,11 +3,14 @@
 package pkcs11
 
 import (
+	"bytes"
 	"context"
+	"crypto"
 	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -30,14 +33,18 @@ type Config struct {
 	Sessions int
 	// Log hears of tokens that were lost and came back; nil means nobody does.
 	Log *slog.Logger
+	// Patience is how long an operation looks for a token that was lost before it answers hsm.ErrLost; 0 means 5 seconds: a
+	// module that was restarted is back by then, and a person with a USB token in hand is asked to try again.
+	Patience time.Duration
+	// CallTimeout is for a module in a process of its own (module-path=p11-kit:…): one that is silent for longer is killed and
+	// started again. 0 means TOUCHMARK_PKCS11_TIMEOUT, or 60 seconds. Stores that share a module share the first one's.
+	CallTimeout time.Duration
 }
 
 const (
 	defaultSessions = 16
-	// How long a token may stay away before an operation gives up: a module that was restarted is back by then, and a
-	// person with a USB token in hand is asked to try again.
-	recoveryTries = 5
-	recoveryPause = 300 * time.Millisecond
+	defaultPatience = 5 * time.Second
+	recoveryPause   = 200 * time.Millisecond
 )
 
 // Store is a PKCS#11 token, logged in.
@@ -46,7 +53,8 @@ type Store struct {
 	log *slog.Logger
 	mod *module
 
-	slots chan struct{} // room for operations: as many as there may be sessions
+	patience time.Duration
+	slots    chan struct{} // room for operations: as many as there may be sessions
 
 	mu      sync.Mutex
 	closed  bool
@@ -55,7 +63,12 @@ type Store struct {
 	slot    uint
 	keeper  pkcs11.SessionHandle   // holds the login
 	idle    []pkcs11.SessionHandle // of the present generation
+	epoch   int64                  // of the module, that the sessions belong to
+	shrunk  int                    // slots that are kept taken because the token's session table is full
 	labels  map[string]bool        // names that are taken
+	doubts  map[string][]byte      // names whose key may have been made, with the ID that it has then
+	mechs   mechanisms             // what the token offers; does not change
+	levels  sync.Map               // the template that works, an int by kind of key
 
 	generation atomic.Int64 // counts how often the token was found anew; handles belong to one
 }
@@ -63,29 +76,46 @@ type Store struct {
 // Open loads the module, finds the token and logs in. Errors: hsm.ErrNotFound for a module or token that is not there,
 // hsm.ErrPINIncorrect, hsm.ErrPINLocked.
 func Open(ctx context.Context, cfg Config) (*Store, error) {
-	path := cfg.URI.ModulePath
-	if path == "" {
-		path = os.Getenv("TOUCHMARK_PKCS11_MODULE")
-	}
-	if path == "" {
-		return nil, fmt.Errorf("%w: name its library with module-path in the key URI, or in TOUCHMARK_PKCS11_MODULE", hsm.ErrNoModule)
-	}
-	mod, err := loadModule(path)
+	path, err := modulePath(cfg.URI.ModulePath)
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{uri: cfg.URI, log: cfg.Log, mod: mod}
+	bound, err := callTimeout(cfg)
+	if err != nil {
+		return nil, err
+	}
+	s := &Store{uri: cfg.URI, log: cfg.Log, patience: cfg.Patience}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
+	if s.patience <= 0 {
+		s.patience = defaultPatience
+	}
+	if s.mod, err = loadModule(path, cfg.URI.InitArgs, bound, s.log); err != nil {
+		return nil, err
+	}
 	if err := s.start(ctx, cfg); err != nil {
-		return nil, errors.Join(fmt.Errorf("opening token %s: %w", describe(cfg.URI), err), s.Close())
+		return nil, errors.Join(fmt.Errorf("opening token %s: %w", describe(cfg.URI), explained(err)), s.Close())
 	}
 	return s, nil
 }
 
+func callTimeout(cfg Config) (time.Duration, error) {
+	text := os.Getenv("TOUCHMARK_PKCS11_TIMEOUT")
+	if cfg.CallTimeout > 0 || text == "" {
+		return cfg.CallTimeout, nil
+	}
+	d, err := time.ParseDuration(text)
+	if err != nil || d <= 0 {
+		return 0, fmt.Errorf("TOUCHMARK_PKCS11_TIMEOUT is %q: want a duration such as 30s", text)
+	}
+	return d, nil
+}
+
 func (s *Store) start(ctx context.Context, cfg Config) error {
+	s.mod.enter()
 	slot, token, err := s.mod.findSlot(s.uri)
+	s.mod.leave()
 	if err != nil {
 		return err
 	}
@@ -104,12 +134,18 @@ func (s *Store) start(ctx context.Context, cfg Config) error {
 	if sessions <= 0 {
 		sessions = defaultSessions
 	}
-	// 0 means that the token does not say, and all ones that it does not mind (CK_TOKEN_INFO). One session is the keeper.
-	if most := token.MaxRwSessionCount; most > 1 && most != pkcs11.CK_UNAVAILABLE_INFORMATION {
-		sessions = min(sessions, int(min(most-1, 1<<16)))
+	// 0 means that the token does not say, and all ones that it does not mind (CK_TOKEN_INFO). One session is the keeper,
+	// which does the work too when it is the only one.
+	if most := token.MaxRwSessionCount; most > 0 && most != pkcs11.CK_UNAVAILABLE_INFORMATION {
+		sessions = min(sessions, max(1, int(min(most-1, 1<<16))))
 	}
 	s.slots = make(chan struct{}, sessions)
+	s.mod.enter()
+	defer s.mod.leave()
 	if err := s.connect(slot); err != nil {
+		return err
+	}
+	if s.mechs, err = s.mod.mechanisms(slot); err != nil {
 		return err
 	}
 	return s.loadLabels()
@@ -128,29 +164,36 @@ func mayLogin(flags uint) error {
 	return nil
 }
 
-// connect opens the keeper session and logs in. Called with the mutex held, or before anyone else has the store.
+// connect opens the keeper session and logs in. Called inside the module, with the mutex held or before anyone else has the
+// store.
 func (s *Store) connect(slot uint) error {
 	h, err := s.mod.ctx.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
 	if err != nil {
 		return fmt.Errorf("opening a session: %w", err)
 	}
 	if s.pin != nil {
-		err := s.mod.ctx.Login(h, pkcs11.CKU_USER, string(s.pin))
-		if err != nil && !errors.Is(err, pkcs11.Error(pkcs11.CKR_USER_ALREADY_LOGGED_IN)) {
+		if err := s.login(h); err != nil {
 			_ = s.mod.ctx.CloseSession(h)
-			return loginError(err)
+			return err
 		}
 	}
-	s.slot, s.keeper, s.idle = slot, h, nil
+	s.slot, s.keeper, s.idle, s.epoch = slot, h, nil, s.mod.epoch
 	return nil
+}
+
+func (s *Store) login(h pkcs11.SessionHandle) error {
+	err := s.mod.ctx.Login(h, pkcs11.CKU_USER, string(s.pin))
+	if err == nil || is(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
+		return nil
+	}
+	return loginError(err)
 }
 
 func loginError(err error) error {
 	switch {
-	case errors.Is(err, pkcs11.Error(pkcs11.CKR_PIN_INCORRECT)), errors.Is(err, pkcs11.Error(pkcs11.CKR_PIN_INVALID)),
-		errors.Is(err, pkcs11.Error(pkcs11.CKR_PIN_LEN_RANGE)):
+	case is(err, pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE):
 		return fmt.Errorf("%w: %w", hsm.ErrPINIncorrect, err)
-	case errors.Is(err, pkcs11.Error(pkcs11.CKR_PIN_LOCKED)):
+	case is(err, pkcs11.CKR_PIN_LOCKED):
 		return fmt.Errorf("%w: %w", hsm.ErrPINLocked, err)
 	}
 	return fmt.Errorf("logging in: %w", err)
@@ -168,45 +211,124 @@ func (s *Store) Close() error {
 	}
 	s.closed = true
 	s.pin.Wipe()
-	for _, h := range s.idle {
-		_ = s.mod.ctx.CloseSession(h)
-	}
-	if s.keeper != 0 {
-		_ = s.mod.ctx.CloseSession(s.keeper)
-	}
-	s.idle, s.keeper = nil, 0
+	s.dropSessions()
 	return s.mod.release()
 }
 
-var errClosed = errors.New("token is closed")
-
-// with borrows a session for one operation. When the token turns out to be lost it is found again, and an operation that
-// is safe to repeat runs once more.
-func (s *Store) with(ctx context.Context, repeat bool, f func(pkcs11.SessionHandle) error) error {
-	select {
-	case s.slots <- struct{}{}:
-	default:
-		select {
-		case s.slots <- struct{}{}:
-		case <-ctx.Done():
-			return ctx.Err()
+// dropSessions closes every session that is not in use. Called with the mutex held.
+func (s *Store) dropSessions() {
+	s.mod.enter()
+	defer s.mod.leave()
+	if s.epoch == s.mod.epoch { // else they ended with the module, and their numbers may be somebody else's now
+		for _, h := range s.idle {
+			_ = s.mod.ctx.CloseSession(h)
+		}
+		if s.keeper != 0 {
+			_ = s.mod.ctx.CloseSession(s.keeper)
 		}
 	}
-	defer func() { <-s.slots }()
-	gen, err := s.once(f)
-	if err == nil || !lost(err) {
-		return err
+	s.idle, s.keeper = nil, 0
+}
+
+var (
+	errClosed = errors.New("token is closed")
+	// errNoSession says that the token's session table is full.
+	errNoSession = errors.New("no session to be had")
+)
+
+// operationTries is how often an operation is tried. What is lost or exhausted once may be so again, not for ever.
+const operationTries = 4
+
+// uncertainError says that an operation may or may not have taken effect, and that the token is there again.
+type uncertainError struct{ error }
+
+func (e uncertainError) Unwrap() error { return e.error }
+
+// with borrows a session for one operation. When the token turns out to be lost it is found again, and when it is out of
+// memory it is made to forget what it holds for us, by logging in anew. An operation that is safe to repeat runs again then;
+// for others the error is an uncertainError.
+func (s *Store) with(ctx context.Context, repeat bool, f func(pkcs11.SessionHandle) error) error {
+	for try := 1; ; try++ {
+		gen, err := s.borrow(ctx, f)
+		if is(err, pkcs11.CKR_OPERATION_ACTIVE) && try < operationTries {
+			continue // the session was left in the middle of something, and is closed; nothing was done
+		}
+		gone := lost(err)
+		if err == nil || !gone && (!exhausted(err) || s.pin == nil) {
+			return explained(err)
+		}
+		if gone && try == operationTries {
+			return explained(fmt.Errorf("%w: %w", hsm.ErrLost, err))
+		}
+		if try == operationTries {
+			return explained(err)
+		}
+		// A module that cannot even log in again is as good as lost: tpm2-pkcs11 answers so when its TPM is gone. It also takes
+		// a key that it could not load once for one that is in use, until it is initialized anew.
+		if gone || try > 1 && s.mod.loads || s.relogin(ctx, gen, err) != nil {
+			if rerr := s.reconnect(ctx, gen, err); rerr != nil {
+				return explained(rerr)
+			}
+		}
+		if !repeat {
+			if gone {
+				err = fmt.Errorf("%w: %w", hsm.ErrLost, err)
+			}
+			return uncertainError{explained(err)}
+		}
 	}
-	if rerr := s.reconnect(ctx, gen, err); rerr != nil {
-		return rerr
+}
+
+// exhausted reports whether an error may mean that the token has no memory left for what it holds open. A TPM holds three
+// keys; tpm2-pkcs11 without a resource manager keeps each one that was used loaded until the logout, and then answers
+// CKR_GENERAL_ERROR.
+func exhausted(err error) bool {
+	return is(err, pkcs11.CKR_GENERAL_ERROR, pkcs11.CKR_FUNCTION_FAILED, pkcs11.CKR_DEVICE_MEMORY, pkcs11.CKR_HOST_MEMORY)
+}
+
+// borrow waits for room and runs an operation. Where the token has fewer sessions than it said, or others hold them, it
+// makes do with those that are there.
+func (s *Store) borrow(ctx context.Context, f func(pkcs11.SessionHandle) error) (generation int64, err error) {
+	for deadline := time.Now().Add(s.patience); ; {
+		select {
+		case s.slots <- struct{}{}:
+		default:
+			select {
+			case s.slots <- struct{}{}:
+			case <-ctx.Done():
+				return 0, ctx.Err()
+			}
+		}
+		generation, err = s.once(f)
+		if !errors.Is(err, errNoSession) {
+			<-s.slots
+			return generation, err
+		}
+		if s.shrink() {
+			continue // the slot stays taken; the next one to be free has a session already
+		}
+		<-s.slots
+		if time.Now().After(deadline) {
+			return generation, fmt.Errorf("%w: %w", hsm.ErrLost, err)
+		}
+		select {
+		case <-time.After(recoveryPause):
+		case <-ctx.Done():
+			return generation, ctx.Err()
+		}
 	}
-	if !repeat {
-		return fmt.Errorf("%w: %w", hsm.ErrLost, err)
+}
+
+// shrink takes a slot out of the pool for good, unless it is the last one. The caller holds that slot.
+func (s *Store) shrink() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.shrunk >= cap(s.slots)-1 {
+		return false
 	}
-	if _, err = s.once(f); err != nil && lost(err) {
-		return fmt.Errorf("%w: %w", hsm.ErrLost, err)
-	}
-	return err
+	s.shrunk++
+	s.log.Info("the token gives no more sessions", "token", s.URI(), "sessions", cap(s.slots)-s.shrunk)
+	return true
 }
 
 func (s *Store) once(f func(pkcs11.SessionHandle) error) (generation int64, err error) {
@@ -215,27 +337,58 @@ func (s *Store) once(f func(pkcs11.SessionHandle) error) (generation int64, err 
 		s.mu.Unlock()
 		return 0, errClosed
 	}
-	gen := s.generation.Load()
+	gen, slot, epoch, keeper := s.generation.Load(), s.slot, s.epoch, s.keeper
+	last := s.shrunk > 0 && s.shrunk == cap(s.slots)-1 || cap(s.slots) == 1
 	var h pkcs11.SessionHandle
 	if n := len(s.idle); n > 0 {
 		h, s.idle = s.idle[n-1], s.idle[:n-1]
-		s.mu.Unlock()
-	} else {
-		slot := s.slot
-		s.mu.Unlock()
-		if h, err = s.mod.ctx.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION); err != nil {
-			return gen, fmt.Errorf("opening a session: %w", err)
-		}
 	}
-	err = f(h)
+	s.mu.Unlock()
+
+	if h, err = s.inside(slot, epoch, keeper, h, last, f); h == 0 || h == keeper {
+		return gen, err
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closed || gen != s.generation.Load() || err != nil && lost(err) {
-		_ = s.mod.ctx.CloseSession(h) // it may be gone already
-	} else {
+	if !s.closed && gen == s.generation.Load() {
 		s.idle = append(s.idle, h)
+		return gen, err
+	}
+	s.mod.enter()
+	defer s.mod.leave()
+	if epoch == s.mod.epoch {
+		_ = s.mod.ctx.CloseSession(h)
 	}
 	return gen, err
+}
+
+// inside runs an operation in a session, a new one for h == 0, and returns the session when it is good for another.
+func (s *Store) inside(slot uint, epoch int64, keeper, h pkcs11.SessionHandle, last bool, f func(pkcs11.SessionHandle) error) (pkcs11.SessionHandle, error) {
+	s.mod.enter()
+	defer s.mod.leave()
+	if epoch != s.mod.epoch {
+		return 0, pkcs11.Error(pkcs11.CKR_SESSION_HANDLE_INVALID) // the module was restarted
+	}
+	if h == 0 {
+		var err error
+		h, err = s.mod.ctx.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+		switch {
+		case errors.Is(err, pkcs11.Error(pkcs11.CKR_SESSION_COUNT)) && last && keeper != 0:
+			h = keeper // nobody else is at work
+		case errors.Is(err, pkcs11.Error(pkcs11.CKR_SESSION_COUNT)):
+			return 0, fmt.Errorf("opening a session: %w: %w", errNoSession, err)
+		case err != nil:
+			return 0, fmt.Errorf("opening a session: %w", err)
+		}
+	}
+	err := f(h)
+	if err != nil && (lost(err) || is(err, pkcs11.CKR_OPERATION_ACTIVE)) {
+		if h != keeper {
+			_ = s.mod.ctx.CloseSession(h) // it may be gone already
+		}
+		return 0, err
+	}
+	return h, err
 }
 
 // lost reports whether an error means that the session, the login or the token is gone, rather than that the operation
@@ -268,34 +421,24 @@ func (s *Store) reconnect(ctx context.Context, gen int64, cause error) error {
 		return s.refused
 	}
 	s.log.Warn("token lost", "token", s.URI(), "cause", cause)
-	for _, h := range append(s.idle, s.keeper) {
-		_ = s.mod.ctx.CloseSession(h)
+	s.dropSessions()
+	for range s.shrunk {
+		<-s.slots // a table that was full may not be now
 	}
-	s.idle, s.keeper = nil, 0
+	s.shrunk = 0
 	var err error
-	for try := range recoveryTries {
+	for try, deadline := 0, time.Now().Add(s.patience); ; try++ {
 		if try > 0 {
+			if time.Now().After(deadline) {
+				return fmt.Errorf("%w: %w (looked for it %d times in %s: %w)", hsm.ErrLost, cause, try, s.patience, err)
+			}
 			select {
-			case <-time.After(recoveryPause):
+			case <-time.After(min(recoveryPause<<min(try-1, 5), time.Second)):
 			case <-ctx.Done():
 				return fmt.Errorf("%w: %w: %w", hsm.ErrLost, cause, ctx.Err())
 			}
 		}
-		if err = s.mod.initialize(); err != nil {
-			continue
-		}
-		var slot uint
-		var token pkcs11.TokenInfo
-		if slot, token, err = s.mod.findSlot(s.uri); err != nil {
-			continue
-		}
-		if s.pin != nil {
-			if err := mayLogin(token.Flags); err != nil {
-				s.refused = err
-				return err
-			}
-		}
-		if err = s.connect(slot); err == nil {
+		if err = s.findAgain(ctx, try, cause, deadline); err == nil {
 			s.generation.Add(1)
 			s.log.Info("token found again", "token", s.URI())
 			return nil
@@ -305,7 +448,28 @@ func (s *Store) reconnect(ctx context.Context, gen int64, cause error) error {
 			return err
 		}
 	}
-	return fmt.Errorf("%w: %w (looked for it %d times: %w)", hsm.ErrLost, cause, recoveryTries, err)
+}
+
+// findAgain looks for the token once and logs in. The first time the module itself is left alone, unless it is what was lost.
+func (s *Store) findAgain(ctx context.Context, try int, cause error, deadline time.Time) error {
+	if try > 0 || !lost(cause) || s.mod.dead() || is(cause, pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED) {
+		if err := s.mod.restart(ctx, s.epoch, time.Until(deadline)); err != nil {
+			return err
+		}
+	}
+	s.mod.enter()
+	defer s.mod.leave()
+	s.epoch = s.mod.epoch
+	slot, token, err := s.mod.findSlot(s.uri)
+	if err != nil {
+		return err
+	}
+	if s.pin != nil {
+		if err := mayLogin(token.Flags); err != nil {
+			return err
+		}
+	}
+	return s.connect(slot)
 }
 
 // loadLabels reads the names of all keys, once.
@@ -322,6 +486,7 @@ func (s *Store) loadLabels() error {
 				continue // an object that does not show its label is nobody's key here
 			}
 			s.labels[string(attrs[0].Value)] = true
+			s.mod.beat()
 		}
 	}
 	return nil
@@ -353,6 +518,7 @@ func (s *Store) find(h pkcs11.SessionHandle, template ...*pkcs11.Attribute) (_ [
 			return all, nil
 		}
 		all = append(all, page...)
+		s.mod.beat()
 	}
 }
 
@@ -378,14 +544,11 @@ func (s *Store) unreserve(name string) {
 
 // notMade says why a token would not make a key.
 func notMade(err error) error {
-	if errors.Is(err, pkcs11.Error(pkcs11.CKR_DEVICE_MEMORY)) || errors.Is(err, pkcs11.Error(pkcs11.CKR_HOST_MEMORY)) {
+	if is(err, pkcs11.CKR_DEVICE_MEMORY, pkcs11.CKR_HOST_MEMORY) {
 		return fmt.Errorf("%w: %w", hsm.ErrFull, err)
 	}
-	if errors.Is(err, pkcs11.Error(pkcs11.CKR_MECHANISM_INVALID)) || errors.Is(err, pkcs11.Error(pkcs11.CKR_CURVE_NOT_SUPPORTED)) {
+	if is(err, pkcs11.CKR_MECHANISM_INVALID, pkcs11.CKR_CURVE_NOT_SUPPORTED, pkcs11.CKR_KEY_SIZE_RANGE, pkcs11.CKR_FUNCTION_NOT_SUPPORTED) {
 		return fmt.Errorf("%w: %w", hsm.ErrUnsupported, err)
-	}
-	if errors.Is(err, pkcs11.Error(pkcs11.CKR_FUNCTION_FAILED)) || errors.Is(err, pkcs11.Error(pkcs11.CKR_GENERAL_ERROR)) {
-		return fmt.Errorf("%w: the token gives no reason: it may be full, or the disk that it is on", err)
 	}
 	return err
 }
@@ -404,6 +567,11 @@ func (s *Store) Import(ctx context.Context, spec hsm.Spec, secret hsm.Secret) (h
 	})
 }
 
+// uselessError says that the token made a key that cannot be used.
+type uselessError struct{ error }
+
+func (e uselessError) Unwrap() error { return e.error }
+
 // create makes a key under its name. Should the token be lost in the middle it is looked for by name before anything is
 // made again, so a name never gets two keys.
 func (s *Store) create(ctx context.Context, spec hsm.Spec, do func(pkcs11.SessionHandle, hsm.Spec, []byte) (priv, pub pkcs11.ObjectHandle, err error)) (hsm.Key, error) {
@@ -414,6 +582,10 @@ func (s *Store) create(ctx context.Context, spec hsm.Spec, do func(pkcs11.Sessio
 	if !spec.Ephemeral {
 		if err := s.reserve(spec.Name); err != nil {
 			return nil, err
+		}
+		k, err := s.settle(ctx, spec)
+		if err != nil || k != nil {
+			return k, err
 		}
 	}
 	id := make([]byte, 16)
@@ -426,22 +598,110 @@ func (s *Store) create(ctx context.Context, spec hsm.Spec, do func(pkcs11.Sessio
 		if err != nil {
 			return notMade(err)
 		}
-		k, err = s.keyFrom(h, spec, id, priv, pub)
+		var public crypto.PublicKey
+		if pub != 0 {
+			public, err = s.publicKey(h, pub)
+		}
+		if err == nil {
+			k, err = s.keyFrom(spec, id, priv, public)
+		}
+		if err != nil && !lost(err) {
+			err = uselessError{fmt.Errorf("%w: %w", hsm.ErrUnsupported, err)}
+		}
 		return err
 	}
-	err = s.with(ctx, false, make)
-	if errors.Is(err, hsm.ErrLost) && ctx.Err() == nil {
-		if k, err = s.Open(ctx, spec.Name); errors.Is(err, hsm.ErrNotFound) || spec.Ephemeral {
-			err = s.with(ctx, false, make)
+	for range operationTries {
+		err = s.with(ctx, false, make)
+		var uncertain uncertainError
+		var useless uselessError
+		if errors.As(err, &useless) && !spec.Ephemeral {
+			err = errors.Join(err, s.destroyByID(ctx, id))
+			break
+		}
+		if !errors.As(err, &uncertain) || ctx.Err() != nil {
+			break
+		}
+		if spec.Ephemeral {
+			continue
+		}
+		var found hsm.Key
+		var ferr error
+		if found, ferr = s.Open(ctx, spec.Name); ferr == nil {
+			k, err = found, nil
+			break
+		}
+		// Half a key is none: what there is of it has this ID, and goes.
+		if ferr = s.destroyByID(ctx, id); ferr != nil {
+			err = ferr
+			break
 		}
 	}
 	if err != nil {
 		if !spec.Ephemeral {
+			var uncertain uncertainError
+			if errors.Is(err, hsm.ErrLost) || errors.As(err, &uncertain) {
+				s.doubt(spec.Name, id)
+			}
 			s.unreserve(spec.Name)
 		}
 		return nil, fmt.Errorf("making key %q: %w", spec.Name, err)
 	}
 	return k, nil
+}
+
+// doubt remembers that a key of that name and ID may have been made.
+func (s *Store) doubt(name string, id []byte) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.doubts == nil {
+		s.doubts = make(map[string][]byte)
+	}
+	s.doubts[name] = id
+}
+
+// settle looks whether a key was made after all when that was last in doubt, and returns it if it is what is asked for now.
+// Nil means that there is none, and nothing of one. The name is reserved; on an error it no longer is.
+func (s *Store) settle(ctx context.Context, spec hsm.Spec) (_ hsm.Key, err error) {
+	s.mu.Lock()
+	id, doubted := s.doubts[spec.Name]
+	s.mu.Unlock()
+	if !doubted {
+		return nil, nil
+	}
+	defer func() {
+		if err != nil && !errors.Is(err, hsm.ErrExists) {
+			s.unreserve(spec.Name)
+		}
+	}()
+	k, err := s.Open(ctx, spec.Name)
+	switch {
+	case err == nil && bytes.Equal(baseOf(k).id, id) && k.Algorithm() == spec.Algorithm && k.Usage() == spec.Usage:
+	case err == nil:
+		err = fmt.Errorf("key %q: %w", spec.Name, hsm.ErrExists)
+	case errors.Is(err, hsm.ErrLost):
+		return nil, err
+	default:
+		if err = s.destroyByID(ctx, id); err != nil {
+			return nil, err
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.doubts, spec.Name)
+	return k, err
+}
+
+func (s *Store) destroyByID(ctx context.Context, id []byte) error {
+	if err := s.unload(ctx); err != nil && !lost(err) {
+		return err
+	}
+	return s.with(ctx, true, func(h pkcs11.SessionHandle) error {
+		objects, err := s.find(h, pkcs11.NewAttribute(pkcs11.CKA_ID, id), pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true))
+		if err != nil {
+			return err
+		}
+		return s.destroy(h, objects...)
+	})
 }
 
 // Open implements [hsm.Store].
@@ -454,10 +714,23 @@ func (s *Store) Open(ctx context.Context, name string) (hsm.Key, error) {
 		k, err = s.openKey(h, name)
 		return err
 	})
+	if errors.Is(err, hsm.ErrNotFound) {
+		return nil, fmt.Errorf("key %q: %w%s", name, err, s.near(name))
+	}
 	if err != nil {
 		return nil, fmt.Errorf("key %q: %w", name, err)
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.labels[name] = true // somebody else may have made it meanwhile
 	return k, nil
+}
+
+// near names the keys with names like that one.
+func (s *Store) near(name string) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return didYouMean(name, slices.Collect(maps.Keys(s.labels)))
 }
 
 // Delete implements [hsm.Store].
@@ -465,8 +738,11 @@ func (s *Store) Delete(ctx context.Context, name string) error {
 	if !hsm.ValidName(name) {
 		return fmt.Errorf("key %q: %w", name, hsm.ErrNotFound)
 	}
+	if err := s.unload(ctx); err != nil && !lost(err) {
+		return fmt.Errorf("deleting key %q: %w", name, explained(err))
+	}
+	found := false // in this try or in one whose answer was lost
 	err := s.with(ctx, true, func(h pkcs11.SessionHandle) error {
-		found := false
 		// The private half goes last: as long as it is there the key can be found by name, and a Delete that was cut off
 		// can be repeated.
 		for _, class := range []uint{pkcs11.CKO_PUBLIC_KEY, pkcs11.CKO_PRIVATE_KEY, pkcs11.CKO_SECRET_KEY} {
@@ -491,6 +767,51 @@ func (s *Store) Delete(ctx context.Context, name string) error {
 	}
 	s.unreserve(name)
 	return nil
+}
+
+// unload goes before keys are destroyed. A module that keeps keys loaded lets go of them at a logout, and only then.
+func (s *Store) unload(ctx context.Context) error {
+	if !s.mod.loads {
+		return nil
+	}
+	return s.relogin(ctx, s.generation.Load(), nil)
+}
+
+// relogin logs out and in again, unless somebody did since generation gen. Object handles do not outlive it (PKCS#11 2.40
+// §5.6, C_Logout).
+func (s *Store) relogin(ctx context.Context, gen int64, cause error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.closed:
+		return errClosed
+	case s.refused != nil:
+		return s.refused
+	case gen != s.generation.Load():
+		return nil
+	}
+	s.log.Info("logging in anew, so that the token lets go of what it holds", "token", s.URI(), "cause", cause)
+	err := s.mod.alone(ctx, s.patience, func() error {
+		if s.epoch != s.mod.epoch {
+			return pkcs11.Error(pkcs11.CKR_SESSION_HANDLE_INVALID)
+		}
+		token, err := s.mod.ctx.GetTokenInfo(s.slot)
+		if err != nil {
+			return err
+		}
+		if err := mayLogin(token.Flags); err != nil {
+			return err
+		}
+		_ = s.mod.ctx.Logout(s.keeper)
+		return s.login(s.keeper)
+	})
+	if errors.Is(err, hsm.ErrPINIncorrect) || errors.Is(err, hsm.ErrPINLocked) {
+		s.refused = err
+	}
+	if err == nil {
+		s.generation.Add(1)
+	}
+	return err
 }
 
 // List implements [hsm.Lister].
@@ -524,6 +845,7 @@ func (s *Store) List(ctx context.Context, prefix string) ([]hsm.Key, error) {
 					return fmt.Errorf("key %q: %w", name, err)
 				}
 				keys = append(keys, k)
+				s.mod.beat()
 			}
 		}
 		return nil

@@ -21,26 +21,13 @@ package bundle
 
 import (
 	"archive/tar"
-	"context"
-	"crypto"
-	"crypto/ecdsa"
-	"crypto/ed25519"
-	"crypto/rand"
-	"crypto/rsa"
-	"crypto/sha256"
-	"crypto/x509"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"time"
-
-	"github.com/secure-systems-lab/go-securesystemslib/dsse"
 )
 
 // Errors that callers branch on.
 var (
-	// ErrUntrusted says that nobody whom the reader trusts signed the bundle.
-	ErrUntrusted = errors.New("bundle is not signed by a trusted station")
 	// ErrCorrupt says that the bundle is not what was signed: changed, cut off, or added to.
 	ErrCorrupt = errors.New("bundle is damaged")
 	// ErrSealed says that entries carry keys which no given identity opens.
@@ -82,12 +69,13 @@ type Manifest struct {
 	Info       map[string]string `json:"info,omitempty"`
 }
 
-// Counts says how many entries of each kind there are, and how many of them have a sealed key.
+// Counts says how many entries of each kind there are, and how many of them have a sealed key, or evidence.
 type Counts struct {
 	Individual int64 `json:"individual"`
 	Group      int64 `json:"group"`
 	Device     int64 `json:"device"`
 	Sealed     int64 `json:"sealed"`
+	Evidence   int64 `json:"evidence,omitempty"` // entries with evidence of where their key lives
 }
 
 // Total returns how many entries there are.
@@ -114,54 +102,6 @@ type Summary struct {
 
 func entryChunkName(n int) string  { return fmt.Sprintf("entries/%06d.jsonl.zst", n) }
 func sealedChunkName(n int) string { return fmt.Sprintf("sealed/%06d.jsonl.age", n) }
-
-// KeyID returns how a station's key is named in signatures: the hex SHA-256 of its SubjectPublicKeyInfo.
-func KeyID(pub crypto.PublicKey) (string, error) {
-	spki, err := x509.MarshalPKIXPublicKey(pub)
-	if err != nil {
-		return "", fmt.Errorf("station key: %w", err)
-	}
-	sum := sha256.Sum256(spki)
-	return hex.EncodeToString(sum[:]), nil
-}
-
-// stationKey signs and verifies envelopes. ECDSA and RSA (PKCS #1 v1.5) take SHA-256.
-type stationKey struct {
-	pub  crypto.PublicKey
-	priv crypto.Signer
-}
-
-func (k stationKey) KeyID() (string, error)   { return KeyID(k.pub) }
-func (k stationKey) Public() crypto.PublicKey { return k.pub }
-
-func (k stationKey) Sign(_ context.Context, data []byte) ([]byte, error) {
-	if _, ok := k.pub.(ed25519.PublicKey); ok {
-		return k.priv.Sign(rand.Reader, data, crypto.Hash(0))
-	}
-	sum := sha256.Sum256(data)
-	return k.priv.Sign(rand.Reader, sum[:], crypto.SHA256)
-}
-
-var errSignature = errors.New("signature does not verify")
-
-func (k stationKey) Verify(_ context.Context, data, sig []byte) error {
-	sum := sha256.Sum256(data)
-	ok := false
-	switch pub := k.pub.(type) {
-	case ed25519.PublicKey:
-		ok = ed25519.Verify(pub, data, sig)
-	case *ecdsa.PublicKey:
-		ok = ecdsa.VerifyASN1(pub, sum[:], sig)
-	case *rsa.PublicKey:
-		ok = rsa.VerifyPKCS1v15(pub, crypto.SHA256, sum[:], sig) == nil
-	}
-	if !ok {
-		return errSignature
-	}
-	return nil
-}
-
-var _ dsse.SignerVerifier = stationKey{}
 
 // header returns the one tar header that a member of that name and size has.
 func header(name string, size int64, created time.Time) *tar.Header {

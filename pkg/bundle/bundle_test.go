@@ -21,6 +21,7 @@ import (
 
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/signed"
 )
 
 func station(t testing.TB) *ecdsa.PrivateKey {
@@ -198,10 +199,10 @@ func TestSameContentSameID(t *testing.T) {
 func TestTrust(t *testing.T) {
 	k := station(t)
 	b := write(t, k, nil, deviceEntry(1))
-	if _, err := bundle.Open(bytes.NewReader(b), trust(station(t))); !errors.Is(err, bundle.ErrUntrusted) {
+	if _, err := bundle.Open(bytes.NewReader(b), trust(station(t))); !errors.Is(err, signed.ErrUntrusted) {
 		t.Errorf("another station: %v", err)
 	}
-	if _, err := bundle.Open(bytes.NewReader(b), bundle.OpenConfig{}); !errors.Is(err, bundle.ErrUntrusted) {
+	if _, err := bundle.Open(bytes.NewReader(b), bundle.OpenConfig{}); !errors.Is(err, signed.ErrUntrusted) {
 		t.Errorf("nobody trusted: %v", err)
 	}
 	if _, err := bundle.Verify(bytes.NewReader(b), bundle.OpenConfig{Trusted: []crypto.PublicKey{station(t).Public(), k.Public()}}); err != nil {
@@ -221,7 +222,7 @@ func TestEveryByteCounts(t *testing.T) {
 			b[i] ^= flip
 			if got, err := read(b, cfg); err == nil {
 				t.Errorf("octet %d of %d changed by %#x is not noticed: %d entries", i, len(b), flip, len(got))
-			} else if !errors.Is(err, bundle.ErrCorrupt) && !errors.Is(err, bundle.ErrUntrusted) {
+			} else if !errors.Is(err, bundle.ErrCorrupt) && !errors.Is(err, signed.ErrUntrusted) {
 				t.Errorf("octet %d: %v is neither corrupt nor untrusted", i, err)
 			}
 			b[i] ^= flip

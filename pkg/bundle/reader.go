@@ -3,7 +3,6 @@ package bundle
 import (
 	"archive/tar"
 	"bytes"
-	"context"
 	"crypto"
 	"crypto/sha256"
 	"encoding/hex"
@@ -16,9 +15,10 @@ import (
 
 	"filippo.io/age"
 	"github.com/klauspost/compress/zstd"
-	"github.com/secure-systems-lab/go-securesystemslib/dsse"
 
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/evidence"
+	"github.com/touchmark/touchmark/pkg/signed"
 )
 
 // OpenConfig says whom a reader trusts and what it can open.
@@ -27,6 +27,8 @@ type OpenConfig struct {
 	Trusted []crypto.PublicKey
 	// Identities open sealed keys. Without any, entries come without their keys.
 	Identities []age.Identity
+	// RequireResidency refuses devices whose key is not shown to live in such a place; empty asks for nothing.
+	RequireResidency evidence.Residency
 }
 
 // A Reader reads a bundle whose signature was verified.
@@ -40,7 +42,7 @@ type Reader struct {
 	check    []byte
 }
 
-// Open verifies the manifest's signature. The error is ErrUntrusted or ErrCorrupt. The caller closes the reader.
+// Open verifies the manifest's signature. The error is signed.ErrUntrusted or ErrCorrupt. The caller closes the reader.
 func Open(r io.Reader, cfg OpenConfig) (*Reader, error) {
 	b := &Reader{cfg: cfg, in: &members{r: r}}
 	raw, signature, err := readManifest(b.in)
@@ -79,7 +81,7 @@ func Describe(r io.Reader) (Manifest, string, error) {
 	if err := parseManifest(raw, &m); err != nil {
 		return m, "", err
 	}
-	return m, signature.Signatures[0].KeyID, nil
+	return m, signature.KeyID(), nil
 }
 
 // Verify reads a bundle to its last octet.
@@ -172,7 +174,7 @@ func (m *members) end() error {
 	return nil
 }
 
-func readManifest(in *members) ([]byte, *dsse.Envelope, error) {
+func readManifest(in *members) ([]byte, *signed.Envelope, error) {
 	raw, err := in.next(manifestName, maxManifest)
 	if err != nil {
 		return nil, nil, err
@@ -181,60 +183,26 @@ func readManifest(in *members) ([]byte, *dsse.Envelope, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	var envelope dsse.Envelope
-	if err := strictJSON(b, &envelope); err != nil {
+	envelope, err := signed.Parse(b)
+	if err != nil {
 		return nil, nil, corrupt("signature: %w", err)
 	}
-	if len(envelope.Signatures) == 0 || len(envelope.Signatures) > 16 {
-		return nil, nil, corrupt("it has %d signatures", len(envelope.Signatures))
-	}
-	if again, err := json.Marshal(envelope); err != nil || !bytes.Equal(again, b) {
-		return nil, nil, corrupt("the signature is not in the form that was written")
-	}
-	return raw, &envelope, nil
+	return raw, envelope, nil
 }
 
 // verify checks the envelope against the trusted keys and the manifest, and returns the key that signed.
-func verify(raw []byte, envelope *dsse.Envelope, trusted []crypto.PublicKey) (string, error) {
-	payload, err := envelope.DecodeB64Payload()
-	if err != nil || !bytes.Equal(payload, raw) || envelope.PayloadType != payloadType {
+func verify(raw []byte, envelope *signed.Envelope, trusted []crypto.PublicKey) (string, error) {
+	if !bytes.Equal(envelope.Unverified(), raw) {
 		return "", corrupt("the signature is over another manifest")
 	}
-	if len(trusted) == 0 {
-		return "", ErrUntrusted
+	_, keyID, err := envelope.Verify(payloadType, trusted)
+	if errors.Is(err, signed.ErrCorrupt) {
+		return "", corrupt("%w", err)
 	}
-	verifiers := make([]dsse.Verifier, len(trusted))
-	known := false
-	for i, pub := range trusted {
-		k := stationKey{pub: pub}
-		verifiers[i] = k
-		id, err := k.KeyID()
-		if err != nil {
-			return "", err
-		}
-		for _, s := range envelope.Signatures {
-			known = known || s.KeyID == id
-		}
-	}
-	ev, err := dsse.NewEnvelopeVerifier(verifiers...)
 	if err != nil {
-		return "", err
+		return "", fmt.Errorf("bundle is %w", err)
 	}
-	accepted, err := ev.Verify(context.Background(), envelope)
-	switch {
-	case err == nil && len(accepted) > 0 && accepted[0].Sig.KeyID == accepted[0].KeyID:
-		return accepted[0].KeyID, nil
-	case known:
-		return "", corrupt("the station's signature does not verify")
-	}
-	return "", fmt.Errorf("%w (the key %s signed)", ErrUntrusted, clip(envelope.Signatures[0].KeyID))
-}
-
-func clip(s string) string {
-	if len(s) > 64 {
-		s = s[:64]
-	}
-	return fmt.Sprintf("%q", s)
+	return keyID, nil
 }
 
 // strictJSON decodes one JSON value without unknown members and with nothing behind it.
@@ -304,7 +272,8 @@ func (b *Reader) chunk(c Chunk, limit int64) ([]byte, error) {
 }
 
 // Entries yields each entry once its chunk is verified. It can be gone through once. An error is yielded last: ErrCorrupt
-// for what was changed, cut off or added, ErrSealed when identities were given and none opens the keys. A caller that
+// for what was changed, cut off or added, ErrSealed when identities were given and none opens the keys,
+// evidence.ErrResidency for a device without the evidence that was asked for. A caller that
 // stops early has not verified the rest.
 //
 // Where keys were opened, the individual symmetric-key enrollments of a chunk come behind its other entries.
@@ -354,6 +323,14 @@ func (b *Reader) read(yield func(Entry) bool) error {
 			}
 			if err := e.Check(); err != nil {
 				return corrupt("%s, line %d: %w", c.Name, lines, err)
+			}
+			if b.cfg.RequireResidency != "" {
+				if err := e.Resides(b.cfg.RequireResidency); err != nil {
+					return fmt.Errorf("%s, line %d: %s: %w", c.Name, lines, e.name(), err)
+				}
+			}
+			if e.Evidence != nil {
+				counts.Evidence++
 			}
 			switch {
 			case e.Group != nil:

@@ -3,7 +3,6 @@ package bundle
 import (
 	"archive/tar"
 	"bytes"
-	"context"
 	"crypto"
 	"crypto/sha256"
 	"encoding/hex"
@@ -19,9 +18,9 @@ import (
 	"filippo.io/age"
 	"github.com/gowebpki/jcs"
 	"github.com/klauspost/compress/zstd"
-	"github.com/secure-systems-lab/go-securesystemslib/dsse"
 
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/signed"
 )
 
 // WriterConfig says what bundle to write.
@@ -109,10 +108,18 @@ func (w *Writer) Add(e *Entry) error {
 	if err := e.Check(); err != nil {
 		return fmt.Errorf("bundle entry: %w", err)
 	}
+	if e.Evidence != nil {
+		w.manifest.Counts.Evidence++
+	}
 	switch {
-	case e.Device != nil:
+	case e.Device != nil && e.Evidence == nil:
 		w.manifest.Counts.Device++
 		w.plain = appendDevice(w.plain, e)
+	case e.Device != nil:
+		w.manifest.Counts.Device++
+		if err := w.appendJSON(e); err != nil {
+			return err
+		}
 	case e.Group != nil:
 		if e.Group.Attestation.SymmetricKey != nil {
 			return fmt.Errorf("bundle entry: group %q carries its key: group keys never leave the service but sealed to a line", e.Group.EnrollmentGroupID)
@@ -273,17 +280,9 @@ func (w *Writer) Close() (_ Summary, err error) {
 	if len(manifest) > maxManifest {
 		return none, errors.New("bundle is too large: its manifest would not be read")
 	}
-	signer, err := dsse.NewEnvelopeSigner(stationKey{w.cfg.Signer.Public(), w.cfg.Signer})
+	signature, err := signed.Sign(w.cfg.Signer, payloadType, manifest)
 	if err != nil {
-		return none, err
-	}
-	envelope, err := signer.SignPayload(context.Background(), payloadType, manifest)
-	if err != nil {
-		return none, fmt.Errorf("signing the bundle with the station key: %w", err)
-	}
-	signature, err := json.Marshal(envelope)
-	if err != nil {
-		return none, err
+		return none, fmt.Errorf("bundle: %w", err)
 	}
 
 	out, err := os.CreateTemp(filepath.Dir(w.cfg.Path), "."+filepath.Base(w.cfg.Path)+".*")
@@ -321,7 +320,7 @@ func (w *Writer) Close() (_ Summary, err error) {
 	if err := errors.Join(dir.Sync(), dir.Close()); err != nil {
 		return none, err
 	}
-	id, err := KeyID(w.cfg.Signer.Public())
+	id, err := signed.KeyID(w.cfg.Signer.Public())
 	return Summary{ID: m.ID, IDScope: m.IDScope, Created: m.Created, Entries: m.Counts.Total(), Counts: m.Counts, KeyID: id, Size: size}, err
 }
 

@@ -24,9 +24,19 @@ import (
 	"github.com/touchmark/touchmark/pkg/registration"
 )
 
-// An ImportFunc verifies a bundle as it streams by and takes its entries. Trust is the PEM of a public key that the caller
-// vouches for, or nil.
-type ImportFunc func(ctx context.Context, body io.Reader, trust []byte, dryRun bool) (registration.ImportResult, error)
+// An ImportRequest is a bundle that a caller wants taken in.
+type ImportRequest struct {
+	Body io.Reader
+	// Trust is the PEM of a station's public key that the caller vouches for, or nil.
+	Trust []byte
+	// Residency is where the keys of all devices must be shown to live; empty for anywhere.
+	Residency string
+	// DryRun counts and changes nothing.
+	DryRun bool
+}
+
+// An ImportFunc verifies a bundle as it streams by and takes its entries.
+type ImportFunc func(context.Context, ImportRequest) (registration.ImportResult, error)
 
 const (
 	maxServiceBody = 1 << 20
@@ -213,7 +223,9 @@ func (s *Server) own(w http.ResponseWriter, r *http.Request, seg []string) (any,
 		}
 		rc := http.NewResponseController(w)
 		_ = rc.SetWriteDeadline(time.Time{}) // what is imported may take its time; its answer has some again
-		res, err := s.cfg.Import(r.Context(), &patientReader{http.MaxBytesReader(w, r.Body, maxBundle), rc, s.cfg.RequestTimeout}, trust, dryRun)
+		res, err := s.cfg.Import(r.Context(), ImportRequest{
+			Body: &patientReader{http.MaxBytesReader(w, r.Body, maxBundle), rc, s.cfg.RequestTimeout}, Trust: trust, Residency: r.Header.Get("Touchmark-Residency"), DryRun: dryRun,
+		})
 		_ = rc.SetWriteDeadline(time.Now().Add(s.cfg.RequestTimeout))
 		if err != nil {
 			return nil, err

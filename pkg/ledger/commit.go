@@ -190,7 +190,7 @@ func run(events []Event) int {
 	for n < len(events) {
 		f := &events[n]
 		if f.State != e.State || (f.Unit == 0) != (e.Unit == 0) || e.Unit == 0 && n == maxRun ||
-			e.Unit != 0 && (f.Unit != e.Unit+int64(n) || (f.Data == nil) != (e.Data == nil) || (f.KeyHash == nil) != (e.KeyHash == nil)) {
+			e.Unit != 0 && (f.Unit != e.Unit+int64(n) || (f.Data == nil) != (e.Data == nil) || (f.KeyHash == nil) != (e.KeyHash == nil) || (f.EKHash == nil) != (e.EKHash == nil)) {
 			break
 		}
 		n++
@@ -236,7 +236,7 @@ func (t *tx) insert(ctx context.Context, events []Event) error {
 		e.Unit = t.l.nextUnit
 		t.l.nextUnit++
 		idx, err := t.add(leaf{state: e.State, job: e.Job, unit: e.Unit, count: 1, serial: e.Serial,
-			registrationID: e.RegistrationID, keyHash: e.KeyHash, data: e.Data})
+			registrationID: e.RegistrationID, keyHash: e.KeyHash, ekHash: e.EKHash, data: e.Data})
 		if err != nil {
 			return err
 		}
@@ -253,8 +253,23 @@ func (t *tx) insert(ctx context.Context, events []Event) error {
 	if err := t.neverVoided(ctx, events); err != nil {
 		return err
 	}
-	_, err := t.ExecContext(ctx, insertSQL(len(events)), args...)
-	return err
+	if _, err := t.ExecContext(ctx, insertSQL(len(events)), args...); err != nil {
+		return err
+	}
+	return t.endorse(ctx, events)
+}
+
+// endorse writes down whose endorsement keys the events name.
+func (t *tx) endorse(ctx context.Context, events []Event) error {
+	for i := range events {
+		if events[i].EKHash == nil {
+			continue
+		}
+		if _, err := t.ExecContext(ctx, `INSERT INTO endorsements (ek_hash, unit) VALUES ($1, $2)`, events[i].EKHash, events[i].Unit); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // neverVoided refuses keys that a voided unit had. There are few of those, mostly none.
@@ -294,7 +309,7 @@ func (t *tx) advance(ctx context.Context, events []Event) error {
 	if !ok {
 		return fmt.Errorf("a unit cannot be moved to %s", e.State)
 	}
-	ranged := e.Data == nil && e.KeyHash == nil || e.State == Sealed
+	ranged := e.Data == nil && e.KeyHash == nil && e.EKHash == nil || e.State == Sealed
 	first := int64(-1)
 	if ranged {
 		if _, err := t.add(leaf{state: e.State, unit: e.Unit, count: n, data: e.Data}); err != nil {
@@ -304,7 +319,7 @@ func (t *tx) advance(ctx context.Context, events []Event) error {
 		for i := range events {
 			f := &events[i]
 			idx, err := t.add(leaf{state: f.State, unit: f.Unit, count: 1, serial: f.Serial,
-				registrationID: f.RegistrationID, keyHash: f.KeyHash, data: f.Data})
+				registrationID: f.RegistrationID, keyHash: f.KeyHash, ekHash: f.EKHash, data: f.Data})
 			if err != nil {
 				return err
 			}
@@ -336,6 +351,9 @@ func (t *tx) advance(ctx context.Context, events []Event) error {
 			}
 		}
 	}
+	if !ranged {
+		return t.endorse(ctx, events)
+	}
 	return nil
 }
 
@@ -355,6 +373,10 @@ func (t *tx) void(ctx context.Context, e Event) error {
 			return err
 		}
 	}
+	// The device still has its TPM, and begins anew with it.
+	if _, err := t.ExecContext(ctx, `DELETE FROM endorsements WHERE unit = $1`, e.Unit); err != nil {
+		return err
+	}
 	_, err = t.add(leaf{state: Voided, unit: e.Unit, count: 1, serial: serial, registrationID: rid, keyHash: hash, data: e.Data})
 	return err
 }
@@ -367,11 +389,24 @@ func (l *Ledger) explain(ctx context.Context, err error, events []Event) error {
 	}
 	for i := range events {
 		e := &events[i]
-		if dup := l.duplicate(ctx, e.Unit, e.Serial, e.RegistrationID, e.KeyHash); dup != nil {
+		if dup := l.duplicate(ctx, e.Unit, e.Serial, e.RegistrationID, e.KeyHash, e.EKHash); dup != nil {
 			return dup
 		}
 	}
-	return fmt.Errorf("the same serial, registration ID or key appears twice in one step: %w", err)
+	seen := make(map[string]string, 2*len(events))
+	for i := range events {
+		e := &events[i]
+		for what, hash := range map[string][]byte{"key": e.KeyHash, "endorsement key": e.EKHash} {
+			if hash == nil {
+				continue
+			}
+			if other, twice := seen[what+string(hash)]; twice {
+				return fmt.Errorf("serials %s and %s have one %s: is one device in two places?", other, e.Serial, what)
+			}
+			seen[what+string(hash)] = e.Serial
+		}
+	}
+	return fmt.Errorf("the same serial or registration ID appears twice in one step: %w", err)
 }
 
 // Taken returns a DuplicateError when a living unit has the serial or the registration ID, and else nil. Commit asks again:
@@ -379,13 +414,13 @@ func (l *Ledger) explain(ctx context.Context, err error, events []Event) error {
 func (l *Ledger) Taken(ctx context.Context, serial, registrationID string) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if dup := l.duplicate(ctx, 0, serial, registrationID, nil); dup != nil {
+	if dup := l.duplicate(ctx, 0, serial, registrationID, nil, nil); dup != nil {
 		return dup
 	}
 	return nil
 }
 
-func (l *Ledger) duplicate(ctx context.Context, unit int64, serial, rid string, hash []byte) *DuplicateError {
+func (l *Ledger) duplicate(ctx context.Context, unit int64, serial, rid string, hash, ek []byte) *DuplicateError {
 	for _, c := range []struct {
 		field, where string
 		arg          any
@@ -395,6 +430,7 @@ func (l *Ledger) duplicate(ctx context.Context, unit int64, serial, rid string, 
 		{"serial", `serial = $1`, serial, serial, serial == ""},
 		{"registration ID", `registration_id = $1`, dps.Fold(rid), rid, rid == ""},
 		{"key", `key_hash = $1`, hash, fmt.Sprintf("%x", hash), hash == nil},
+		{"endorsement key", `id = (SELECT unit FROM endorsements WHERE ek_hash = $1)`, ek, fmt.Sprintf("%x", ek), ek == nil},
 	} {
 		if c.skip {
 			continue

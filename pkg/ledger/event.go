@@ -53,6 +53,9 @@ type Event struct {
 	// KeyHash is the SHA-256 of the public key (SubjectPublicKeyInfo), or 32 octets that name a symmetric key without
 	// telling it. Nil while there is none yet. Unique for all time, voided units included.
 	KeyHash []byte
+	// EKHash is the SHA-256 of the endorsement key (its whole TPM2B_PUBLIC) of a device with a TPM; nil for others. Unique
+	// among the living.
+	EKHash []byte
 	// Data is what the step must remember: a certificate plan, a certificate, a reason, a bundle's ID. Never a secret.
 	Data []byte
 }
@@ -77,6 +80,7 @@ type leaf struct {
 	serial         string
 	registrationID string
 	keyHash        []byte
+	ekHash         []byte
 	data           []byte
 }
 
@@ -89,6 +93,7 @@ func (f *leaf) append(b []byte) []byte {
 	b = appendBytes(b, f.serial)
 	b = appendBytes(b, f.registrationID)
 	b = appendBytes(b, f.keyHash)
+	b = appendBytes(b, f.ekHash)
 	return appendBytes(b, f.data)
 }
 
@@ -136,13 +141,17 @@ func parseLeaf(b []byte) (leaf, error) {
 	serial, ok1 := next(maxText)
 	rid, ok2 := next(maxText)
 	hash, ok3 := next(32)
-	data, ok4 := next(maxData)
-	if !ok1 || !ok2 || !ok3 || !ok4 || len(b) != 0 || len(hash) != 0 && len(hash) != 32 {
+	ek, ok4 := next(32)
+	data, ok5 := next(maxData)
+	if !ok1 || !ok2 || !ok3 || !ok4 || !ok5 || len(b) != 0 || len(hash) != 0 && len(hash) != 32 || len(ek) != 0 && len(ek) != 32 {
 		return f, errLeaf
 	}
 	f.serial, f.registrationID = string(serial), string(rid)
 	if len(hash) > 0 {
 		f.keyHash = hash
+	}
+	if len(ek) > 0 {
+		f.ekHash = ek
 	}
 	f.data = data
 	if got := f.append(make([]byte, 0, len(whole))); string(got) != string(whole) {

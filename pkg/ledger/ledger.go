@@ -56,7 +56,7 @@ var (
 
 // A DuplicateError says that a serial, a registration ID or a key is taken, and by which unit.
 type DuplicateError struct {
-	Field string // "serial", "registration ID" or "key"
+	Field string // "serial", "registration ID", "key" or "endorsement key"
 	Value string
 	Unit  Unit // the one that has it
 	Job   Job  // the job that made it
@@ -115,6 +115,8 @@ type Unit struct {
 	Leaf int64 `json:"entry"`
 	// Data is that entry's data: a certificate plan while begun, the certificate once minted.
 	Data []byte `json:"-"`
+	// EKHash is that entry's endorsement key, if it has one.
+	EKHash []byte `json:"-"`
 }
 
 // A Job is one list of serials minted with one profile.
@@ -140,6 +142,7 @@ CREATE TABLE units (
 	job INTEGER NOT NULL,
 	at INTEGER NOT NULL,
 	leaf INTEGER NOT NULL);
+CREATE TABLE endorsements (ek_hash BLOB PRIMARY KEY, unit INTEGER NOT NULL UNIQUE) WITHOUT ROWID;
 CREATE TABLE voided (key_hash BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE log (
 	first INTEGER PRIMARY KEY,       -- index of the row's first leaf
@@ -242,7 +245,11 @@ func View(ctx context.Context, path string) (*Ledger, error) {
 		return nil, err
 	}
 	l := &Ledger{cfg: Config{Path: path, Now: time.Now}, db: db, broken: errors.New("ledger is open for reading only")}
-	if err := l.db.QueryRowContext(ctx, `SELECT CAST(value AS TEXT) FROM meta WHERE name = 'origin'`).Scan(&l.cfg.Origin); err != nil {
+	err = l.db.QueryRowContext(ctx, `SELECT CAST(value AS TEXT) FROM meta WHERE name = 'origin'`).Scan(&l.cfg.Origin)
+	if err == nil {
+		err = l.loadLast(ctx)
+	}
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("opening ledger %s: %w", path, denied(err)), db.Close())
 	}
 	return l, nil
@@ -278,30 +285,15 @@ func (l *Ledger) load(ctx context.Context) error {
 	if origin != l.cfg.Origin {
 		return fmt.Errorf("%w: it belongs to %q, not to %q", ErrDamaged, origin, l.cfg.Origin)
 	}
-	var first, count int64
-	var leaves []byte
-	err := l.db.QueryRowContext(ctx, `SELECT first, count, leaves FROM log ORDER BY first DESC LIMIT 1`).Scan(&first, &count, &leaves)
-	switch {
-	case errors.Is(err, sql.ErrNoRows):
-	case err != nil:
+	if err := l.loadLast(ctx); err != nil {
 		return err
-	default:
-		l.size = first + count
-		err := eachLeaf(leaves, func(b []byte) error {
-			f, err := parseLeaf(b)
-			l.lastTime = f.at
-			return err
-		})
-		if err != nil {
-			return fmt.Errorf("%w: last entries: %v", ErrDamaged, err)
-		}
 	}
 	if err := l.db.QueryRowContext(ctx, `SELECT coalesce(max(id), 0) + 1 FROM units`).Scan(&l.nextUnit); err != nil {
 		return err
 	}
 	// A voided unit's row is gone, but its ID is never given out again: the highest one is also in meta.
 	var top int64
-	err = l.db.QueryRowContext(ctx, `SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'units'`).Scan(&top)
+	err := l.db.QueryRowContext(ctx, `SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'units'`).Scan(&top)
 	if err == nil {
 		l.nextUnit = max(l.nextUnit, top)
 	} else if !errors.Is(err, sql.ErrNoRows) {
@@ -314,6 +306,29 @@ func (l *Ledger) load(ctx context.Context) error {
 			return err
 		}
 		l.frontier[idx] = h
+	}
+	return nil
+}
+
+// loadLast reads how long the log is and when its last entry was made.
+func (l *Ledger) loadLast(ctx context.Context) error {
+	var first, count int64
+	var leaves []byte
+	err := l.db.QueryRowContext(ctx, `SELECT first, count, leaves FROM log ORDER BY first DESC LIMIT 1`).Scan(&first, &count, &leaves)
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	l.size = first + count
+	err = eachLeaf(leaves, func(b []byte) error {
+		f, err := parseLeaf(b)
+		l.lastTime = f.at
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("%w: last entries: %v", ErrDamaged, err)
 	}
 	return nil
 }

@@ -1,6 +1,7 @@
 package ledger_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -9,6 +10,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -254,6 +256,80 @@ func TestTampering(t *testing.T) {
 				t.Errorf("not noticed: %v", err)
 			}
 		})
+	}
+}
+
+// An endorsement key stands for one living unit; a voided unit's TPM is free again, and the table must say what the log says.
+func TestEndorsement(t *testing.T) {
+	line := newLine(t)
+	led := line.open(t)
+	job, _, err := led.BeginJob(t.Context(), ledger.Job{Digest: make([]byte, 32), Profile: "tpm"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	event := func(serial string, ek byte) ledger.Event {
+		return ledger.Event{State: ledger.Begun, Job: job.ID, Serial: serial, RegistrationID: serial, EKHash: bytes.Repeat([]byte{ek}, 32), Data: []byte("plan")}
+	}
+	first := []ledger.Event{event("SN1", 1), event("SN2", 2)}
+	if err := led.Commit(t.Context(), first); err != nil {
+		t.Fatal(err)
+	}
+	var dup *ledger.DuplicateError
+	if err := led.Commit(t.Context(), []ledger.Event{event("SN3", 3), event("SN4", 1)}); !errors.As(err, &dup) || dup.Field != "endorsement key" || dup.Unit.Serial != "SN1" {
+		t.Errorf("one TPM in two devices: %v", err)
+	}
+	if err := led.Commit(t.Context(), []ledger.Event{event("SN3", 3), event("SN4", 3)}); err == nil || !strings.Contains(err.Error(), "SN3 and SN4 have one endorsement key") {
+		t.Errorf("one TPM twice in a step: %v", err)
+	}
+	u, err := led.Find(t.Context(), "SN2")
+	if err != nil || !bytes.Equal(u.EKHash, first[1].EKHash) {
+		t.Errorf("%x, %v", u.EKHash, err)
+	}
+	if err := led.Commit(t.Context(), []ledger.Event{{State: ledger.Voided, Unit: first[0].Unit}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := led.Commit(t.Context(), []ledger.Event{event("SN1", 1)}); err != nil {
+		t.Errorf("the device begins anew: %v", err)
+	}
+	if _, err := led.Verify(t.Context(), line.key.Public()); err != nil {
+		t.Error(err)
+	}
+	if err := led.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, statement := range []string{
+		`UPDATE endorsements SET unit = unit + 7 WHERE unit = 2`, `DELETE FROM endorsements WHERE unit = 2`,
+		`INSERT INTO endorsements (ek_hash, unit) VALUES (zeroblob(32), 99)`, `UPDATE endorsements SET ek_hash = zeroblob(32) WHERE unit = 2`,
+	} {
+		b, err := os.ReadFile(line.cfg.Path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		db, err := sql.Open("sqlite", line.cfg.Path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if res, err := db.Exec(statement); err != nil {
+			t.Fatal(err)
+		} else if n, _ := res.RowsAffected(); n != 1 {
+			t.Fatalf("%s changed %d rows", statement, n)
+		}
+		if err := db.Close(); err != nil {
+			t.Fatal(err)
+		}
+		view, err := ledger.View(t.Context(), line.cfg.Path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := view.Verify(t.Context(), line.key.Public()); !errors.Is(err, ledger.ErrDamaged) {
+			t.Errorf("%s: %v", statement, err)
+		}
+		if err := view.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(line.cfg.Path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

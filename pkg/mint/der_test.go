@@ -11,7 +11,7 @@ import (
 
 // What is spliced together is what the standard library would have written, octet for octet.
 func TestMarshal(t *testing.T) {
-	for _, alg := range []hsm.Algorithm{hsm.ECP256, hsm.ECP384, hsm.Ed25519, hsm.RSA2048} {
+	for _, alg := range []hsm.Algorithm{hsm.ECP256, hsm.ECP384, hsm.ECP521, hsm.Ed25519, hsm.RSA2048} {
 		for range 16 {
 			key, err := generate(alg, rand.Reader)
 			if err != nil {

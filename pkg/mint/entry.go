@@ -4,9 +4,11 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"fmt"
 
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/evidence"
 )
 
 // groupEntry tells the service of the issuing CA that vouches for the devices.
@@ -20,18 +22,28 @@ func (r *run) groupEntry() *bundle.Entry {
 	return &bundle.Entry{Group: &dps.EnrollmentGroup{EnrollmentGroupID: r.Profile.Group, Enrollment: e}}
 }
 
-func (r *run) entry(u *unit) *bundle.Entry {
+func (r *run) entry(u *unit) (*bundle.Entry, error) {
+	var proof *evidence.Evidence
+	if len(u.evidence) > 0 {
+		if err := json.Unmarshal(u.evidence, &proof); err != nil {
+			return nil, fmt.Errorf("serial %s: the evidence in the ledger: %w", u.row.Serial, err)
+		}
+	}
 	if r.Profile.Enrollment == "group" {
 		d := &bundle.GroupDevice{RegistrationID: u.row.RegistrationID, Group: r.Profile.Group}
 		if r.Profile.Attestation == AttestationX509 {
 			d.KeyHash = hex.EncodeToString(u.keyHash)
 		}
-		return &bundle.Entry{Serial: u.row.Serial, Device: d}
+		return &bundle.Entry{Serial: u.row.Serial, Device: d, Evidence: proof}, nil
 	}
 	e := r.base
 	if r.Profile.Attestation == AttestationX509 {
 		e.Attestation = &dps.Attestation{Type: dps.AttestationX509, X509: &dps.X509Attestation{
 			ClientCertificates: &dps.X509Certificates{Primary: &dps.X509Certificate{Certificate: base64.StdEncoding.EncodeToString(u.cert)}},
+		}}
+	} else if r.Profile.Attestation == AttestationTPM {
+		e.Attestation = &dps.Attestation{Type: dps.AttestationTPM, TPM: &dps.TPMAttestation{
+			EndorsementKey: base64.StdEncoding.EncodeToString(proof.TPM.EK), StorageRootKey: base64.StdEncoding.EncodeToString(u.srk),
 		}}
 	} else {
 		e.Attestation = &dps.Attestation{Type: dps.AttestationSymmetricKey, SymmetricKey: &dps.SymmetricKeyAttestation{
@@ -42,5 +54,5 @@ func (r *run) entry(u *unit) *bundle.Entry {
 	if r.Profile.DeviceInformation != nil {
 		in.OptionalDeviceInformation, _ = json.Marshal(r.Profile.DeviceInformation) // maps from TOML always marshal
 	}
-	return &bundle.Entry{Serial: u.row.Serial, Individual: in}
+	return &bundle.Entry{Serial: u.row.Serial, Individual: in, Evidence: proof}, nil
 }

@@ -1,9 +1,14 @@
 package mint
 
 import (
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
 	"strings"
 	"testing"
 
+	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/templates"
 )
@@ -54,5 +59,33 @@ func FuzzLoadProfile(f *testing.F) {
 			t.Fatalf("%q passes, and %v", text, err)
 		}
 		_, _ = ReadList("list", strings.NewReader("serial\nSN1\n"), p)
+	})
+}
+
+func FuzzParseCSR(f *testing.F) {
+	key, err := generate(hsm.ECP256, rand.Reader)
+	if err != nil {
+		f.Fatal(err)
+	}
+	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: "pump-1"}}, key)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(der)
+	f.Add(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}))
+	f.Add([]byte("-----BEGIN CERTIFICATE REQUEST-----\n-----END CERTIFICATE REQUEST-----\n"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		csr, err := parseCSR(b)
+		if err != nil {
+			return
+		}
+		if err := csr.CheckSignature(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := algorithmOf(csr.PublicKey); err == nil {
+			if _, err := publicKeyHash(csr.PublicKey); err != nil {
+				t.Fatal(err)
+			}
+		}
 	})
 }

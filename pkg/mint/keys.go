@@ -9,13 +9,20 @@ import (
 	"crypto/elliptic"
 	"crypto/rsa"
 	"crypto/sha256"
+	"encoding/asn1"
+	"encoding/hex"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
+	"path/filepath"
+	"strings"
+	"time"
 
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/evidence"
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/stamp"
 )
@@ -25,7 +32,7 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 	if err := r.inTheWay(ctx, fresh); err != nil {
 		return err
 	}
-	inMemory := r.Profile.Key.Made == madeMemory
+	in := r.Profile.Key.In
 	for _, u := range fresh {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -34,7 +41,17 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 		if u.plan, err = r.Issuer.Plan(r.unitOf(u.row)); err != nil {
 			return fmt.Errorf("serial %s: %w", u.row.Serial, err)
 		}
-		if !inMemory {
+		if in == keyInCSR {
+			if err := r.readCSR(ctx, u); err != nil {
+				return fmt.Errorf("serial %s: %w", u.row.Serial, err)
+			}
+		}
+		if in == keyInTPM {
+			if err := r.readEK(ctx, u); err != nil {
+				return fmt.Errorf("serial %s: %w", u.row.Serial, err)
+			}
+		}
+		if in != keyInMemory {
 			continue
 		}
 		if u.signer, err = generate(r.alg, r.Rand); err != nil {
@@ -47,13 +64,13 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 			return err
 		}
 	}
-	if inMemory && len(fresh) > 0 {
+	if in == keyInMemory && len(fresh) > 0 {
 		// The key is durable before the ledger says that it is this unit's.
 		if err := r.out.Sync(); err != nil {
 			return err
 		}
 	}
-	if err := r.commit(ctx, fresh, ledger.Begun, func(u *unit, e *ledger.Event) { e.KeyHash, e.Data = u.keyHash, u.plan.Encode() }); err != nil {
+	if err := r.commit(ctx, fresh, ledger.Begun, func(u *unit, e *ledger.Event) { e.KeyHash, e.EKHash, e.Data = u.keyHash, u.ekHash, u.plan.Encode() }); err != nil {
 		return r.unstage(fresh, err)
 	}
 	begun := only(units, ledger.Begun)
@@ -61,7 +78,7 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if !inMemory {
+		if in == keyInToken || in == keyInTPM {
 			if err := r.tokenKey(ctx, u); err != nil {
 				return err
 			}
@@ -71,56 +88,200 @@ func (r *run) makeX509(ctx context.Context, units []unit) error {
 			return fmt.Errorf("serial %s: %w", u.row.Serial, err)
 		}
 	}
+	if in == keyInTPM && len(begun) > 0 {
+		// The blobs that hold the keys are durable before the ledger says that their certificates are signed.
+		if err := r.out.Sync(); err != nil {
+			return err
+		}
+	}
 	return r.commit(ctx, begun, ledger.Minted, func(u *unit, e *ledger.Event) {
-		e.Data = u.cert
-		if !inMemory {
+		e.Data = append(bytes.Clone(u.cert), u.evidence...) // see splitCertificate
+		if in == keyInToken || in == keyInTPM {
 			e.KeyHash = u.keyHash
 		}
 	})
 }
 
-// tokenKeyName names a device's key in the token.
-func tokenKeyName(registrationID string) string { return tokenKeyPrefix + dps.Fold(registrationID) }
+// keyName names a device's key in its store. A TPM's is a file of the stamp.
+func (r *run) keyName(u *unit) string {
+	if r.Profile.Key.In == keyInTPM {
+		return strings.TrimSuffix(keyFile, ".pem")
+	}
+	return tokenKeyPrefix + dps.Fold(u.row.RegistrationID)
+}
 
 const tokenKeyPrefix = "device:"
 
 // tokenKey makes the unit's key in the token. The name is in the ledger already, so a run that dies right here finds the
 // key by it and makes no second one.
 func (r *run) tokenKey(ctx context.Context, u *unit) error {
-	name := tokenKeyName(u.row.RegistrationID)
-	var k hsm.Key
-	err := hsm.ErrNotFound
-	if u.found {
-		k, err = r.keyInToken(ctx, name)
-	}
-	if errors.Is(err, hsm.ErrNotFound) {
-		if k, err = r.Store.Generate(ctx, hsm.Spec{Name: name, Algorithm: r.alg}); err == nil {
-			if err = r.staysInside(ctx, k); err != nil {
-				err = errors.Join(err, r.Store.Delete(context.WithoutCancel(ctx), name))
-			}
+	name := r.keyName(u)
+	err := r.withKeys(ctx, u, func(store hsm.Store) error {
+		var k hsm.Key
+		err := hsm.ErrNotFound
+		if u.found {
+			k, err = r.keyInToken(ctx, store, name)
 		}
-	}
+		fresh := errors.Is(err, hsm.ErrNotFound)
+		if fresh {
+			k, err = store.Generate(ctx, hsm.Spec{Name: name, Algorithm: r.alg})
+		}
+		if err != nil {
+			return err
+		}
+		if err = r.setTokenKey(u, k); err == nil {
+			err = r.staysInside(ctx, u, store, k)
+		}
+		if err != nil && fresh {
+			err = errors.Join(err, store.Delete(context.WithoutCancel(ctx), name))
+		}
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("serial %s: %w", u.row.Serial, err)
-	}
-	return u.setTokenKey(k)
-}
-
-// staysInside asks the token what it made: some do not do what a template says.
-func (r *run) staysInside(ctx context.Context, k hsm.Key) error {
-	a, err := k.Attributes(ctx)
-	if err != nil {
-		return fmt.Errorf("reading the attributes of key %q back: %w", k.Name(), err)
-	}
-	if a.Extractable || !a.Sensitive || r.fromToken && !(a.Local && a.NeverExtractable) {
-		return fmt.Errorf("key %q can leave its token, although it was not asked to: %+v", k.Name(), a)
 	}
 	return nil
 }
 
+// withKeys calls f with the store that a unit's key is in: the line's, or the device's own, opened for the call alone.
+func (r *run) withKeys(ctx context.Context, u *unit, f func(hsm.Store) error) (err error) {
+	if r.Profile.store == nil {
+		return f(r.Store)
+	}
+	uri := expand(r.Profile.store, r.List.Columns, u.row.Fields)
+	if r.Profile.Key.In == keyInTPM && r.Profile.Attestation == AttestationX509 {
+		if uri, err = r.withBlobs(uri, u); err != nil {
+			return err
+		}
+	}
+	store, err := r.openPatiently(ctx, uri)
+	if err != nil {
+		return fmt.Errorf("opening the device's store: %w", err)
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+	return f(store)
+}
+
+// A device's token or TPM that went away is waited for: the unit is not at fault, and somebody may be putting it back.
+const (
+	patience = 15 * time.Second
+	pause    = 200 * time.Millisecond
+)
+
+func (r *run) openPatiently(ctx context.Context, uri string) (hsm.Store, error) {
+	for deadline := time.Now().Add(patience); ; {
+		store, err := r.OpenStore(ctx, uri)
+		if !errors.Is(err, hsm.ErrLost) || time.Now().After(deadline) {
+			return store, err
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return nil, errors.Join(err, ctx.Err())
+		}
+	}
+}
+
+// readEK reads the endorsement key of the unit's TPM. The ledger refuses a second device with it before anything is made.
+func (r *run) readEK(ctx context.Context, u *unit) error {
+	return r.withKeys(ctx, u, func(store hsm.Store) error {
+		ek, _, err := r.Endorsement(ctx, store)
+		if err != nil {
+			return err
+		}
+		sum := sha256.Sum256(ek)
+		u.ekHash = sum[:]
+		return nil
+	})
+}
+
+// withBlobs names the unit's own directory as the place of a TPM's key blobs.
+func (r *run) withBlobs(raw string, u *unit) (string, error) {
+	uri, err := hsm.ParseURI(raw)
+	if err != nil {
+		return "", err
+	}
+	if uri.Scheme != hsm.SchemeTPM || uri.Keys != "" {
+		return "", fmt.Errorf("key.store %s: want tpm:?device=… and no keys: the stamp is where they are kept", uri)
+	}
+	if u.published {
+		uri.Keys = r.out.Dir(u.row.RegistrationID)
+	} else {
+		if err := r.out.Stage(u.row.RegistrationID); err != nil {
+			return "", err
+		}
+		uri.Keys = r.out.StagedDir(u.row.RegistrationID)
+	}
+	if uri.Keys, err = filepath.Abs(uri.Keys); err != nil {
+		return "", err
+	}
+	return uri.String(), nil
+}
+
+// staysInside asks the token what it made: some do not do what a template says. What a token vouches for is the unit's
+// evidence.
+func (r *run) staysInside(ctx context.Context, u *unit, store hsm.Store, k hsm.Key) error {
+	if r.Profile.Key.In == keyInTPM {
+		e, err := r.Attest(ctx, store, k.Name(), u.row.RegistrationID)
+		if err != nil {
+			return err
+		}
+		if err := e.Check(evidence.TPM, u.row.RegistrationID, hex.EncodeToString(u.keyHash)); err != nil {
+			return fmt.Errorf("key %q: %w", k.Name(), err)
+		}
+		if sum := sha256.Sum256(e.TPM.EK); !bytes.Equal(sum[:], u.ekHash) {
+			return errors.New("another TPM answers than the one that the unit was begun with: is it another device?")
+		}
+		u.evidence, err = json.Marshal(e)
+		return err
+	}
+	signing, err := hsm.SigningKeyOf(k)
+	if err != nil {
+		return err
+	}
+	identifier, vouches := store.(hsm.Identifier)
+	var id hsm.Identity
+	switch {
+	case vouches && store == r.Store: // asked once, not for each device
+		r.identityOnce.Do(func() { r.identity, r.identityErr = identifier.Identity(ctx) })
+		id, err = r.identity, r.identityErr
+	case vouches:
+		id, err = identifier.Identity(ctx)
+	}
+	if err != nil {
+		return err
+	}
+	e, err := evidence.OfToken(ctx, signing, id)
+	if err != nil {
+		return err
+	}
+	if a := e.Attributes; a.Extractable || !a.Sensitive {
+		return fmt.Errorf("key %q can leave its token, although it was not asked to: %+v", k.Name(), *a)
+	}
+	if !vouches || e.Check(evidence.Token, u.row.RegistrationID, e.KeyHash) != nil {
+		return nil // key files are copied by whoever has the passphrase, and some tokens do not say where a key was made
+	}
+	u.evidence, err = json.Marshal(e)
+	return err
+}
+
+// splitCertificate takes apart what the ledger keeps of a minted unit: its certificate, which says itself how long it is,
+// and the evidence behind it, if there is any.
+func splitCertificate(data []byte) (cert, evidence []byte, err error) {
+	var der asn1.RawValue
+	rest, err := asn1.Unmarshal(data, &der)
+	if err != nil {
+		return nil, nil, fmt.Errorf("the certificate in the ledger: %w", err)
+	}
+	return der.FullBytes, rest, nil
+}
+
 // keyInToken finds a key that an earlier run made. All of them are listed once: a search for each would cost the square of
 // their number.
-func (r *run) keyInToken(ctx context.Context, name string) (hsm.Key, error) {
+func (r *run) keyInToken(ctx context.Context, store hsm.Store, name string) (hsm.Key, error) {
+	if store != r.Store {
+		return store.Open(ctx, name)
+	}
 	r.listOnce.Do(func() {
 		lister, ok := r.Store.(hsm.Lister)
 		if !ok {
@@ -147,12 +308,19 @@ func (r *run) keyInToken(ctx context.Context, name string) (hsm.Key, error) {
 	return nil, fmt.Errorf("key %q: %w", name, hsm.ErrNotFound)
 }
 
-func (u *unit) setTokenKey(k hsm.Key) error {
+func (r *run) setTokenKey(u *unit, k hsm.Key) error {
 	signing, err := hsm.SigningKeyOf(k)
 	if err != nil {
 		return err
 	}
 	u.pub, u.keyURI = signing.Public(), k.URI()
+	switch {
+	case r.Profile.uri != nil:
+		u.keyURI = expand(r.Profile.uri, r.List.Columns, u.row.Fields)
+	case r.Profile.Key.In == keyInTPM:
+		// As the device finds it: its own TPM, and the blob beside the stamp.
+		u.keyURI = hsm.URI{Scheme: hsm.SchemeTPM, Object: k.Name(), Keys: "."}.String()
+	}
 	u.keyHash, err = publicKeyHash(u.pub)
 	return err
 }
@@ -186,6 +354,8 @@ func generate(alg hsm.Algorithm, random io.Reader) (crypto.Signer, error) {
 		return ecdsa.GenerateKey(elliptic.P256(), random)
 	case hsm.ECP384:
 		return ecdsa.GenerateKey(elliptic.P384(), random)
+	case hsm.ECP521:
+		return ecdsa.GenerateKey(elliptic.P521(), random)
 	case hsm.RSA2048:
 		return rsa.GenerateKey(random, 2048)
 	case hsm.RSA3072:

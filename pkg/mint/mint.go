@@ -27,7 +27,6 @@ import (
 	"io"
 	"path/filepath"
 	"runtime"
-	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -37,6 +36,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/ca"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/evidence"
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/stamp"
 	"github.com/touchmark/touchmark/templates"
@@ -52,8 +52,8 @@ const (
 // ErrUnproven says that a unit of an earlier run can be neither finished nor voided without a person looking.
 var ErrUnproven = errors.New("cannot be rolled forward")
 
-// ErrNeedsOut says that keys would be made in memory and stamped nowhere.
-var ErrNeedsOut = errors.New("its keys are made in memory: it needs a directory to stamp them to (--out)")
+// ErrNeedsOut says that keys would be made and kept nowhere.
+var ErrNeedsOut = errors.New("its keys are kept in stamps: it needs a directory to stamp to (--out)")
 
 // ErrNoSpace says that the disk has not the room that the job needs; nothing was started.
 var ErrNoSpace = errors.New("not enough free space")
@@ -65,6 +65,13 @@ type Config struct {
 	List    *List
 	// Store holds device keys that are made in a token; for such profiles only.
 	Store hsm.Store
+	// OpenStore opens a device's own store by its key URI, for profiles that name one.
+	OpenStore func(ctx context.Context, uri string) (hsm.Store, error)
+	// Endorsement returns the endorsement key of the TPM that a store is, and its storage root key, as whole TPM2B_PUBLIC
+	// structures; for profiles with TPMs only.
+	Endorsement func(ctx context.Context, store hsm.Store) (ek, srk []byte, err error)
+	// Attest has the TPM that a store is prove that a key lives in it; for keys in TPMs only.
+	Attest func(ctx context.Context, store hsm.Store, key, registrationID string) (*evidence.Evidence, error)
 	// Issuer signs leaves; for x509 profiles only.
 	Issuer *ca.Prepared
 	// GroupKey derives device keys; for symmetric-key groups only.
@@ -147,7 +154,11 @@ type run struct {
 	voids    atomic.Int64
 	absent   atomic.Int64
 
-	fromToken bool // device keys are made in a token, which can vouch for them; key files cannot
+	stampless bool // nothing is stamped: a minted unit is finished
+
+	identityOnce sync.Once // of the line's store
+	identityErr  error
+	identity     hsm.Identity
 
 	listOnce sync.Once // of the keys that earlier runs made in the token
 	listErr  error
@@ -159,14 +170,11 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 	if cfg.Rand == nil {
 		cfg.Rand = rand.Reader
 	}
-	r := &run{Config: cfg, jobs: cfg.Jobs, alg: hsm.Algorithm(p.Key.Algorithm)}
-	if cfg.Store != nil {
-		r.fromToken = strings.HasPrefix(cfg.Store.URI(), hsm.SchemePKCS11+":")
-	}
+	r := &run{Config: cfg, jobs: cfg.Jobs, alg: hsm.Algorithm(p.Key.Algorithm), stampless: cfg.Out == "" && !p.Stamp.Token}
 	if r.jobs <= 0 {
 		r.jobs = runtime.GOMAXPROCS(0) + 1
 	}
-	if cfg.Out == "" && p.Key.Made == madeMemory {
+	if cfg.Out == "" && (p.Key.In == keyInMemory || p.Key.In == keyInTPM && p.Attestation == AttestationX509) {
 		return nil, fmt.Errorf("profile %s: %w", p.Name, ErrNeedsOut)
 	}
 	if err := cfg.Ledger.CheckClock(); err != nil {
@@ -267,8 +275,11 @@ type unit struct {
 	signer    crypto.Signer // x509, key in memory
 	keyPEM    []byte        // secret
 	pub       crypto.PublicKey
-	keyURI    string
+	keyURI    string // of a key in a store
 	cert      []byte // DER
+	evidence  []byte // JSON; nil where the key may go anywhere
+	ekHash    []byte // of the device's TPM, where it has one
+	srk       []byte // TPM attestation: the TPM's storage root key
 	symmetric hsm.Secret
 	files     []stamp.File
 }
@@ -296,7 +307,7 @@ func (r *run) run(ctx context.Context, sink func(*bundle.Entry) error) error {
 	eg.Go(func() error {
 		defer close(order)
 		rows, size := r.List.Rows, stampGroup
-		if r.out == nil && r.Profile.Key.Made != madeToken {
+		if r.out == nil && r.Profile.store == nil && r.Profile.Key.In != keyInToken {
 			size = ledgerGroup
 		}
 		for len(rows) > 0 {
@@ -348,7 +359,11 @@ func (r *run) emit(ctx context.Context, order <-chan *group, sink func(*bundle.E
 		}
 		for i := range g.units {
 			u := &g.units[i]
-			if err := sink(r.entry(u)); err != nil {
+			e, err := r.entry(u)
+			if err != nil {
+				return err
+			}
+			if err := sink(e); err != nil {
 				return err
 			}
 			r.summary.Units = append(r.summary.Units, u.id)
@@ -377,7 +392,9 @@ func (r *run) work(ctx context.Context, units []unit) error {
 	make := r.makeX509
 	switch {
 	case r.Profile.Attestation == AttestationX509:
-	case r.Profile.Key.Made == madeDerived:
+	case r.Profile.Attestation == AttestationTPM:
+		make = r.makeTPM
+	case r.Profile.Key.In == keyDerived:
 		make = r.makeDerived
 	default:
 		make = r.makeRandom
@@ -385,7 +402,7 @@ func (r *run) work(ctx context.Context, units []unit) error {
 	if err := make(ctx, units); err != nil {
 		return err
 	}
-	if r.out == nil {
+	if r.stampless {
 		return nil
 	}
 	return r.stamp(ctx, units)

@@ -165,7 +165,7 @@ func (leakyKey) Attributes(context.Context) (hsm.Attributes, error) {
 // Invariant 6: attributes are read back, and a key that could leave its token is not a device's.
 func TestAttributesReadBack(t *testing.T) {
 	l := newLine(t)
-	profile := strings.Replace(templates.Profiles()["x509-group"], `made = "memory"`, `made = "token"`, 1)
+	profile := strings.Replace(templates.Profiles()["x509-group"], `in = "memory"`, `in = "token"`, 1)
 	if _, err := l.mint(t, profile, "serial\nSN1\n", liar{l.store}); err == nil || !strings.Contains(err.Error(), "can leave its token") {
 		t.Fatalf("a token that lies: %v", err)
 	}

@@ -21,9 +21,11 @@ type Profile struct {
 	Name string `toml:"-"`
 
 	// registration-id is the pattern of the registration ID: text with columns of the serial list in braces, such as
-	// "pump-{serial}"; "{serial|lower}" folds the column to lower case. Required.
+	// "pump-{serial}"; "{serial|lower}" folds the column to lower case. Required, but for attestation = "tpm": there it may be
+	// left out, and is then what device SDKs derive from the endorsement key.
 	RegistrationID string `toml:"registration-id"`
-	// attestation is how devices prove themselves: "x509" or "symmetric-key". Required.
+	// attestation is how devices prove themselves: "x509", "symmetric-key", or "tpm", by their TPM's endorsement key
+	// (key.store says how the station reaches that). Required.
 	Attestation string `toml:"attestation"`
 	// enrollment is "group" (one enrollment group vouches for all) or "individual". Required.
 	Enrollment string `toml:"enrollment"`
@@ -31,10 +33,25 @@ type Profile struct {
 	Group string `toml:"group"`
 
 	Key struct {
-		// made says where the device's key is made: "memory" (then stamped and forgotten), "token" (and stays there; x509
-		// only), or "derived" from the group key (symmetric-key groups, their only choice).
-		Made string `toml:"made"`
-		// algorithm of x509 keys: EC-P256 (default), EC-P384, RSA-2048, RSA-3072, RSA-4096, Ed25519.
+		// in says where the private key of an x509 device is made: "memory" (then stamped and forgotten), "token" (in the
+		// line's store, where it stays), "tpm" (in the device's TPM, which alone can use the blob that the stamp holds), or "csr"
+		// (elsewhere: only a certificate signing request comes in).
+		In string `toml:"in"`
+		// csr names the file of a device's certificate signing request, PEM or DER, with columns of the serial list in braces:
+		// "requests/{serial}.csr". Relative paths count from the working directory. For in = "csr", unless csr-command is there.
+		CSR string `toml:"csr"`
+		// csr-command is a program and its arguments that prints the request, with columns in braces: ["ssh", "{host}",
+		// "make-csr"]. It is run without a shell, at most a minute.
+		CSRCommand []string `toml:"csr-command"`
+		// store is the key URI of the device's own store, with columns in braces. Where in = "token" makes the key in that one
+		// and not in the line's: "pkcs11:token={serial}?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:pin"; where
+		// in = "tpm", the device's TPM as the station reaches it: "tpm:?device=tcp:fixture-{head}:2321". Relative paths in it
+		// count from the line's directory.
+		Store string `toml:"store"`
+		// uri is the key URI that the stamp names, with columns in braces, where the device reaches its key by another one than
+		// the station did, or the key was made elsewhere; optional.
+		URI string `toml:"uri"`
+		// algorithm of x509 keys: EC-P256 (default), EC-P384, EC-P521, RSA-2048, RSA-3072, RSA-4096, Ed25519.
 		Algorithm string `toml:"algorithm"`
 		// group-key is the name of the group key in the line's key store; default "group-key".
 		GroupKey string `toml:"group-key"`
@@ -50,6 +67,9 @@ type Profile struct {
 	} `toml:"certificate"`
 
 	Stamp struct {
+		// token puts the stamp into the device's own token as well (key.store): the certificate beside the key, and each file of
+		// the stamp as a data object of its name, application "touchmark".
+		Token bool `toml:"token"`
 		// file lists further files to render into each device's directory.
 		File []StampFile `toml:"file"`
 	} `toml:"stamp"`
@@ -71,6 +91,9 @@ type Profile struct {
 	} `toml:"hubs"`
 
 	pattern []segment
+	csr     [][]segment // of the file's name, or of each word of the command
+	uri     []segment
+	store   []segment
 }
 
 // A StampFile is one rendered file of a stamp.
@@ -87,10 +110,13 @@ type StampFile struct {
 const (
 	AttestationX509         = "x509"
 	AttestationSymmetricKey = "symmetric-key"
+	AttestationTPM          = "tpm"
 
-	madeMemory  = "memory"
-	madeToken   = "token"
-	madeDerived = "derived"
+	keyInMemory = "memory"
+	keyInToken  = "token"
+	keyInTPM    = "tpm"
+	keyInCSR    = "csr"
+	keyDerived  = "derived" // what symmetric-key groups do; not a word of profiles
 )
 
 // maxProfile bounds a profile's size.
@@ -127,13 +153,18 @@ func (p *Profile) check(f *settings.Faults) {
 		return true
 	}
 	var err error
-	if p.RegistrationID == "" {
+	if p.RegistrationID == "" && p.Attestation == AttestationTPM {
+		// from the endorsement key
+	} else if p.RegistrationID == "" {
 		f.Key("registration-id", `registration-id is missing, for instance "pump-{serial}"`)
 	} else if p.pattern, err = parsePattern(p.RegistrationID); err != nil {
 		f.Key("registration-id", "registration-id: %v", err)
 	}
 	x509 := p.Attestation == AttestationX509
-	known := oneOf("attestation", p.Attestation, AttestationX509, AttestationSymmetricKey)
+	if p.Stamp.Token && !x509 {
+		f.Key("stamp.token", "stamp.token goes with x509 only")
+	}
+	known := oneOf("attestation", p.Attestation, AttestationX509, AttestationSymmetricKey, AttestationTPM)
 	oneOf("enrollment", p.Enrollment, "group", "individual")
 	group := p.Enrollment == "group"
 	switch {
@@ -148,29 +179,35 @@ func (p *Profile) check(f *settings.Faults) {
 	}
 	switch {
 	case !known:
+	case p.Attestation == AttestationTPM:
+		p.checkTPM(f, group)
 	case x509:
-		if p.Key.Made == "" {
-			p.Key.Made = madeMemory
+		if p.Key.In == "" {
+			p.Key.In = keyInMemory
 		}
-		oneOf("key.made", p.Key.Made, madeMemory, madeToken)
+		oneOf("key.in", p.Key.In, keyInMemory, keyInToken, keyInTPM, keyInCSR)
 		if p.Key.Algorithm == "" {
 			p.Key.Algorithm = string(hsm.ECP256)
 		}
-		if a, err := hsm.ParseAlgorithm(p.Key.Algorithm); err != nil || a == hsm.HMACSHA256 {
-			f.Key("key.algorithm", "key.algorithm %q is not one for certificates: one of %v", p.Key.Algorithm, hsm.Algorithms[:len(hsm.Algorithms)-1])
+		if !slices.Contains(hsm.KeyPairs(), hsm.Algorithm(p.Key.Algorithm)) {
+			f.Key("key.algorithm", "key.algorithm %q is not one for certificates: one of %v", p.Key.Algorithm, hsm.KeyPairs())
 		}
 		if p.Key.GroupKey != "" {
 			f.Key("key.group-key", "key.group-key goes with symmetric-key groups only")
 		}
+		p.checkCSR(f)
+		p.checkStore(f)
 	default:
-		want := madeDerived
+		if p.Key.CSR != "" || p.Key.CSRCommand != nil || p.Key.URI != "" || p.Key.Store != "" {
+			f.Key("key.in", "key.csr, key.csr-command, key.store and key.uri go with x509 only")
+		}
+		if p.Key.In != "" {
+			f.Key("key.in", "key.in goes with x509 only")
+		}
+		p.Key.In = keyDerived
 		if !group {
-			want = madeMemory
+			p.Key.In = keyInMemory
 		}
-		if p.Key.Made == "" {
-			p.Key.Made = want
-		}
-		oneOf("key.made", p.Key.Made, want)
 		if p.Key.Algorithm != "" {
 			f.Key("key.algorithm", "key.algorithm goes with x509 only")
 		}
@@ -218,6 +255,82 @@ func (p *Profile) check(f *settings.Faults) {
 	}
 	if group && p.DeviceInformation != nil {
 		f.Key("device-information", "device-information goes with individual enrollments only")
+	}
+}
+
+// checkCSR looks at what says where certificate signing requests come from.
+func (p *Profile) checkCSR(f *settings.Faults) {
+	command := p.Key.CSRCommand != nil
+	if p.Key.In != keyInCSR {
+		if p.Key.CSR != "" || command {
+			f.Key("key.csr", "key.csr and key.csr-command go with key.in = \"csr\" only")
+		}
+		return
+	}
+	words, key := []string{p.Key.CSR}, "key.csr"
+	switch {
+	case command && p.Key.CSR != "":
+		f.Key("key.csr", "key.csr and key.csr-command exclude each other")
+	case command:
+		words, key = p.Key.CSRCommand, "key.csr-command"
+		if len(words) == 0 || words[0] == "" {
+			f.Key(key, "key.csr-command names no program")
+		}
+	case p.Key.CSR == "":
+		f.Key("key.in", "key.in = \"csr\" needs key.csr or key.csr-command")
+	}
+	columns := false
+	for _, w := range words {
+		segments, err := parseText(w)
+		if err != nil {
+			f.Key(key, "%s: %v", key, err)
+		}
+		columns = columns || hasColumn(segments)
+		p.csr = append(p.csr, segments)
+	}
+	if !columns && words[0] != "" {
+		f.Key(key, "%s has no column in braces, so every device would get the same request", key)
+	}
+}
+
+// checkTPM looks at what goes with attestation by a TPM.
+func (p *Profile) checkTPM(f *settings.Faults, group bool) {
+	if group {
+		f.Key("enrollment", "attestation = \"tpm\" goes with enrollment = \"individual\": each TPM is one device's")
+	}
+	if k := p.Key; k.In != "" || k.Algorithm != "" || k.GroupKey != "" || k.CSR != "" || k.CSRCommand != nil || k.URI != "" {
+		f.Key("key.in", "attestation = \"tpm\" makes no key: of [key], store alone goes with it")
+	}
+	p.Key.In = keyInTPM
+	var err error
+	switch p.store, err = parseText(p.Key.Store); {
+	case err != nil:
+		f.Key("key.store", "key.store: %v", err)
+	case !hasColumn(p.store):
+		f.Key("key.store", "key.store is the device's TPM, with columns in braces: \"tpm:?device=tcp:fixture-{head}:2321\"")
+	}
+}
+
+// checkStore looks at where keys of devices are, for us and for them.
+func (p *Profile) checkStore(f *settings.Faults) {
+	var err error
+	if p.uri, err = parseText(p.Key.URI); err != nil {
+		f.Key("key.uri", "key.uri: %v", err)
+	}
+	if p.Key.URI != "" && p.Key.In == keyInMemory {
+		f.Key("key.uri", "key.uri does not go with key.in = \"memory\": the key is in the stamp")
+	}
+	if p.store, err = parseText(p.Key.Store); err != nil {
+		f.Key("key.store", "key.store: %v", err)
+	} else if p.Key.Store != "" && p.Key.In != keyInToken && p.Key.In != keyInTPM {
+		f.Key("key.store", "key.store goes with key.in = \"token\" or \"tpm\" only")
+	} else if p.Key.Store == "" && p.Key.In == keyInTPM {
+		f.Key("key.in", "key.in = \"tpm\" needs key.store: the device's TPM, as the station reaches it")
+	} else if p.Key.Store != "" && !hasColumn(p.store) {
+		f.Key("key.store", "key.store has no column in braces: name the line's own store in touchmark.toml")
+	}
+	if p.Stamp.Token && (p.Key.Store == "" || p.Key.In != keyInToken) {
+		f.Key("stamp.token", "stamp.token needs key.in = \"token\" and key.store: the device's own token")
 	}
 }
 
@@ -270,7 +383,37 @@ type segment struct {
 	lower        bool
 }
 
+func hasColumn(segments []segment) bool {
+	return slices.ContainsFunc(segments, func(g segment) bool { return g.column != "" })
+}
+
+// expand puts a row's columns into a pattern.
+func expand(segments []segment, columns, fields []string) string {
+	var b strings.Builder
+	for _, g := range segments {
+		text := g.text
+		if g.column != "" {
+			text = fields[slices.Index(columns, g.column)]
+		}
+		if g.lower {
+			text = strings.ToLower(text)
+		}
+		b.WriteString(text)
+	}
+	return b.String()
+}
+
+// parsePattern parses the pattern of a registration ID.
 func parsePattern(s string) ([]segment, error) {
+	out, err := parseText(s)
+	if err == nil && !hasColumn(out) {
+		err = errors.New("the pattern has no column, so every device would get the same ID")
+	}
+	return out, err
+}
+
+// parseText parses text with columns in braces.
+func parseText(s string) ([]segment, error) {
 	var out []segment
 	for s != "" {
 		text, rest, brace := strings.Cut(s, "{")
@@ -293,9 +436,6 @@ func parsePattern(s string) ([]segment, error) {
 		}
 		out = append(out, segment{column: column, lower: lower})
 		s = after
-	}
-	if !slices.ContainsFunc(out, func(g segment) bool { return g.column != "" }) {
-		return nil, errors.New("the pattern has no column, so every device would get the same ID")
 	}
 	return out, nil
 }

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io/fs"
 
+	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/pkg/ca"
 	"github.com/touchmark/touchmark/pkg/ledger"
 )
@@ -57,6 +58,9 @@ func (r *run) recover(ctx context.Context, units []unit) error {
 	var void []ledger.Event
 	for i, have := range known {
 		u := at[i]
+		if r.Profile.pattern == nil {
+			u.row.RegistrationID = have.RegistrationID // it came from the TPM
+		}
 		if have.RegistrationID != u.row.RegistrationID {
 			return fmt.Errorf("serial %s was begun as %s, and would be %s now: the profile's registration-id was changed in the middle of a job",
 				have.Serial, have.RegistrationID, u.row.RegistrationID)
@@ -70,8 +74,10 @@ func (r *run) recover(ctx context.Context, units []unit) error {
 		}
 		if errors.Is(err, errNoKey) {
 			void = append(void, ledger.Event{State: ledger.Voided, Unit: have.ID, Data: []byte("its key was lost before it reached the device")})
-			if err := r.out.Discard(u.row.RegistrationID); err != nil {
-				return err
+			if r.out != nil {
+				if err := r.out.Discard(u.row.RegistrationID); err != nil {
+					return err
+				}
 			}
 			*u = unit{row: u.row}
 			continue
@@ -89,9 +95,9 @@ func (r *run) recover(ctx context.Context, units []unit) error {
 
 // prove loads what the unit's state promises, or says errNoKey.
 func (r *run) prove(ctx context.Context, u *unit, have *ledger.Unit) error {
-	u.found, u.id, u.state, u.keyHash = true, have.ID, have.State, have.KeyHash
+	u.found, u.id, u.state, u.keyHash, u.ekHash = true, have.ID, have.State, have.KeyHash, have.EKHash
 	u.published = r.out != nil && r.out.Published(u.row.RegistrationID)
-	done := u.state >= ledger.Verified || u.state == ledger.Minted && r.out == nil
+	done := u.state >= ledger.Verified || u.state == ledger.Minted && r.stampless
 	if done && r.out != nil && !u.published {
 		r.absent.Add(1)
 	}
@@ -103,22 +109,35 @@ func (r *run) prove(ctx context.Context, u *unit, have *ledger.Unit) error {
 			}
 			u.plan.Unit = r.unitOf(u.row)
 		} else {
-			u.cert = have.Data
+			var err error
+			if u.cert, u.evidence, err = splitCertificate(have.Data); err != nil {
+				return err
+			}
 		}
 		switch {
 		case done:
 			return nil
-		case r.Profile.Key.Made == madeMemory:
+		case r.Profile.Key.In == keyInMemory:
 			return r.keyOnDisk(u)
-		case u.state == ledger.Begun:
-			return nil // tokenKey looks for the key by its name
-		}
-		k, err := r.keyInToken(ctx, tokenKeyName(u.row.RegistrationID))
-		if err != nil {
-			return fmt.Errorf("%w: its certificate was signed: %w", ErrUnproven, err)
+		case r.Profile.Key.In == keyInCSR && u.state == ledger.Begun:
+			return r.sameCSR(ctx, u)
+		case r.Profile.Key.In == keyInCSR, u.state == ledger.Begun:
+			return nil // the certificate is in the ledger; or tokenKey looks for the key by its name
 		}
 		hash := u.keyHash
-		if err := u.setTokenKey(k); err != nil {
+		if r.Profile.Key.In == keyInTPM {
+			if _, err := r.onDisk(u, keyFile); err != nil {
+				return err // errNoKey: the blob is what the key is
+			}
+		}
+		err := r.withKeys(ctx, u, func(store hsm.Store) error {
+			k, err := r.keyInToken(ctx, store, r.keyName(u))
+			if err != nil {
+				return fmt.Errorf("%w: its certificate was signed: %w", ErrUnproven, err)
+			}
+			return r.setTokenKey(u, k)
+		})
+		if err != nil {
 			return err
 		}
 		if !bytes.Equal(hash, u.keyHash) {
@@ -126,7 +145,10 @@ func (r *run) prove(ctx context.Context, u *unit, have *ledger.Unit) error {
 		}
 		return nil
 	}
-	if r.Profile.Key.Made == madeDerived {
+	if r.Profile.Attestation == AttestationTPM {
+		return u.decodeTPM(have.Data)
+	}
+	if r.Profile.Key.In == keyDerived {
 		return nil
 	}
 	return r.secretOnDisk(u, done)

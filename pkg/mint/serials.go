@@ -89,10 +89,6 @@ func ReadList(name string, r io.Reader, p *Profile) (*List, error) {
 		return nil, err
 	}
 	at := slices.Index(list.Columns, "serial")
-	pattern := make([]int, len(p.pattern))
-	for i, g := range p.pattern {
-		pattern[i] = slices.Index(list.Columns, g.column)
-	}
 	limit, what := dps.MaxRegistrationID, "registration ID"
 	if p.Attestation == AttestationX509 {
 		limit, what = dps.MaxCommonName, "common name of a certificate"
@@ -108,7 +104,6 @@ func ReadList(name string, r io.Reader, p *Profile) (*List, error) {
 		digest.Write(binary.AppendUvarint(b, 1<<40)) // no field is that long: an end of line
 	}
 	sum(list.Columns)
-	var id strings.Builder
 	for {
 		record, err := c.Read()
 		if errors.Is(err, io.EOF) {
@@ -126,18 +121,16 @@ func ReadList(name string, r io.Reader, p *Profile) (*List, error) {
 			faults.add("%s, line %d, column %d: %v", name, line, column, err)
 			continue
 		}
-		id.Reset()
-		for i, g := range p.pattern {
-			switch {
-			case g.column == "":
-				id.WriteString(g.text)
-			case g.lower:
-				id.WriteString(strings.ToLower(record[pattern[i]]))
-			default:
-				id.WriteString(record[pattern[i]])
+		if p.pattern == nil { // known once the device's TPM is asked
+			if first, dup := serials[row.Serial]; dup {
+				faults.add("%s, line %d: serial %s was first listed on line %d", name, line, row.Serial, first)
+				continue
 			}
+			serials[row.Serial] = line
+			list.Rows = append(list.Rows, row)
+			continue
 		}
-		row.RegistrationID = id.String()
+		row.RegistrationID = expand(p.pattern, list.Columns, record)
 		if err := dps.CheckRegistrationID(row.RegistrationID); err != nil {
 			faults.add("%s, line %d: serial %s: %v", name, line, row.Serial, err)
 			continue
@@ -193,9 +186,11 @@ func checkHeader(name string, columns []string, p *Profile) error {
 // columns returns the columns that the profile needs.
 func (p *Profile) columns() []string {
 	need := []string{"serial"}
-	for _, g := range p.pattern {
-		if g.column != "" && !slices.Contains(need, g.column) {
-			need = append(need, g.column)
+	for _, segments := range append([][]segment{p.pattern, p.uri, p.store}, p.csr...) {
+		for _, g := range segments {
+			if g.column != "" && !slices.Contains(need, g.column) {
+				need = append(need, g.column)
+			}
 		}
 	}
 	return need

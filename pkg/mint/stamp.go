@@ -3,17 +3,19 @@ package mint
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
 
+	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/stamp"
 	"github.com/touchmark/touchmark/templates"
 )
 
-// stamp brings minted units to verified: everything staged and flushed, one rename each, flushed, read back.
+// stamp brings minted units to verified: into the device's own token where the profile says so, and into its directory.
 func (r *run) stamp(ctx context.Context, units []unit) error {
 	minted := only(units, ledger.Minted)
 	if len(minted) == 0 {
@@ -23,6 +25,34 @@ func (r *run) stamp(ctx context.Context, units []unit) error {
 		if err := r.render(u); err != nil {
 			return err
 		}
+		if r.Profile.Stamp.Token {
+			if err := r.stampToken(ctx, u); err != nil {
+				return fmt.Errorf("serial %s: %w", u.row.Serial, err)
+			}
+		}
+	}
+	if r.out != nil {
+		if err := r.stampFiles(minted); err != nil {
+			return err
+		}
+	}
+	return r.commit(ctx, minted, ledger.Verified, nil)
+}
+
+// stampToken puts a unit's stamp into the device's own token. What an earlier run put there is left when it is the same.
+func (r *run) stampToken(ctx context.Context, u *unit) error {
+	cert, err := x509.ParseCertificate(u.cert)
+	if err != nil {
+		return err
+	}
+	return r.withKeys(ctx, u, func(store hsm.Store) error {
+		return stamp.ToToken(ctx, store, r.keyName(u), cert, u.files)
+	})
+}
+
+// stampFiles puts units' stamps into their directories: everything staged and flushed, one rename each, flushed, read back.
+func (r *run) stampFiles(minted []*unit) error {
+	for _, u := range minted {
 		if u.published {
 			continue
 		}
@@ -55,18 +85,18 @@ func (r *run) stamp(ctx context.Context, units []unit) error {
 			return fmt.Errorf("serial %s: %w", u.row.Serial, err)
 		}
 	}
-	return r.commit(ctx, minted, ledger.Verified, nil)
+	return nil
 }
 
 // unstaged returns the files that this run has not staged yet.
 func (r *run) unstaged(u *unit) []stamp.File {
 	if r.Profile.Attestation == AttestationX509 {
-		if r.Profile.Key.Made == madeMemory {
+		if in := r.Profile.Key.In; in == keyInMemory || in == keyInTPM {
 			return u.files[1:] // the key went first
 		}
 		return u.files
 	}
-	if r.Profile.Key.Made == madeMemory {
+	if r.Profile.Key.In == keyInMemory {
 		return nil
 	}
 	return u.files
@@ -93,14 +123,25 @@ func (r *run) render(u *unit) error {
 	files := make([]stamp.File, 0, 3+len(r.Templates))
 	if r.Profile.Attestation == AttestationX509 {
 		doc.Attestation, doc.CertificateChain = "x509", chainFile
-		if r.Profile.Key.Made == madeMemory {
+		if r.Profile.Key.In == keyInMemory {
 			doc.PrivateKey = keyFile
 			files = append(files, stamp.File{Name: keyFile, Data: u.keyPEM, Secret: true})
+		} else if r.Profile.Key.In == keyInTPM {
+			doc.KeyURI = u.keyURI
+			blob, err := r.onDisk(u, keyFile)
+			if err != nil {
+				return fmt.Errorf("serial %s: its key: %w", u.row.Serial, err)
+			}
+			files = append(files, stamp.File{Name: keyFile, Data: blob, Secret: true})
+		} else if r.Profile.Key.In == keyInCSR {
+			doc.KeyURI = expand(r.Profile.uri, r.List.Columns, u.row.Fields)
 		} else {
 			doc.KeyURI = u.keyURI
 		}
 		leaf := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: u.cert})
 		files = append(files, stamp.File{Name: chainFile, Data: append(leaf, r.chain...)})
+	} else if r.Profile.Attestation == AttestationTPM {
+		doc.Attestation = "tpm"
 	} else {
 		doc.Attestation, doc.SymmetricKey = "symmetricKey", base64.StdEncoding.EncodeToString(u.symmetric)
 	}

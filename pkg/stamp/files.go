@@ -99,6 +99,9 @@ func (f *Files) Close() error {
 	return errors.Join(err, f.rootDir.Close())
 }
 
+// StagedDir returns the path of a device's staged directory.
+func (f *Files) StagedDir(device string) string { return filepath.Join(f.root, f.hidden, device) }
+
 // Dir returns the path of a device's directory.
 func (f *Files) Dir(device string) string { return filepath.Join(f.root, device) }
 

@@ -541,6 +541,12 @@ func Verify(envelope []byte, p Policy) (*Verdict, error) {
 	if err != nil {
 		return nil, err
 	}
+	return e.Verify(p)
+}
+
+// Verify checks evidence whose challenger the caller knows otherwise, by the signature of a bundle that it came in for
+// instance. The policy's challengers are not looked at. The error is [ErrNotProven].
+func (e *Evidence) Verify(p Policy) (*Verdict, error) {
 	s, err := e.check()
 	if err != nil {
 		return nil, err

@@ -1,0 +1,167 @@
+package mint
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"time"
+
+	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/pkg/dps"
+)
+
+// Limits of a certificate signing request and of the program that prints it.
+const (
+	maxCSR      = 64 << 10
+	maxComplain = 2 << 10
+	csrPatience = time.Minute
+)
+
+// readCSR takes a device's public key from its certificate signing request: from a file, or from the program that prints it.
+// The request must be signed with the key that it holds (RFC 2986 §3), which shows that whoever made it has the private half.
+func (r *run) readCSR(ctx context.Context, u *unit) error {
+	words := make([]string, len(r.Profile.csr))
+	for i, w := range r.Profile.csr {
+		words[i] = expand(w, r.List.Columns, u.row.Fields)
+	}
+	read := readCSRFile
+	if r.Profile.Key.CSRCommand != nil {
+		read = runCSRCommand
+	}
+	raw, err := read(ctx, words)
+	if err != nil {
+		return err
+	}
+	csr, err := parseCSR(raw)
+	if err != nil {
+		return fmt.Errorf("certificate signing request %s: %w", strings.Join(words, " "), err)
+	}
+	if cn := csr.Subject.CommonName; cn != "" && dps.Fold(cn) != dps.Fold(u.row.RegistrationID) {
+		return fmt.Errorf("certificate signing request %s is for %q, and the unit is %s: is it another device's?", strings.Join(words, " "), cn, u.row.RegistrationID)
+	}
+	alg, err := algorithmOf(csr.PublicKey)
+	if err == nil && alg != r.alg {
+		err = fmt.Errorf("its key is %s, and the profile wants %s", alg, r.alg)
+	}
+	if err != nil {
+		return fmt.Errorf("certificate signing request %s: %w", strings.Join(words, " "), err)
+	}
+	u.pub = csr.PublicKey
+	u.keyHash, err = publicKeyHash(u.pub)
+	return err
+}
+
+// sameCSR reads the request again of a unit that was begun: it may have been signed, or not. With the same key in it the same
+// certificate is signed; with another one the unit is given up, and its plan, with its serial number, is never used.
+func (r *run) sameCSR(ctx context.Context, u *unit) error {
+	hash := u.keyHash
+	if err := r.readCSR(ctx, u); err != nil {
+		return err
+	}
+	if !bytes.Equal(hash, u.keyHash) {
+		return errNoKey
+	}
+	return nil
+}
+
+func readCSRFile(_ context.Context, words []string) ([]byte, error) {
+	f, err := os.Open(words[0])
+	if err != nil {
+		return nil, fmt.Errorf("reading its certificate signing request: %w", err)
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxCSR+1))
+	if err != nil {
+		return nil, fmt.Errorf("reading its certificate signing request: %w", err)
+	}
+	return b, nil
+}
+
+func runCSRCommand(ctx context.Context, words []string) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, csrPatience)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, words[0], words[1:]...)
+	cmd.WaitDelay = time.Second // for what its own children hold open
+	out, complaint := &limitedBuffer{room: maxCSR + 1}, &limitedBuffer{room: maxComplain}
+	cmd.Stdout, cmd.Stderr = out, complaint
+	if err := cmd.Run(); err != nil {
+		if ctx.Err() != nil {
+			err = fmt.Errorf("it was stopped: %w", ctx.Err())
+		}
+		return nil, fmt.Errorf("csr-command %s: %w: %s", strings.Join(words, " "), err, strings.TrimSpace(complaint.String()))
+	}
+	return out.Bytes(), nil
+}
+
+// limitedBuffer keeps what there is room for, and takes the rest without keeping it.
+type limitedBuffer struct {
+	bytes.Buffer
+	room int
+}
+
+func (b *limitedBuffer) Write(p []byte) (int, error) {
+	if n := min(len(p), b.room-b.Len()); n > 0 {
+		_, _ = b.Buffer.Write(p[:n])
+	}
+	return len(p), nil
+}
+
+// parseCSR parses a request, PEM or DER, and checks its proof of possession.
+func parseCSR(b []byte) (*x509.CertificateRequest, error) {
+	if len(b) == 0 || len(b) > maxCSR {
+		return nil, fmt.Errorf("it has %d octets: want 1 to %d", len(b), maxCSR)
+	}
+	if block, _ := pem.Decode(b); block != nil {
+		if block.Type != "CERTIFICATE REQUEST" && block.Type != "NEW CERTIFICATE REQUEST" {
+			return nil, fmt.Errorf("it holds a %.40q", block.Type)
+		}
+		b = block.Bytes
+	}
+	csr, err := x509.ParseCertificateRequest(b)
+	if err != nil {
+		return nil, errors.New("it is no PKCS #10 request")
+	}
+	if err := csr.CheckSignature(); err != nil {
+		return nil, fmt.Errorf("whoever made it does not have its key: %w", err)
+	}
+	return csr, nil
+}
+
+// algorithmOf names what a public key is.
+func algorithmOf(pub crypto.PublicKey) (hsm.Algorithm, error) {
+	switch k := pub.(type) {
+	case *ecdsa.PublicKey:
+		switch k.Curve {
+		case elliptic.P256():
+			return hsm.ECP256, nil
+		case elliptic.P384():
+			return hsm.ECP384, nil
+		case elliptic.P521():
+			return hsm.ECP521, nil
+		}
+	case *rsa.PublicKey:
+		switch k.N.BitLen() {
+		case 2048:
+			return hsm.RSA2048, nil
+		case 3072:
+			return hsm.RSA3072, nil
+		case 4096:
+			return hsm.RSA4096, nil
+		}
+	case ed25519.PublicKey:
+		return hsm.Ed25519, nil
+	}
+	return "", fmt.Errorf("a key of its kind (%T) gets no certificate here", pub)
+}
