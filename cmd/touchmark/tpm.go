@@ -69,7 +69,7 @@ func makersFlag(c *cobra.Command, dst *string) {
 // openTPM opens a TPM. Relative paths in the URI count from base.
 func (a *app) openTPM(ctx context.Context, uri hsm.URI, base string, pin func(context.Context) (hsm.Secret, error)) (*tpm.Store, error) {
 	cfg := tpm.Config{URI: uri, Dir: under(base, uri.Keys), PIN: pin, Protect: uri.HasPIN()}
-	if path, ok := strings.CutPrefix(uri.Device, "unix:"); ok {
+	if path, ok := strings.CutPrefix(uri.Device, "unix:"); ok { // relative like the directory
 		cfg.Device = "unix:" + under(base, path)
 	}
 	for _, h := range []struct {

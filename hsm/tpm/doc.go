@@ -7,9 +7,9 @@
 // called by that handle, "0x81000100".
 //
 // [Open] connects to the TPM that a key URI names and returns a [Store]: hsm's contract. Beyond that contract it reads the
-// TPM's endorsement ([Store.EK], [Store.ReadEKCertificate]), makes NV indices ([Store.DefineNV] and its neighbours), shows
-// what state the TPM is in ([Store.State]) and has an attestation key vouch for a device key ([Store.Attest]); the subpackage
-// residency checks that proof with no TPM at hand.
+// TPM's endorsement key and its certificate ([Store.EK]), makes NV indices ([Store.DefineNV] and its neighbours), shows what
+// state the TPM is in ([Store.State]) and has an attestation key vouch for a device key ([Store.Attest]); the subpackage
+// residency judges certificates and proofs with no TPM at hand.
 //
 // # Sharing a TPM
 //
@@ -28,5 +28,12 @@
 // another name is refused from then on; whoever could already answer in the TPM's place at that moment is not kept out.
 //
 // Keys are made fixedTPM, fixedParent and noDA: they never leave, and a wrong authorization value does not lock the TPM. It
-// is tried once all the same.
+// is tried once all the same. Pairs that were made elsewhere cannot be fixedTPM; they are wrapped for the SRK, and no policy
+// lets them go on from there.
+//
+// # Limits
+//
+// Ed25519 is not in TPM 2.0, RSA 3072 and 4096 not in most: hsm.ErrUnsupported. A discrete TPM takes tens of milliseconds for a
+// signature and seconds to minutes for an RSA key. Signatures have no context, so they wait for a TPM's answer for up to
+// three minutes; everything else ends with its context.
 package tpm

@@ -54,7 +54,8 @@ type EK struct {
 func (e *EK) RegistrationID() string { return residency.RegistrationID(e.Public) }
 
 // EK returns an endorsement key: the persistent one that is there already, or else the one that the TCG's default template
-// makes, or the template that the manufacturer left in NV (EK Credential Profile 2.5, B.3.3 and B.3.4).
+// makes, or the template that the manufacturer left in NV (EK Credential Profile 2.5, B.3.3 and B.3.4). The error is
+// hsm.ErrUnsupported when the TPM does not have the kind.
 func (s *Store) EK(ctx context.Context, kind EKType) (*EK, error) {
 	e := &EK{Type: kind}
 	template, certificate, nvTemplate := tpm2.RSAEKTemplate, nvRSACertificate, nvRSATemplate
@@ -119,6 +120,9 @@ func (s *Store) EK(ctx context.Context, kind EKType) (*EK, error) {
 		e.Certificates = [][]byte{der}
 		return s.readChain(b, e)
 	})
+	if refusesParameters(err) {
+		err = fmt.Errorf("%w: %w", hsm.ErrUnsupported, err)
+	}
 	if err != nil {
 		return nil, err
 	}
