@@ -12,7 +12,7 @@ import (
 )
 
 func newBundle(a *app) *cobra.Command {
-	var trustShow, trustVerify, trustEntries, residency string
+	var trustShow, trustVerify, trustEntries, residency, makers string
 	trust := func(c *cobra.Command, dst *string) {
 		c.Flags().StringVar(dst, "trust", "", "PEM file with the public key of the station that signed")
 	}
@@ -26,10 +26,14 @@ func newBundle(a *app) *cobra.Command {
 	verify := &cobra.Command{
 		Use: "verify FILE --trust PEM", Short: "Verify a bundle to its last byte", Args: cobra.ExactArgs(1),
 		Example: "  touchmark bundle verify monday.tmb --trust line-3/station.pem\n  touchmark bundle verify monday.tmb --trust line-3/station.pem --require-residency token",
-		RunE:    func(_ *cobra.Command, args []string) error { return a.runBundleVerify(args[0], trustVerify, residency) },
+		RunE: func(_ *cobra.Command, args []string) error {
+			return a.runBundleVerify(args[0], trustVerify, residency, makers)
+		},
 	}
 	trust(verify, &trustVerify)
 	residencyFlag(verify, &residency)
+	verify.Flags().StringVar(&makers, "makers", "", "folder with the certificates of TPM manufacturers: refuse devices with TPMs of others")
+	_ = verify.MarkFlagDirname("makers")
 	entries := &cobra.Command{
 		Use: "entries FILE --trust PEM", Short: "Print the entries of a bundle, as JSON, one per line", Args: cobra.ExactArgs(1),
 		Long:    "entries prints each entry once the part of the bundle that holds it is verified. Sealed secrets stay sealed.",
@@ -118,12 +122,15 @@ func (a *app) runBundleShow(path, trust string) error {
 	return a.table(nil, rows)
 }
 
-func (a *app) runBundleVerify(path, trust, residency string) error {
+func (a *app) runBundleVerify(path, trust, residency, makers string) error {
 	cfg, err := openConfig(trust)
 	if err != nil {
 		return err
 	}
 	if cfg.RequireResidency, err = parseResidency(residency); err != nil {
+		return err
+	}
+	if cfg.Makers, err = a.loadMakers(makers); err != nil {
 		return err
 	}
 	f, err := openFile(path)

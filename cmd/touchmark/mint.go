@@ -138,6 +138,11 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 		Ledger: led, Profile: p, List: list, Store: store, IDScope: l.IDScope, GlobalEndpoint: l.GlobalEndpoint, Out: o.out, Jobs: o.jobs,
 		OpenStore: func(ctx context.Context, uri string) (hsm.Store, error) { return a.openStore(ctx, uri, l.dir) },
 	}
+	if p.Key.Makers != "" {
+		if cfg.Makers, err = a.loadMakers(under(l.dir, p.Key.Makers)); err != nil {
+			return err
+		}
+	}
 	kind := tpm.EKECC // quick to make
 	if p.Attestation == mint.AttestationTPM {
 		kind = tpm.EKRSA // what the service and device SDKs speak of

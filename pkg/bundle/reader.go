@@ -16,6 +16,7 @@ import (
 	"filippo.io/age"
 	"github.com/klauspost/compress/zstd"
 
+	"github.com/touchmark/touchmark/hsm/tpm/residency"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/evidence"
 	"github.com/touchmark/touchmark/pkg/signed"
@@ -29,6 +30,9 @@ type OpenConfig struct {
 	Identities []age.Identity
 	// RequireResidency refuses devices whose key is not shown to live in such a place; empty asks for nothing.
 	RequireResidency evidence.Residency
+	// Makers are the TPM manufacturers that the endorsement keys of devices with TPM evidence must be certified by; nil asks
+	// for none, and then a software TPM is as good as another.
+	Makers *residency.Makers
 }
 
 // A Reader reads a bundle whose signature was verified.
@@ -331,6 +335,11 @@ func (b *Reader) read(yield func(Entry) bool) error {
 			}
 			if e.Evidence != nil {
 				counts.Evidence++
+				if b.cfg.Makers != nil && e.Evidence.Kind == evidence.TPM {
+					if _, err := e.Evidence.Genuine(b.cfg.Makers); err != nil {
+						return fmt.Errorf("%s, line %d: %s: %w", c.Name, lines, e.name(), err)
+					}
+				}
 			}
 			switch {
 			case e.Group != nil:

@@ -62,6 +62,8 @@ type Evidence struct {
 	Store      *hsm.Identity   `json:"store,omitempty"`
 	// TPM is what a TPM proved.
 	TPM *residency.Evidence `json:"tpm,omitempty"`
+	// Maker is what the certificate of the TPM's endorsement key said, where the station held it against its makers.
+	Maker *residency.EKCertificate `json:"maker,omitempty"`
 }
 
 // KeyHash returns how evidence names a public key.
@@ -157,6 +159,19 @@ func (e *Evidence) CheckEndorsement(want Residency, registrationID string, ek []
 		return fmt.Errorf("%w: it is about another endorsement key", ErrResidency)
 	}
 	return nil
+}
+
+// Genuine holds the certificate of the TPM's endorsement key against the makers that are trusted, and returns what it says.
+// The error is ErrResidency.
+func (e *Evidence) Genuine(makers *residency.Makers) (*residency.EKCertificate, error) {
+	if e == nil || e.TPM == nil {
+		return nil, fmt.Errorf("%w: no TPM gave evidence", ErrResidency)
+	}
+	v, err := e.TPM.Verify(residency.Policy{RegistrationID: e.TPM.RegistrationID, Makers: makers})
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrResidency, err)
+	}
+	return v.Certificate, nil
 }
 
 // A Statement is evidence about one key under a station's signature, for use without a bundle.

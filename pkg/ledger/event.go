@@ -53,8 +53,8 @@ type Event struct {
 	// KeyHash is the SHA-256 of the public key (SubjectPublicKeyInfo), or 32 octets that name a symmetric key without
 	// telling it. Nil while there is none yet. Unique for all time, voided units included.
 	KeyHash []byte
-	// EKHash is the SHA-256 of the endorsement key (its whole TPM2B_PUBLIC) of a device with a TPM; nil for others. Unique
-	// among the living.
+	// EKHash is the SHA-256 of the endorsement key (SubjectPublicKeyInfo) of a device with a TPM; nil for others. Unique among
+	// the living.
 	EKHash []byte
 	// Data is what the step must remember: a certificate plan, a certificate, a reason, a bundle's ID. Never a secret.
 	Data []byte

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/hsm/tpm/residency"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/evidence"
 	"github.com/touchmark/touchmark/pkg/ledger"
@@ -189,10 +190,23 @@ func (r *run) readEK(ctx context.Context, u *unit) error {
 		if err != nil {
 			return err
 		}
-		sum := sha256.Sum256(ek)
-		u.ekHash = sum[:]
-		return nil
+		u.ekHash, err = ekHash(ek)
+		return err
 	})
+}
+
+// ekHash names a TPM by its endorsement key: by the key alone, because that is what a maker certifies. The rest of the public
+// area could be written otherwise.
+func ekHash(public []byte) ([]byte, error) {
+	area, err := residency.ParsePublic(public)
+	if err != nil {
+		return nil, fmt.Errorf("endorsement key: %w", err)
+	}
+	hash, err := residency.KeyHash(area)
+	if err != nil {
+		return nil, fmt.Errorf("endorsement key: %w", err)
+	}
+	return hex.DecodeString(hash)
 }
 
 // withBlobs names the unit's own directory as the place of a TPM's key blobs.
@@ -229,11 +243,10 @@ func (r *run) staysInside(ctx context.Context, u *unit, store hsm.Store, k hsm.K
 		if err := e.Check(evidence.TPM, u.row.RegistrationID, hex.EncodeToString(u.keyHash)); err != nil {
 			return fmt.Errorf("key %q: %w", k.Name(), err)
 		}
-		if sum := sha256.Sum256(e.TPM.EK); !bytes.Equal(sum[:], u.ekHash) {
+		if hash, err := ekHash(e.TPM.EK); err != nil || !bytes.Equal(hash, u.ekHash) {
 			return errors.New("another TPM answers than the one that the unit was begun with: is it another device?")
 		}
-		u.evidence, err = json.Marshal(e)
-		return err
+		return r.keepEvidence(u, e)
 	}
 	signing, err := hsm.SigningKeyOf(k)
 	if err != nil {
@@ -260,6 +273,17 @@ func (r *run) staysInside(ctx context.Context, u *unit, store hsm.Store, k hsm.K
 	}
 	if !vouches || e.Check(evidence.Token, u.row.RegistrationID, e.KeyHash) != nil {
 		return nil // key files are copied by whoever has the passphrase, and some tokens do not say where a key was made
+	}
+	u.evidence, err = json.Marshal(e)
+	return err
+}
+
+// keepEvidence keeps what a TPM proved, once its maker is known where that is asked for.
+func (r *run) keepEvidence(u *unit, e *evidence.Evidence) (err error) {
+	if r.Makers != nil {
+		if e.Maker, err = e.Genuine(r.Makers); err != nil {
+			return err
+		}
 	}
 	u.evidence, err = json.Marshal(e)
 	return err

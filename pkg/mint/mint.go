@@ -33,6 +33,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/hsm/tpm/residency"
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/ca"
 	"github.com/touchmark/touchmark/pkg/dps"
@@ -70,6 +71,8 @@ type Config struct {
 	// Endorsement returns the endorsement key of the TPM that a store is, and its storage root key, as whole TPM2B_PUBLIC
 	// structures; for profiles with TPMs only.
 	Endorsement func(ctx context.Context, store hsm.Store) (ek, srk []byte, err error)
+	// Makers are the TPM manufacturers that must have certified a device's endorsement key; nil asks for none.
+	Makers *residency.Makers
 	// Attest has the TPM that a store is prove that a key lives in it; for keys in TPMs only.
 	Attest func(ctx context.Context, store hsm.Store, key, registrationID string) (*evidence.Evidence, error)
 	// Issuer signs leaves; for x509 profiles only.

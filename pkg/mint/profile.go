@@ -52,6 +52,9 @@ type Profile struct {
 		// uri is the key URI that the stamp names, with columns in braces, where the device reaches its key by another one than
 		// the station did, or the key was made elsewhere; optional.
 		URI string `toml:"uri"`
+		// makers is a folder of the certificates of TPM manufacturers, in the line's directory. With it, a TPM whose endorsement
+		// key none of them certified is refused. For keys in TPMs and attestation by TPM.
+		Makers string `toml:"makers"`
 		// algorithm of x509 keys: EC-P256 (default), EC-P384, EC-P521, RSA-2048, RSA-3072, RSA-4096, Ed25519.
 		Algorithm string `toml:"algorithm"`
 		// group-key is the name of the group key in the line's key store; default "group-key".
@@ -175,6 +178,9 @@ func (p *Profile) check(f *settings.Faults) {
 			f.Key("stamp.nv", "stamp.nv goes with key.in = \"tpm\" and attestation = \"tpm\"")
 		}
 		p.nv = uint32(n)
+	}
+	if p.Key.Makers != "" && p.Attestation != AttestationTPM && p.Key.In != keyInTPM {
+		f.Key("key.makers", "key.makers goes with key.in = \"tpm\" and attestation = \"tpm\"")
 	}
 	if p.Stamp.Token && !x509 {
 		f.Key("stamp.token", "stamp.token goes with x509 only")

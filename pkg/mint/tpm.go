@@ -3,7 +3,6 @@ package mint
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -87,10 +86,11 @@ func (r *run) identifyTPM(ctx context.Context, u *unit) (err error) {
 	if !bytes.Equal(e.TPM.EK, ek) {
 		return errors.New("another TPM answered than a moment ago")
 	}
-	sum := sha256.Sum256(ek)
-	u.srk, u.ekHash, u.keyHash = srk, sum[:], sum[:]
-	u.evidence, err = json.Marshal(e)
-	return err
+	if u.ekHash, err = ekHash(ek); err != nil {
+		return err
+	}
+	u.srk, u.keyHash = srk, u.ekHash
+	return r.keepEvidence(u, e)
 }
 
 // decodeTPM reads what makeTPM wrote.
