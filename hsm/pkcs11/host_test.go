@@ -151,6 +151,27 @@ func TestKilledInABatch(t *testing.T) {
 	orphans(t, s, count)
 }
 
+// When the process dies with many callers waiting for it, every one of them hears of it: p11-kit 0.24 tells one.
+func TestKilledWithManyInside(t *testing.T) {
+	s := openOutside(t, hsmtest.SoftHSM(t, "line-3"), time.Minute)
+	k, err := s.Generate(t.Context(), hsm.Spec{Name: "signer", Algorithm: hsm.ECP256})
+	if err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	for range 40 {
+		var wg sync.WaitGroup
+		for range 16 {
+			wg.Go(func() { hsmtest.Check(t, k.(hsm.SigningKey)) })
+		}
+		_ = syscall.Kill(s.mod.host.pid(), syscall.SIGKILL)
+		wg.Wait()
+	}
+	if took := time.Since(began); took > 15*time.Second {
+		t.Errorf("it took %s: somebody waited in vain", took)
+	}
+}
+
 // Keys that are brought in have two halves that are made one after the other.
 func TestKilledInABatchOfImports(t *testing.T) {
 	s := openOutside(t, hsmtest.SoftHSM(t, "line-3"), time.Minute)

@@ -85,6 +85,10 @@ type module struct {
 	// the last time failed.
 	epoch  int64
 	broken bool
+
+	// turn is for p11-kit's client module, which serves one caller after the other anyway: when its connection ends, 0.24 tells
+	// one of those that wait, and the others wait for ever. So only one is inside. Nil for other modules.
+	turn *sync.Mutex
 }
 
 var (
@@ -103,6 +107,9 @@ func loadModule(path, args string, bound time.Duration, log *slog.Logger) (*modu
 	}
 	m := &module{name: name, refs: 1}
 	vendor, remote := strings.CutPrefix(path, outOfProcess)
+	if remote || strings.Contains(filepath.Base(path), "p11-kit-client") {
+		m.turn = new(sync.Mutex)
+	}
 	if _, err := os.Stat(vendor); err != nil {
 		return nil, fmt.Errorf("PKCS#11 module %s: %w: %w", vendor, hsm.ErrNotFound, err)
 	}
@@ -166,6 +173,9 @@ func (m *module) initialize() error {
 // enter goes before calls into the module, and leave behind them. Between the two the module is not restarted.
 func (m *module) enter() {
 	m.calls.RLock()
+	if m.turn != nil {
+		m.turn.Lock()
+	}
 	if m.host != nil {
 		m.host.turn.Lock()
 		m.host.enter()
@@ -176,6 +186,9 @@ func (m *module) leave() {
 	if m.host != nil {
 		m.host.leave()
 		m.host.turn.Unlock()
+	}
+	if m.turn != nil {
+		m.turn.Unlock()
 	}
 	m.calls.RUnlock()
 }
