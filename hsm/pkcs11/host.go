@@ -37,10 +37,6 @@ type host struct {
 	stop    chan struct{}
 	done    chan struct{}
 
-	// turn lets one caller in at a time. Of several threads in p11-kit's client (0.24) only one notices that the connection
-	// ended, and the others wait for ever; the process serves one call after the other anyway.
-	turn sync.Mutex
-
 	// For the watchdog: how many callers are inside, and when something last came back, in Unix nanoseconds.
 	inside   atomic.Int64
 	progress atomic.Int64

@@ -177,7 +177,6 @@ func (m *module) enter() {
 		m.turn.Lock()
 	}
 	if m.host != nil {
-		m.host.turn.Lock()
 		m.host.enter()
 	}
 }
@@ -185,7 +184,6 @@ func (m *module) enter() {
 func (m *module) leave() {
 	if m.host != nil {
 		m.host.leave()
-		m.host.turn.Unlock()
 	}
 	if m.turn != nil {
 		m.turn.Unlock()
