@@ -11,6 +11,7 @@ import (
 
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/hsm/pkcs11"
+	"github.com/touchmark/touchmark/hsm/signed"
 	"github.com/touchmark/touchmark/hsm/tpm"
 	"github.com/touchmark/touchmark/hsm/tpm/residency"
 	"github.com/touchmark/touchmark/pkg/bundle"
@@ -20,7 +21,6 @@ import (
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/mint"
 	"github.com/touchmark/touchmark/pkg/settings"
-	"github.com/touchmark/touchmark/pkg/signed"
 	"github.com/touchmark/touchmark/pkg/stamp"
 )
 

@@ -23,7 +23,7 @@ KEY URIS
   pkcs11:…?module-path=p11-kit:LIBRARY      the module in a process of its own: one that hangs or crashes is started again
   pkcs11:…?x-init-reserved=TEXT             what the module wants to be initialized with, as NSS does
   file:DIR                                  encrypted key files, where there is no token
-  tpm:…                                     a TPM 2.0; see touchmark tpm --help
+  tpm:object=KEY?device=/dev/tpmrm0&keys=DIR  a TPM 2.0, or a key blob for it; unix:PATH and tcp:HOST:PORT for one elsewhere
 
   TOUCHMARK_PKCS11_MODULE stands in for module-path. Quote URIs: shells take ; and & for themselves.
 
@@ -59,7 +59,22 @@ DEVICES
     in = "memory"     stamped into the device's storage, and forgotten
     in = "token"      in the line's token, where it stays; or in the device's own, by
     store = "pkcs11:token={serial}?module-path=…"
+    in = "tpm"        in the device's TPM, which alone can use the blob that the stamp holds:
+    store = "tpm:?device=tcp:fixture-{head}:2321"
     in = "csr"        in the device, which hands out a certificate signing request
 
-  Where the token vouches for a key, the bundle carries the evidence: bundle verify --require-residency token.`,
+  Where the token or the TPM vouches for a key, the bundle carries the evidence: bundle verify --require-residency token, or
+  tpm. A TPM's evidence holds with no TPM at hand; --makers DIR wants its endorsement key certified by one of those makers.
+
+TPMS
+    touchmark tpm doctor --tpm 'tpm:?device=/dev/tpmrm0' --makers tpm-makers
+
+     ok   answers                  /dev/tpmrm0, IFX SLB9672 firmware 16.13, TPM 2.0 revision 1.59
+     ok   not locked               0 of 32 failures, one forgiven every 2h0m0s
+     ok   makes and uses a key     EC P-256 made in 212ms, signs in 61ms
+    FAIL  endorsement certificate  no maker in the folder certified it
+                                   → get the maker's root and put it into the folder of --makers
+
+  tpm ek shows the registration ID that device SDKs derive, tpm nv what is in its memory, tpm lockout how many tries are left.
+  A profile with attestation = "tpm" writes down the TPM itself, for a service that challenges it.`,
 }

@@ -29,6 +29,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/touchmark/touchmark/hsm/signed"
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/ca"
 	"github.com/touchmark/touchmark/pkg/dps"
@@ -37,7 +38,6 @@ import (
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/mqttd"
 	"github.com/touchmark/touchmark/pkg/registration"
-	"github.com/touchmark/touchmark/pkg/signed"
 	"github.com/touchmark/touchmark/pkg/sqlstore"
 )
 

@@ -67,7 +67,7 @@ func (a *app) runTPMCertify(ctx context.Context, o *tpmOptions, c *certifyOption
 		if err != nil {
 			return err
 		}
-		envelope, err := residency.Sign(ctx, evidence, station)
+		envelope, err := residency.Sign(evidence, station)
 		if err != nil {
 			return err
 		}

@@ -250,7 +250,7 @@ func prove(t testing.TB, s *hsmtest.TPM, kind tpm.EKType) *proof {
 
 func (p *proof) sign(t testing.TB, e *residency.Evidence) []byte {
 	t.Helper()
-	b, err := residency.Sign(t.Context(), e, p.station)
+	b, err := residency.Sign(e, p.station)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -381,10 +381,10 @@ func TestResidencyAttacks(t *testing.T) {
 	p = a.policy()
 	p.Key = b.key.Public()
 	refused("for another key", good, p, "another key")
-	refused("signed by another station", b.sign(t, a.evidence), a.policy(), "none of the challengers")
+	refused("signed by another station", b.sign(t, a.evidence), a.policy(), "not signed by a trusted station")
 	p = a.policy()
 	p.Challengers = nil
-	refused("no station trusted", good, p, "no challenger")
+	refused("no station trusted", good, p, "not signed by a trusted station")
 	p = a.policy()
 	p.Makers = newMaker(t).roots(t)
 	refused("no certificate", good, p, "no certificate")

@@ -19,9 +19,9 @@ import (
 
 	"filippo.io/age"
 
+	"github.com/touchmark/touchmark/hsm/signed"
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/dps"
-	"github.com/touchmark/touchmark/pkg/signed"
 )
 
 func station(t testing.TB) *ecdsa.PrivateKey {

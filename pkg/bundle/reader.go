@@ -16,10 +16,10 @@ import (
 	"filippo.io/age"
 	"github.com/klauspost/compress/zstd"
 
+	"github.com/touchmark/touchmark/hsm/signed"
 	"github.com/touchmark/touchmark/hsm/tpm/residency"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/evidence"
-	"github.com/touchmark/touchmark/pkg/signed"
 )
 
 // OpenConfig says whom a reader trusts and what it can open.

@@ -19,8 +19,8 @@ import (
 	"github.com/gowebpki/jcs"
 	"github.com/klauspost/compress/zstd"
 
+	"github.com/touchmark/touchmark/hsm/signed"
 	"github.com/touchmark/touchmark/pkg/dps"
-	"github.com/touchmark/touchmark/pkg/signed"
 )
 
 // WriterConfig says what bundle to write.

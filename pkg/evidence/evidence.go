@@ -23,8 +23,8 @@ import (
 	"time"
 
 	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/hsm/signed"
 	"github.com/touchmark/touchmark/hsm/tpm/residency"
-	"github.com/touchmark/touchmark/pkg/signed"
 )
 
 // A Residency is a kind of place that a key can live in for good.

@@ -13,8 +13,8 @@ import (
 	"time"
 
 	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/hsm/signed"
 	"github.com/touchmark/touchmark/pkg/evidence"
-	"github.com/touchmark/touchmark/pkg/signed"
 )
 
 func good() *evidence.Evidence {

@@ -6,14 +6,18 @@
 // next effect outside it:
 //
 //	x509, key in memory   key staged on disk → begun (key, plan) → signed → minted (certificate) → rest staged → published → read back → verified
-//	x509, key in a token  begun (plan) → key made under the unit's name → signed → minted → stamped as above
+//	x509, key in a token  begun (plan) → key made under the unit's name → signed → minted (certificate, evidence) → stamped as above
+//	x509, key in a TPM    begun (plan, endorsement key) → key staged as a blob, certified by the TPM → signed → minted → stamped as above
+//	x509, from a request  request read → begun (key, plan) → signed → minted → stamped as above
+//	TPM                   endorsement key read and proven → minted → stamped as above, where there is anything to stamp
 //	symmetric, derived    derived → minted → stamped as above, where there is anything to stamp
 //	symmetric, random     key staged on disk → minted → published → read back → verified
 //
 // A run that was killed is taken up by running it again: the same profile and list are the same job. What can be proven is
 // rolled forward with the same key and the same certificate plan; where a key is gone, its unit is voided and the serial
 // begins anew. A certificate is never signed for a serial under two plans, and a key in the token that no unit has a use
-// for does not exist: its name is in the ledger before it is made.
+// for does not exist: its name is in the ledger before it is made. A TPM is one device's: its endorsement key is unique in
+// the ledger.
 package mint
 
 import (

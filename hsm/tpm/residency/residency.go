@@ -35,17 +35,14 @@ package residency
 
 import (
 	"bytes"
-	"context"
 	"crypto"
 	"crypto/ecdsa"
-	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/subtle"
 	"crypto/x509"
 	"encoding/base32"
-	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
@@ -57,7 +54,8 @@ import (
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
-	"github.com/secure-systems-lab/go-securesystemslib/dsse"
+
+	"github.com/touchmark/touchmark/hsm/signed"
 )
 
 // ErrNotProven says that a proof does not hold. What it wraps says why.
@@ -487,20 +485,12 @@ func verifySignature(pub crypto.PublicKey, message, signature []byte) error {
 
 // Sign puts evidence into a DSSE envelope that the challenger signs, and so says: I made this challenge at random, sent it in
 // no other form than the credential, and had this answer.
-func Sign(ctx context.Context, e *Evidence, challenger crypto.Signer) ([]byte, error) {
+func Sign(e *Evidence, challenger crypto.Signer) ([]byte, error) {
 	payload, err := json.Marshal(e)
 	if err != nil {
 		return nil, err
 	}
-	signer, err := dsse.NewEnvelopeSigner(stationKey{challenger.Public(), challenger})
-	if err != nil {
-		return nil, err
-	}
-	envelope, err := signer.SignPayload(ctx, PayloadType, payload)
-	if err != nil {
-		return nil, fmt.Errorf("signing the evidence: %w", err)
-	}
-	return json.Marshal(envelope)
+	return signed.Sign(challenger, PayloadType, payload)
 }
 
 // Policy says what a reader of evidence trusts and expects.
@@ -581,30 +571,13 @@ func openEnvelope(raw []byte, trusted []crypto.PublicKey) (*Evidence, error) {
 	if len(raw) > maxEnvelope {
 		return nil, refuse("the envelope is larger than %d octets", maxEnvelope)
 	}
-	var envelope dsse.Envelope
-	if err := strict(raw, &envelope); err != nil {
-		return nil, refuse("the envelope: %w", err)
-	}
-	if envelope.PayloadType != PayloadType || len(envelope.Signatures) == 0 || len(envelope.Signatures) > 8 {
-		return nil, refuse("the envelope is of another type, or not signed")
-	}
-	if len(trusted) == 0 {
-		return nil, refuse("no challenger is trusted")
-	}
-	verifiers := make([]dsse.Verifier, len(trusted))
-	for i, pub := range trusted {
-		verifiers[i] = stationKey{public: pub}
-	}
-	ev, err := dsse.NewEnvelopeVerifier(verifiers...)
+	envelope, err := signed.Parse(raw)
 	if err != nil {
-		return nil, err
+		return nil, refuse("%w", err)
 	}
-	if _, err := ev.Verify(context.Background(), &envelope); err != nil {
-		return nil, refuse("none of the challengers that are trusted signed it: %w", err)
-	}
-	payload, err := base64.StdEncoding.DecodeString(envelope.Payload)
+	payload, _, err := envelope.Verify(PayloadType, trusted)
 	if err != nil {
-		return nil, refuse("the envelope: %w", err)
+		return nil, refuse("%w", err)
 	}
 	var e Evidence
 	if err := strict(payload, &e); err != nil {
@@ -625,48 +598,3 @@ func strict(b []byte, v any) error {
 	}
 	return nil
 }
-
-// stationKey is a challenger's key in DSSE. What is signed is the SHA-256 of the pre-authentication encoding, or that itself
-// for Ed25519; RSA signs with PKCS #1 v1.5.
-type stationKey struct {
-	public crypto.PublicKey
-	signer crypto.Signer
-}
-
-func (k stationKey) KeyID() (string, error) {
-	der, err := x509.MarshalPKIXPublicKey(k.public)
-	if err != nil {
-		return "", err
-	}
-	sum := sha256.Sum256(der)
-	return hex.EncodeToString(sum[:]), nil
-}
-
-func (k stationKey) Public() crypto.PublicKey { return k.public }
-
-func (k stationKey) Sign(_ context.Context, data []byte) ([]byte, error) {
-	if _, ok := k.public.(ed25519.PublicKey); ok {
-		return k.signer.Sign(rand.Reader, data, crypto.Hash(0))
-	}
-	sum := sha256.Sum256(data)
-	return k.signer.Sign(rand.Reader, sum[:], crypto.SHA256)
-}
-
-func (k stationKey) Verify(_ context.Context, data, sig []byte) error {
-	ok := false
-	sum := sha256.Sum256(data)
-	switch pub := k.public.(type) {
-	case ed25519.PublicKey:
-		ok = ed25519.Verify(pub, data, sig)
-	case *ecdsa.PublicKey:
-		ok = ecdsa.VerifyASN1(pub, sum[:], sig)
-	case *rsa.PublicKey:
-		ok = rsa.VerifyPKCS1v15(pub, crypto.SHA256, sum[:], sig) == nil
-	}
-	if !ok {
-		return errors.New("the signature does not verify")
-	}
-	return nil
-}
-
-var _ dsse.SignerVerifier = stationKey{}

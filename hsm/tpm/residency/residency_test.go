@@ -54,7 +54,7 @@ func TestCaptured(t *testing.T) {
 		t.Fatal(err)
 	}
 	key := station(t)
-	envelope, err := residency.Sign(t.Context(), e, key)
+	envelope, err := residency.Sign(e, key)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -84,7 +84,7 @@ func FuzzVerify(f *testing.F) {
 		e.EK, e.AK, e.Seed, e.EKCertificates = ek, ak, seed, [][]byte{cert}
 		e.Credential.Blob = blob
 		e.Answer = residency.Answer{Secret: secret, Key: device, Attest: attest, Signature: signature}
-		envelope, err := residency.Sign(t.Context(), &e, key)
+		envelope, err := residency.Sign(&e, key)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -104,7 +104,7 @@ func FuzzVerify(f *testing.F) {
 func FuzzEnvelope(f *testing.F) {
 	e, _ := captured(f)
 	key := station(f)
-	good, err := residency.Sign(f.Context(), e, key)
+	good, err := residency.Sign(e, key)
 	if err != nil {
 		f.Fatal(err)
 	}
