@@ -67,13 +67,14 @@ DEVICES
   tpm. A TPM's evidence holds with no TPM at hand; --makers DIR wants its endorsement key certified by one of those makers.
 
 TPMS
-    touchmark tpm doctor --tpm 'tpm:?device=/dev/tpmrm0' --makers tpm-makers
+    touchmark tpm doctor --tpm 'tpm:?device=unix:/run/swtpm.sock'
 
-     ok   answers                  /dev/tpmrm0, IFX SLB9672 firmware 16.13, TPM 2.0 revision 1.59
-     ok   not locked               0 of 32 failures, one forgiven every 2h0m0s
-     ok   makes and uses a key     EC P-256 made in 212ms, signs in 61ms
-    FAIL  endorsement certificate  no maker in the folder certified it
-                                   → get the maker's root and put it into the folder of --makers
+     ok   answers                  unix:/run/swtpm.sock, IBM SW TPM firmware 8217.4131.22.13878, TPM 2.0 revision 1.64
+     ok   not locked               no: 0 of 3 failures, one forgiven every 16m40s
+     ok   free slots               3 of 3
+     ok   storage root key         the owner's primary (ECC P-256)
+     ok   makes and uses a key     EC P-256 made in 2.4ms, signs in 800µs
+     ok   endorsement certificate  none, and none asked for: --makers was not given
 
   tpm ek shows the registration ID that device SDKs derive, tpm nv what is in its memory, tpm lockout how many tries are left.
   A profile with attestation = "tpm" writes down the TPM itself, for a service that challenges it.`,
