@@ -571,7 +571,7 @@ func openEnvelope(raw []byte, trusted []crypto.PublicKey) (*Evidence, error) {
 	if len(raw) > maxEnvelope {
 		return nil, refuse("the envelope is larger than %d octets", maxEnvelope)
 	}
-	envelope, err := signed.Parse(raw)
+	envelope, err := signed.Parse(bytes.TrimSuffix(raw, []byte("\n")))
 	if err != nil {
 		return nil, refuse("%w", err)
 	}
