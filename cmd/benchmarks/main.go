@@ -71,6 +71,7 @@ func main() {
 		{"mint-x509-token", b.mintX509Token},
 		{"derive", func() { b.derive("derive", temp) }}, {"derive-disk", func() { b.derive("derive-disk", disk) }}, {"derive-token", b.deriveToken},
 		{"token-sign", b.tokenSign}, {"token-hmac", b.tokenHMAC}, {"token-keygen", b.tokenKeygen}, {"token-crowded", b.tokenCrowded},
+		{"tpm-create", b.tpmCreate}, {"tpm-sign", b.tpmSign},
 		{"register-https", func() { b.register("https") }}, {"register-mqtt", func() { b.register("mqtt") }}, {"import", b.importBundle},
 	} {
 		if strings.Contains(x.name, *only) {
