@@ -92,6 +92,7 @@ func TestSecretsStayPut(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Setenv("TOUCHMARK_PASSPHRASE_FILE", filepath.Join(dir, "passphrase"))
+	program(t) // built elsewhere
 	t.Setenv("TMPDIR", tmp)
 	ready, log := startService(t, dir, "127.0.0.1:0", "127.0.0.1:0")
 	said := mintAll(t, dir)
