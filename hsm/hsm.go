@@ -100,7 +100,8 @@ type Spec struct {
 	// Extractable lets the private half be wrapped out of the store later. The default is that it never can.
 	Extractable bool
 	// Ephemeral keys live as long as the Key that Generate returned and are in no listing: session objects in a
-	// token, memory in a key-file store. Their name need not be unique.
+	// token, memory in a key-file store. Their name need not be unique. Where such a Key is an io.Closer, Close gives its place
+	// back at once; without it that happens some time after nobody has the Key any more.
 	Ephemeral bool
 }
 

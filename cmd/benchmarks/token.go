@@ -8,6 +8,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -100,7 +101,7 @@ func (b *bench) tokenHMAC() {
 }
 
 // tokenKeygen: throw-away key pairs against C_GenerateKeyPair with the same templates and reading the public point, which
-// nobody can do without.
+// nobody can do without, and throwing them away.
 func (b *bench) tokenKeygen() {
 	store := newToken()
 	defer store.Close()
@@ -109,7 +110,7 @@ func (b *bench) tokenKeygen() {
 	n := 500 * b.scale
 	b.compare("token-keygen", "key pairs/s", func() float64 {
 		return rate(n, func() {
-			must(store.Generate(context.Background(), hsm.Spec{Name: "throw-away", Algorithm: hsm.ECP256, Ephemeral: true}))
+			check(must(store.Generate(context.Background(), hsm.Spec{Name: "throw-away", Algorithm: hsm.ECP256, Ephemeral: true})).(io.Closer).Close())
 		})
 	}, func() float64 {
 		id := make([]byte, 16)
@@ -119,9 +120,11 @@ func (b *bench) tokenKeygen() {
 			bare11.NewAttribute(bare11.CKA_EXTRACTABLE, false), bare11.NewAttribute(bare11.CKA_SIGN, true), bare11.NewAttribute(bare11.CKA_LABEL, "throw-away"), bare11.NewAttribute(bare11.CKA_ID, id)}
 		mech := []*bare11.Mechanism{bare11.NewMechanism(bare11.CKM_EC_KEY_PAIR_GEN, nil)}
 		return bare.sessions(n, func(h bare11.SessionHandle) {
-			pub, _, err := bare.ctx.GenerateKeyPair(h, mech, public, private)
+			pub, priv, err := bare.ctx.GenerateKeyPair(h, mech, public, private)
 			check(err)
 			must(bare.ctx.GetAttributeValue(h, pub, []*bare11.Attribute{bare11.NewAttribute(bare11.CKA_EC_POINT, nil)}))
+			check(bare.ctx.DestroyObject(h, pub))
+			check(bare.ctx.DestroyObject(h, priv))
 		})
 	})
 }

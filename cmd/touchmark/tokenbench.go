@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -106,7 +107,10 @@ func (a *app) benchSessions(ctx context.Context, uri hsm.URI, pin hsm.Secret, se
 		}},
 		{"key pair EC-P256", func() (func() error, error) {
 			return func() error {
-				_, err := store.Generate(ctx, hsm.Spec{Name: "bench", Algorithm: hsm.ECP256, Ephemeral: true})
+				k, err := store.Generate(ctx, hsm.Spec{Name: "bench", Algorithm: hsm.ECP256, Ephemeral: true})
+				if c, ok := k.(io.Closer); ok && err == nil {
+					err = c.Close()
+				}
 				return err
 			}, nil
 		}},

@@ -106,7 +106,9 @@ func openFiles(t *testing.T) int {
 
 // While five hundred keys are made, the process that the module is in is killed again and again.
 func TestKilledInABatch(t *testing.T) {
-	s := openOutside(t, hsmtest.SoftHSM(t, "line-3"), time.Minute)
+	uri := hsmtest.SoftHSM(t, "line-3")
+	mend := hsmtest.Mender(t)
+	s := openOutside(t, uri, time.Minute)
 	const count = 500
 	before := openFiles(t)
 	var next, made, kills atomic.Int64
@@ -137,6 +139,7 @@ func TestKilledInABatch(t *testing.T) {
 				if m := made.Add(1); m%60 == 0 {
 					kills.Add(1)
 					_ = syscall.Kill(s.mod.host.pid(), syscall.SIGKILL)
+					mend() // should it have been in SoftHSM's login
 				}
 			}
 		})
@@ -174,7 +177,9 @@ func TestKilledWithManyInside(t *testing.T) {
 
 // Keys that are brought in have two halves that are made one after the other.
 func TestKilledInABatchOfImports(t *testing.T) {
-	s := openOutside(t, hsmtest.SoftHSM(t, "line-3"), time.Minute)
+	uri := hsmtest.SoftHSM(t, "line-3")
+	mend := hsmtest.Mender(t)
+	s := openOutside(t, uri, time.Minute)
 	priv, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -193,6 +198,7 @@ func TestKilledInABatchOfImports(t *testing.T) {
 				return
 			case <-time.After(25 * time.Millisecond): // at any instant of an import
 				_ = syscall.Kill(s.mod.host.pid(), syscall.SIGKILL)
+				mend()
 			}
 		}
 	})

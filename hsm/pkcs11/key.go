@@ -20,6 +20,7 @@ import (
 	"fmt"
 	"io"
 	"math/big"
+	"runtime"
 	"slices"
 	"sync/atomic"
 
@@ -47,6 +48,8 @@ type base struct {
 	class     uint
 	id        []byte
 	ephemeral bool
+	cleanup   runtime.Cleanup
+	closed    atomic.Bool
 	object    atomic.Pointer[object]
 }
 
@@ -685,7 +688,22 @@ func (s *Store) keyFrom(spec hsm.Spec, id []byte, priv pkcs11.ObjectHandle, publ
 
 func (s *Store) fill(b *base, spec hsm.Spec, class uint, id []byte, handle pkcs11.ObjectHandle) {
 	b.store, b.name, b.algorithm, b.usage, b.class, b.id, b.ephemeral = s, spec.Name, spec.Algorithm, spec.Usage, class, id, spec.Ephemeral
-	b.object.Store(&object{s.generation.Load(), handle})
+	o := &object{s.generation.Load(), handle}
+	b.object.Store(o)
+	if spec.Ephemeral {
+		// The key lives as long as this Key does; its object would live as long as the session, and fill the token.
+		b.cleanup = runtime.AddCleanup(b, s.throwAway, *o)
+	}
+}
+
+// Close destroys the object of a throw-away key, and does nothing for others. The key must not be used afterwards.
+func (b *base) Close() error {
+	if !b.ephemeral || b.closed.Swap(true) {
+		return nil
+	}
+	b.cleanup.Stop()
+	b.store.throwAway(*b.object.Load())
+	return nil
 }
 
 // openKey finds a key by name.
@@ -874,15 +892,19 @@ func (s *Store) publicKey(h pkcs11.SessionHandle, o pkcs11.ObjectHandle) (crypto
 		}
 		return pub, nil
 	}
-	params, err := s.attribute(h, o, pkcs11.CKA_EC_PARAMS)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", hsm.ErrUnsupported, err)
+	return s.pointKey(h, o)
+}
+
+// pointKey reads the public key of an object that is on a curve, in one call.
+func (s *Store) pointKey(h pkcs11.SessionHandle, o pkcs11.ObjectHandle) (crypto.PublicKey, error) {
+	got, err := s.mod.ctx.GetAttributeValue(h, o, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_EC_PARAMS, nil), pkcs11.NewAttribute(pkcs11.CKA_EC_POINT, nil)})
+	if is(err, pkcs11.CKR_ATTRIBUTE_TYPE_INVALID, pkcs11.CKR_ATTRIBUTE_VALUE_INVALID) {
+		err = fmt.Errorf("%w: %w", hsm.ErrUnsupported, err)
 	}
-	point, err := s.attribute(h, o, pkcs11.CKA_EC_POINT)
 	if err != nil {
 		return nil, err
 	}
-	return parsePoint(params, point)
+	return parsePoint(got[0].Value, got[1].Value)
 }
 
 // parsePoint reads CKA_EC_PARAMS and CKA_EC_POINT.

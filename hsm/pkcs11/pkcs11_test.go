@@ -10,9 +10,12 @@ import (
 	"crypto/x509"
 	"encoding/asn1"
 	"errors"
+	"io"
 	"math/big"
+	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/miekg/pkcs11"
 
@@ -297,4 +300,42 @@ func BenchmarkSign(b *testing.B) {
 			}
 		}
 	})
+}
+
+// Throw-away keys leave nothing behind: objects of sessions would pile up for as long as a station works.
+func TestThrowAway(t *testing.T) {
+	s := open(t, hsmtest.SoftHSM(t, "line-3"))
+	const keys = 500
+	for i := range keys {
+		k, err := s.Generate(t.Context(), hsm.Spec{Name: "throw-away", Algorithm: hsm.ECP256, Ephemeral: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i%2 == 0 {
+			if err := errors.Join(k.(io.Closer).Close(), k.(io.Closer).Close()); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	kept, err := s.Generate(t.Context(), hsm.Spec{Name: "kept", Algorithm: hsm.ECP256, Ephemeral: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	left := keys
+	for try := 0; try < 100 && left > keys/10; try++ {
+		runtime.GC()
+		time.Sleep(10 * time.Millisecond)
+		err := s.with(t.Context(), true, func(h pkcs11.SessionHandle) error {
+			found, err := s.find(h, pkcs11.NewAttribute(pkcs11.CKA_TOKEN, false))
+			left = len(found)
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if left > keys/10 {
+		t.Errorf("%d objects of %d throw-away keys are left", left, keys)
+	}
+	hsmtest.Check(t, kept.(hsm.SigningKey)) // one that somebody still has is not touched
 }

@@ -65,6 +65,7 @@ type Store struct {
 	idle    []pkcs11.SessionHandle // of the present generation
 	epoch   int64                  // of the module, that the sessions belong to
 	shrunk  int                    // slots that are kept taken because the token's session table is full
+	thrown  []object               // of throw-away keys that nobody has any more
 	labels  map[string]bool        // names that are taken
 	doubts  map[string][]byte      // names whose key may have been made, with the ID that it has then
 	mechs   mechanisms             // what the token offers; does not change
@@ -343,6 +344,10 @@ func (s *Store) once(f func(pkcs11.SessionHandle) error) (generation int64, err 
 	if n := len(s.idle); n > 0 {
 		h, s.idle = s.idle[n-1], s.idle[:n-1]
 	}
+	if n := min(len(s.thrown), throwAtOnce); n > 0 {
+		f = s.destroying(slices.Clone(s.thrown[:n]), gen, f)
+		s.thrown = append(s.thrown[:0], s.thrown[n:]...)
+	}
 	s.mu.Unlock()
 
 	if h, err = s.inside(slot, epoch, keeper, h, last, f); h == 0 || h == keeper {
@@ -360,6 +365,30 @@ func (s *Store) once(f func(pkcs11.SessionHandle) error) (generation int64, err 
 		_ = s.mod.ctx.CloseSession(h)
 	}
 	return gen, err
+}
+
+// throwAtOnce bounds how many dead objects one operation cleans up after.
+const throwAtOnce = 64
+
+// throwAway is told of a throw-away key that nobody has any more. The next operation destroys its object.
+func (s *Store) throwAway(o object) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.closed {
+		s.thrown = append(s.thrown, o)
+	}
+}
+
+// destroying returns f with dead objects destroyed before it. Those of an earlier connection went with it.
+func (s *Store) destroying(dead []object, generation int64, f func(pkcs11.SessionHandle) error) func(pkcs11.SessionHandle) error {
+	return func(h pkcs11.SessionHandle) error {
+		for _, o := range dead {
+			if o.generation == generation {
+				_ = s.mod.ctx.DestroyObject(h, o.handle) // what cannot be destroyed ends with its session
+			}
+		}
+		return f(h)
+	}
 }
 
 // inside runs an operation in a session, a new one for h == 0, and returns the session when it is good for another.
@@ -600,7 +629,14 @@ func (s *Store) create(ctx context.Context, spec hsm.Spec, do func(pkcs11.Sessio
 		}
 		var public crypto.PublicKey
 		if pub != 0 {
-			public, err = s.publicKey(h, pub)
+			read := s.publicKey
+			if curveOID(spec.Algorithm) != nil { // no need to ask what was made
+				read = s.pointKey
+			}
+			public, err = read(h, pub)
+			if spec.Ephemeral {
+				_ = s.mod.ctx.DestroyObject(h, pub) // it is read, and would lie about until the session ends
+			}
 		}
 		if err == nil {
 			k, err = s.keyFrom(spec, id, priv, public)
