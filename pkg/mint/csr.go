@@ -35,6 +35,9 @@ func (r *run) readCSR(ctx context.Context, u *unit) error {
 	words := make([]string, len(r.Profile.csr))
 	for i, w := range r.Profile.csr {
 		words[i] = expand(w, r.List.Columns, u.row.Fields)
+		if r.Profile.Key.CSRCommand != nil && len(w) > 0 && w[0].column != "" && strings.HasPrefix(words[i], "-") {
+			return fmt.Errorf("csr-command: column %q is %q, which the program would take for an option", w[0].column, words[i])
+		}
 	}
 	read := readCSRFile
 	if r.Profile.Key.CSRCommand != nil {

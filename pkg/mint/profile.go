@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -296,6 +297,8 @@ func (p *Profile) checkCSR(f *settings.Faults) {
 		words, key = p.Key.CSRCommand, "key.csr-command"
 		if len(words) == 0 || words[0] == "" {
 			f.Key(key, "key.csr-command names no program")
+		} else if first, err := parseText(words[0]); err == nil && hasColumn(first) {
+			f.Key(key, "key.csr-command: the program itself cannot come from the list")
 		}
 	case p.Key.CSR == "":
 		f.Key("key.in", "key.in = \"csr\" needs key.csr or key.csr-command")
@@ -422,6 +425,16 @@ func expand(segments []segment, columns, fields []string) string {
 		b.WriteString(text)
 	}
 	return b.String()
+}
+
+// expandURI puts a row's columns into the pattern of a key URI. What a list says is one value there, whatever characters it
+// has: it cannot add attributes, and name a module to load for instance.
+func expandURI(segments []segment, columns, fields []string) string {
+	escaped := make([]string, len(fields))
+	for i, f := range fields {
+		escaped[i] = strings.ReplaceAll(url.QueryEscape(f), "+", "%20")
+	}
+	return expand(segments, columns, escaped)
 }
 
 // parsePattern parses the pattern of a registration ID.

@@ -11,14 +11,13 @@ import (
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/hsm/tpm/residency"
 	"github.com/touchmark/touchmark/pkg/dps"
-	"github.com/touchmark/touchmark/pkg/evidence"
 	"github.com/touchmark/touchmark/pkg/ledger"
 )
 
 // mintedTPM is what the ledger keeps of a unit that attests by its TPM.
 type mintedTPM struct {
-	SRK      []byte             `json:"srk"`
-	Evidence *evidence.Evidence `json:"evidence"`
+	SRK      []byte          `json:"srk"`
+	Evidence json.RawMessage `json:"evidence"`
 }
 
 // makeTPM writes down whose TPM each unit has. Nothing is made that lasts: the endorsement key is the TPM's own. What shows
@@ -36,16 +35,16 @@ func (r *run) makeTPM(ctx context.Context, units []unit) error {
 	if err := r.inTheWay(ctx, fresh); err != nil {
 		return err
 	}
-	var failed error
-	err := r.commit(ctx, fresh, ledger.Minted, func(u *unit, e *ledger.Event) {
-		var doc mintedTPM
-		if failed = json.Unmarshal(u.evidence, &doc.Evidence); failed == nil {
-			doc.SRK = u.srk
-			e.Data, failed = json.Marshal(doc)
+	data := make(map[*unit][]byte, len(fresh))
+	for _, u := range fresh {
+		var err error
+		if data[u], err = json.Marshal(mintedTPM{SRK: u.srk, Evidence: u.evidence}); err != nil {
+			return err
 		}
-		e.RegistrationID, e.KeyHash, e.EKHash = u.row.RegistrationID, u.keyHash, u.ekHash
+	}
+	return r.commit(ctx, fresh, ledger.Minted, func(u *unit, e *ledger.Event) {
+		e.KeyHash, e.EKHash, e.Data = u.keyHash, u.ekHash, data[u]
 	})
-	return errors.Join(err, failed)
 }
 
 func (r *run) identifyTPM(ctx context.Context, u *unit) (err error) {
@@ -55,7 +54,7 @@ func (r *run) identifyTPM(ctx context.Context, u *unit) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	uri, err := hsm.ParseURI(expand(r.Profile.store, r.List.Columns, u.row.Fields))
+	uri, err := hsm.ParseURI(expandURI(r.Profile.store, r.List.Columns, u.row.Fields))
 	if err != nil {
 		return err
 	}
@@ -96,11 +95,9 @@ func (r *run) identifyTPM(ctx context.Context, u *unit) (err error) {
 // decodeTPM reads what makeTPM wrote.
 func (u *unit) decodeTPM(data []byte) error {
 	var doc mintedTPM
-	if err := json.Unmarshal(data, &doc); err != nil || doc.Evidence == nil {
+	if err := json.Unmarshal(data, &doc); err != nil || len(doc.Evidence) == 0 {
 		return fmt.Errorf("the TPM in the ledger: %w", errors.Join(err, ErrUnproven))
 	}
-	u.srk = doc.SRK
-	var err error
-	u.evidence, err = json.Marshal(doc.Evidence)
-	return err
+	u.srk, u.evidence = doc.SRK, doc.Evidence
+	return nil
 }
