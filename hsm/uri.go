@@ -125,9 +125,10 @@ func ParseURI(s string) (URI, error) {
 	return u, nil
 }
 
-func (u *URI) parsePKCS11(path string) error {
+// eachAttribute calls set with every attribute of a list, as it stands and with its escapes undone. None may stand twice.
+func eachAttribute(list, separator string, set func(name, raw, value string) error) error {
 	seen := make(map[string]bool)
-	for part := range strings.SplitSeq(path, ";") {
+	for part := range strings.SplitSeq(list, separator) {
 		if part == "" {
 			continue
 		}
@@ -143,6 +144,15 @@ func (u *URI) parsePKCS11(path string) error {
 		if err != nil {
 			return fmt.Errorf("attribute %s: %w", name, err)
 		}
+		if err := set(name, raw, value); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (u *URI) parsePKCS11(path string) error {
+	return eachAttribute(path, ";", func(name, raw, value string) error {
 		switch name {
 		case "token":
 			u.Token = value
@@ -171,35 +181,22 @@ func (u *URI) parsePKCS11(path string) error {
 		default:
 			return fmt.Errorf("attribute %s is not known", name)
 		}
-	}
-	return nil
+		return nil
+	})
 }
 
 func (u *URI) parseTPM(path string) error {
-	seen := make(map[string]bool)
-	for part := range strings.SplitSeq(path, ";") {
-		if part == "" {
-			continue
-		}
-		name, raw, ok := strings.Cut(part, "=")
-		if !ok {
-			return errors.New("an attribute has no value")
-		}
-		if seen[name] {
-			return fmt.Errorf("attribute %s stands twice", name)
-		}
-		seen[name] = true
-		value, err := unescape(raw)
-		if err != nil {
-			return fmt.Errorf("attribute %s: %w", name, err)
-		}
+	object, handle := false, false
+	err := eachAttribute(path, ";", func(name, _, value string) error {
 		switch name {
 		case "object":
+			object = true
 			if _, ok := ParseTPMHandle(value); ok {
 				return errors.New("a persistent handle is written as handle=…, not as object=…")
 			}
 			u.Object = value
 		case "handle":
+			handle = true
 			h, err := strconv.ParseUint(strings.TrimPrefix(strings.ToLower(value), "0x"), 16, 32)
 			if u.Object = TPMHandleName(uint32(h)); err != nil || !persistent(uint32(h)) {
 				return errors.New("attribute handle: want a persistent handle, 0x81000000 to 0x81ffffff")
@@ -209,11 +206,12 @@ func (u *URI) parseTPM(path string) error {
 		default:
 			return fmt.Errorf("attribute %s is not known", name)
 		}
+		return nil
+	})
+	if err == nil && object && handle {
+		err = errors.New("object and handle exclude each other")
 	}
-	if seen["object"] && seen["handle"] {
-		return errors.New("object and handle exclude each other")
-	}
-	return nil
+	return err
 }
 
 // checkTPM looks at a tpm: URI as a whole.
@@ -254,23 +252,7 @@ func ParseTPMHandle(name string) (uint32, bool) {
 }
 
 func (u *URI) parseQuery(query string) error {
-	seen := make(map[string]bool)
-	for part := range strings.SplitSeq(query, "&") {
-		if part == "" {
-			continue
-		}
-		name, raw, ok := strings.Cut(part, "=")
-		if !ok {
-			return errors.New("an attribute behind the \"?\" has no value")
-		}
-		if seen[name] {
-			return fmt.Errorf("attribute %s stands twice", name)
-		}
-		seen[name] = true
-		value, err := unescape(raw)
-		if err != nil {
-			return fmt.Errorf("attribute %s: %w", name, err)
-		}
+	err := eachAttribute(query, "&", func(name, _, value string) error {
 		switch {
 		case name == "pin-source":
 			if strings.HasPrefix(value, "|") {
@@ -294,11 +276,12 @@ func (u *URI) parseQuery(query string) error {
 		default:
 			return fmt.Errorf("attribute %s is not known, or not behind the \"?\"", name)
 		}
+		return nil
+	})
+	if err == nil && u.PINSource != "" && u.pin != nil {
+		err = errors.New("pin-source and pin-value exclude each other")
 	}
-	if u.PINSource != "" && u.pin != nil {
-		return errors.New("pin-source and pin-value exclude each other")
-	}
-	return nil
+	return err
 }
 
 // unescape undoes percent-encoding. A "+" is a "+": URIs are not forms.

@@ -99,7 +99,7 @@ func newLine(t *testing.T, uri hsm.URI) (dir string) {
 // is followed by another, so that every kill hits work.
 func TestMintSurvivesKill(t *testing.T) {
 	if testing.Short() {
-		t.Skip("kills a hundred processes")
+		hsmtest.Require(t, "a run without -short")
 	}
 	for _, x := range []struct {
 		profile     string

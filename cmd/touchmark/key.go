@@ -314,17 +314,21 @@ func unseal(sealed []byte, identities ...age.Identity) (hsm.Secret, error) {
 	return b, err
 }
 
+// openInput opens a file, or standard input for "-". The caller closes it.
+func (a *app) openInput(path string) (io.ReadCloser, error) {
+	if path == "-" {
+		return io.NopCloser(a.in), nil
+	}
+	return openFile(path)
+}
+
 // readInput reads a small file, or standard input for "-".
 func (a *app) readInput(path string, limit int64) ([]byte, error) {
-	in := a.in
-	if path != "-" {
-		f, err := openFile(path)
-		if err != nil {
-			return nil, err
-		}
-		defer f.Close()
-		in = f
+	in, err := a.openInput(path)
+	if err != nil {
+		return nil, err
 	}
+	defer in.Close()
 	b, err := io.ReadAll(io.LimitReader(in, limit+1))
 	if err == nil && int64(len(b)) > limit {
 		err = fmt.Errorf("%s is larger than %d octets", path, limit)

@@ -191,15 +191,11 @@ func (a *app) digest(path string, hash crypto.Hash) ([]byte, error) {
 	if hash == 0 {
 		return a.readInput(path, maxMessage)
 	}
-	in := a.in
-	if path != "-" {
-		f, err := openFile(path)
-		if err != nil {
-			return nil, err
-		}
-		defer f.Close()
-		in = f
+	in, err := a.openInput(path)
+	if err != nil {
+		return nil, err
 	}
+	defer in.Close()
 	h := hash.New()
 	if _, err := io.Copy(h, in); err != nil {
 		return nil, err

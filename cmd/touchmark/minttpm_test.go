@@ -227,7 +227,7 @@ func bundleEntries(t *testing.T, path, station string) []bundle.Entry {
 // another one takes the job up, and each device ends with one key.
 func TestTPMDies(t *testing.T) {
 	if testing.Short() {
-		t.Skip("kills TPMs again and again")
+		hsmtest.Require(t, "a run without -short")
 	}
 	const devices = 30
 	dir, tpms := newTPMLine(t, devices)

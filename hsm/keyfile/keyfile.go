@@ -42,6 +42,7 @@ import (
 	"filippo.io/age"
 
 	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/hsm/internal/durable"
 )
 
 const (
@@ -82,7 +83,7 @@ func Create(dir string, passphrase hsm.Secret) error {
 	if err := w.Close(); err != nil {
 		return err
 	}
-	if err := writeNew(dir, masterFile, buf.Bytes()); err != nil {
+	if err := durable.WriteNew(dir, masterFile, buf.Bytes()); err != nil {
 		return fmt.Errorf("creating key files in %s: %w", dir, err)
 	}
 	return nil
@@ -111,7 +112,7 @@ type Store struct {
 
 // Open opens a store. A wrong passphrase is hsm.ErrPINIncorrect.
 func Open(ctx context.Context, cfg Config) (*Store, error) {
-	sealed, err := readBounded(filepath.Join(cfg.Dir, masterFile))
+	sealed, err := durable.Read(filepath.Join(cfg.Dir, masterFile), maxFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("key files in %s: %w", cfg.Dir, hsm.ErrNotFound)
 	}
@@ -272,7 +273,7 @@ func (s *Store) Import(ctx context.Context, spec hsm.Spec, secret hsm.Secret) (h
 	if err != nil {
 		return nil, err
 	}
-	err = writeNew(s.dir, fileName(spec.Name), append(b, '\n'))
+	err = durable.WriteNew(s.dir, fileName(spec.Name), append(b, '\n'))
 	if errors.Is(err, fs.ErrExist) {
 		return nil, fmt.Errorf("key %q: %w", spec.Name, hsm.ErrExists)
 	}
@@ -307,7 +308,7 @@ func (s *Store) Open(ctx context.Context, name string) (hsm.Key, error) {
 	if !hsm.ValidName(name) {
 		return nil, fmt.Errorf("key %q: %w", name, hsm.ErrNotFound)
 	}
-	b, err := readBounded(filepath.Join(s.dir, fileName(name)))
+	b, err := durable.Read(filepath.Join(s.dir, fileName(name)), maxFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("key %q: %w", name, hsm.ErrNotFound)
 	}
@@ -341,7 +342,7 @@ func (s *Store) Delete(ctx context.Context, name string) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("key %q: %w", name, hsm.ErrNotFound)
 	}
-	return errors.Join(err, syncDir(s.dir))
+	return errors.Join(err, durable.SyncDir(s.dir))
 }
 
 // List implements [hsm.Lister].
@@ -480,43 +481,4 @@ func algorithmOf(priv any) hsm.Algorithm {
 		return hsm.Ed25519
 	}
 	return ""
-}
-
-func readBounded(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, maxFile+1))
-	if err == nil && len(b) > maxFile {
-		err = fmt.Errorf("%s is larger than %d octets", path, maxFile)
-	}
-	return b, err
-}
-
-// writeNew writes a file that must not be there yet. It is flushed before it gets its name, the name is given by a link,
-// which never replaces, and the directory is flushed: after a crash the file is there whole or not at all.
-func writeNew(dir, name string, data []byte) (err error) {
-	f, err := os.CreateTemp(dir, ".new-*") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, os.Remove(f.Name())) }()
-	_, werr := f.Write(data)
-	if err := errors.Join(werr, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Link(f.Name(), filepath.Join(dir, name)); err != nil {
-		return err
-	}
-	return syncDir(dir)
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

@@ -11,7 +11,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"net/url"
@@ -25,6 +24,7 @@ import (
 	"github.com/google/go-tpm/tpm2"
 
 	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/hsm/internal/durable"
 )
 
 // Config says which TPM to open and how.
@@ -584,7 +584,7 @@ func (s *Store) keep(ctx context.Context, spec hsm.Spec, blob *Blob) (hsm.Key, e
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return nil, fmt.Errorf("making the directory of key blobs: %w", err)
 	}
-	err = writeNew(s.dir, fileName(spec.Name), text)
+	err = durable.WriteNew(s.dir, fileName(spec.Name), text)
 	if errors.Is(err, fs.ErrExist) {
 		return nil, fmt.Errorf("key %q: %w", spec.Name, hsm.ErrExists)
 	}
@@ -639,7 +639,7 @@ func (s *Store) Open(ctx context.Context, name string) (hsm.Key, error) {
 	if !hsm.ValidName(name) || s.dir == "" {
 		return nil, fmt.Errorf("key %q: %w", name, hsm.ErrNotFound)
 	}
-	text, err := readBounded(filepath.Join(s.dir, fileName(name)), maxBlob)
+	text, err := durable.Read(filepath.Join(s.dir, fileName(name)), maxBlob)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("key %q: %w", name, hsm.ErrNotFound)
 	}
@@ -732,7 +732,7 @@ func (s *Store) Delete(ctx context.Context, name string) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("key %q: %w", name, hsm.ErrNotFound)
 	}
-	return errors.Join(err, syncDir(s.dir))
+	return errors.Join(err, durable.SyncDir(s.dir))
 }
 
 func (s *Store) evict(ctx context.Context, h tpm2.TPMHandle) error {
@@ -802,43 +802,4 @@ func (s *Store) List(ctx context.Context, prefix string) ([]hsm.Key, error) {
 		keys = append(keys, k)
 	}
 	return keys, nil
-}
-
-func readBounded(path string, most int64) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, most+1))
-	if err == nil && int64(len(b)) > most {
-		err = fmt.Errorf("%s is larger than %d octets", path, most)
-	}
-	return b, err
-}
-
-// writeNew writes a file that must not be there yet: flushed before it gets its name, named by a link, which never replaces,
-// and the directory flushed.
-func writeNew(dir, name string, data []byte) (err error) {
-	f, err := os.CreateTemp(dir, ".new-*") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, os.Remove(f.Name())) }()
-	_, werr := f.Write(data)
-	if err := errors.Join(werr, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Link(f.Name(), filepath.Join(dir, name)); err != nil {
-		return err
-	}
-	return syncDir(dir)
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }
