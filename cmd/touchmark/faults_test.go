@@ -176,7 +176,7 @@ func TestMintSurvivesKill(t *testing.T) {
 				if err := json.Unmarshal([]byte(line), &u); err != nil {
 					t.Fatal(err)
 				}
-				if u.State != "sealed" {
+				if u.State != "exported" {
 					t.Errorf("%s is %s", u.RegistrationID, u.State)
 				}
 				ids[u.RegistrationID], keys[u.KeyHash] = true, true
@@ -484,7 +484,7 @@ func TestTwoAtOnce(t *testing.T) {
 		t.Errorf("nobody got the ledger: %q", texts)
 	}
 	touchmark(t, dir, "ledger", "verify", "--line", "line")
-	if n := strings.Count(touchmark(t, dir, "ledger", "show", "--line", "line", "--json"), `"state":"sealed"`); n != 2000 {
+	if n := strings.Count(touchmark(t, dir, "ledger", "show", "--line", "line", "--json"), `"state":"exported"`); n != 2000 {
 		t.Errorf("%d units", n)
 	}
 	touchmark(t, dir, "init", "other", "--id-scope", "0ne00112233", "--key-uri", uri.String(), "--key-prefix", "other-")

@@ -128,6 +128,8 @@ func (a *app) runLedgerVerify(ctx context.Context, o *ledgerOptions) (err error)
 		{"  entries", fmt.Sprint(report.Entries)},
 		{"  units", fmt.Sprint(report.Units)},
 		{"  voided", fmt.Sprint(report.Voided)},
+		{"  scrapped", fmt.Sprint(report.Scrapped)},
+		{"  reworked", fmt.Sprint(report.Reworked)},
 		{"  root", report.Checkpoint.Root},
 	})
 }

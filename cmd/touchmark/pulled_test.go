@@ -101,7 +101,7 @@ func TestModuleDies(t *testing.T) {
 	keys := map[string]bool{}
 	for line := range strings.Lines(touchmark(t, dir, "ledger", "show", "--line", "line", "--json")) {
 		var u struct{ KeyHash, State string }
-		if err := json.Unmarshal([]byte(line), &u); err != nil || u.State != "sealed" {
+		if err := json.Unmarshal([]byte(line), &u); err != nil || u.State != "exported" {
 			t.Errorf("%v: %s", err, line)
 		}
 		keys[u.KeyHash] = true

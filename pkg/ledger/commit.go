@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -28,6 +29,7 @@ type tx struct {
 	hashes    []byte
 	newHashes map[int64]tlog.Hash
 	buf       []byte
+	anchored  bool // this step moves the counter
 }
 
 // ReadHashes implements tlog.HashReader over the right edge.
@@ -57,6 +59,22 @@ func (t *tx) add(f leaf) (int64, error) {
 		return 0, err
 	}
 	t.leaves = appendBytes(t.leaves, t.buf)
+	return idx, nil
+}
+
+// addRaw hashes an entry as it stands.
+func (t *tx) addRaw(b []byte) (int64, error) {
+	idx := t.first + t.count
+	hs, err := tlog.StoredHashesForRecordHash(idx, tlog.RecordHash(b), t)
+	if err != nil {
+		return 0, err
+	}
+	at := tlog.StoredHashIndex(0, idx)
+	for i, h := range hs {
+		t.newHashes[at+int64(i)] = h
+		t.hashes = append(t.hashes, h[:]...)
+	}
+	t.count++
 	return idx, nil
 }
 
@@ -90,6 +108,13 @@ func (l *Ledger) update(ctx context.Context, f func(*tx) error) error {
 		return l.broken
 	}
 	l.size, l.lastTime = t.first+t.count, at
+	if t.anchored {
+		// The counter moves once the step is durable, and before the caller goes on to what cannot be undone. A crash in between
+		// leaves the ledger one ahead of its counter, which checkAnchor makes good.
+		if l.anchor, err = l.cfg.Anchor.Increment(ctx, l.anchor); err != nil {
+			l.broken = fmt.Errorf("%w: the ledger's counter could not be moved: %w", ErrAnchor, err)
+		}
+	}
 	edge := make(map[int64]tlog.Hash)
 	for _, idx := range frontierIndexes(l.size) {
 		if h, ok := t.newHashes[idx]; ok {
@@ -99,7 +124,7 @@ func (l *Ledger) update(ctx context.Context, f func(*tx) error) error {
 		}
 	}
 	l.frontier = edge
-	return nil
+	return l.broken
 }
 
 func rollback(stx *sql.Tx) error {
@@ -155,8 +180,8 @@ func (l *Ledger) Commit(ctx context.Context, events []Event) error {
 				for k := i; k < i+n; k++ {
 					made = append(made, k)
 				}
-			case events[i].State == Voided:
-				err = t.void(ctx, events[i])
+			case events[i].State.ends():
+				err = t.end(ctx, events[i])
 			default:
 				err = t.advance(ctx, events[i:i+n])
 			}
@@ -176,14 +201,14 @@ func (l *Ledger) Commit(ctx context.Context, events []Event) error {
 	return nil
 }
 
-// maxRun bounds how many rows one INSERT carries: seven values each, below SQLite's limit on parameters.
+// maxRun bounds how many rows one INSERT carries: ten values each, below SQLite's limit on parameters.
 const maxRun = 200
 
 // run returns how many events at the head of the slice make one statement: new units, or units with rising IDs that enter
 // the same state, all with data or all without.
 func run(events []Event) int {
 	e := &events[0]
-	if e.State == Voided {
+	if e.State.ends() {
 		return 1
 	}
 	n := 1
@@ -199,7 +224,7 @@ func run(events []Event) int {
 }
 
 // OR FAIL spares SQLite a journal per statement: a broken unique index ends the whole transaction anyway.
-const insertColumns = `INSERT OR FAIL INTO units (id, serial, registration_id, key_hash, spelling, state, job, at, leaf) VALUES `
+const insertColumns = `INSERT OR FAIL INTO units (id, serial, registration_id, key_hash, spelling, state, job, at, leaf, revision) VALUES `
 
 // insertRows caches the text of INSERT statements by number of rows.
 var insertRows sync.Map
@@ -214,14 +239,20 @@ func insertSQL(n int) string {
 		if i > 0 {
 			b.WriteByte(',')
 		}
-		b.WriteString("(?,?,?,?,?,?,?,?,?)")
+		b.WriteString("(?,?,?,?,?,?,?,?,?,?)")
 	}
 	insertRows.Store(n, b.String())
 	return b.String()
 }
 
 func (t *tx) insert(ctx context.Context, events []Event) error {
-	args := make([]any, 0, 9*len(events))
+	if err := t.spend(ctx, events); err != nil {
+		return err
+	}
+	if err := t.revise(ctx, events); err != nil {
+		return err
+	}
+	args := make([]any, 0, 10*len(events))
 	for i := range events {
 		e := &events[i]
 		if e.State != Begun && e.State != Minted {
@@ -235,7 +266,7 @@ func (t *tx) insert(ctx context.Context, events []Event) error {
 		}
 		e.Unit = t.l.nextUnit
 		t.l.nextUnit++
-		idx, err := t.add(leaf{state: e.State, job: e.Job, unit: e.Unit, count: 1, serial: e.Serial,
+		idx, err := t.add(leaf{state: e.State, job: e.Job, unit: e.Unit, count: 1, revision: e.Revision, serial: e.Serial,
 			registrationID: e.RegistrationID, keyHash: e.KeyHash, ekHash: e.EKHash, data: e.Data})
 		if err != nil {
 			return err
@@ -248,9 +279,9 @@ func (t *tx) insert(ctx context.Context, events []Event) error {
 		if folded != e.RegistrationID {
 			spelling = e.RegistrationID
 		}
-		args = append(args, e.Unit, e.Serial, folded, hash, spelling, int64(e.State), e.Job, t.at.UnixMilli(), idx)
+		args = append(args, e.Unit, e.Serial, folded, hash, spelling, int64(e.State), e.Job, t.at.UnixMilli(), idx, e.Revision)
 	}
-	if err := t.neverVoided(ctx, events); err != nil {
+	if err := t.neverRetired(ctx, events); err != nil {
 		return err
 	}
 	if _, err := t.ExecContext(ctx, insertSQL(len(events)), args...); err != nil {
@@ -272,33 +303,25 @@ func (t *tx) endorse(ctx context.Context, events []Event) error {
 	return nil
 }
 
-// neverVoided refuses keys that a voided unit had. There are few of those, mostly none.
-func (t *tx) neverVoided(ctx context.Context, events []Event) error {
-	var any int
-	if err := t.QueryRowContext(ctx, `SELECT EXISTS (SELECT 1 FROM voided)`).Scan(&any); err != nil || any == 0 {
-		return err
-	}
-	for i := range events {
-		if events[i].KeyHash == nil {
-			continue
-		}
-		var hit int
-		if err := t.QueryRowContext(ctx, `SELECT EXISTS (SELECT 1 FROM voided WHERE key_hash = $1)`, events[i].KeyHash).Scan(&hit); err != nil {
-			return err
-		}
-		if hit != 0 {
-			return fmt.Errorf("serial %s: its key belonged to a voided unit and must not be used again", events[i].Serial)
-		}
-	}
-	return nil
+// before lists the states that a unit may enter a state from.
+var before = map[State]string{
+	Minted:   oneOf(Begun),
+	Stamped:  oneOf(Minted),
+	Verified: oneOf(Minted, Stamped),
+	Sealed:   oneOf(Verified),
+	Exported: oneOf(Minted, Verified, Sealed, Exported), // Minted: where nothing is stamped. Again: in another bundle
 }
 
-// before lists the states that a unit may enter a state from.
-var before = map[State][]State{
-	Minted:   {Begun},
-	Stamped:  {Minted},
-	Verified: {Minted, Stamped},
-	Sealed:   {Minted, Verified, Sealed},
+// oneOf lists states as SQL has them.
+func oneOf(states ...State) string {
+	var b []byte
+	for i, s := range states {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = strconv.AppendUint(b, uint64(s), 10)
+	}
+	return string(b)
 }
 
 // advance moves units with consecutive IDs to one state. With data each has a leaf of its own; without, one leaf speaks
@@ -309,7 +332,7 @@ func (t *tx) advance(ctx context.Context, events []Event) error {
 	if !ok {
 		return fmt.Errorf("a unit cannot be moved to %s", e.State)
 	}
-	ranged := e.Data == nil && e.KeyHash == nil && e.EKHash == nil || e.State == Sealed
+	ranged := e.Data == nil && e.KeyHash == nil && e.EKHash == nil || e.State == Exported
 	first := int64(-1)
 	if ranged {
 		if _, err := t.add(leaf{state: e.State, unit: e.Unit, count: n, data: e.Data}); err != nil {
@@ -328,12 +351,12 @@ func (t *tx) advance(ctx context.Context, events []Event) error {
 			}
 		}
 	}
-	set, args := `state = $1`, []any{int64(e.State), e.Unit, e.Unit + n - 1, int64(from[0]), int64(from[len(from)-1])}
+	set, args := `state = $1`, []any{int64(e.State), e.Unit, e.Unit + n - 1}
 	if first >= 0 {
-		set += `, leaf = $6 + id - $2`
+		set += `, leaf = $4 + id - $2`
 		args = append(args, first)
 	}
-	where := `id BETWEEN $2 AND $3 AND state BETWEEN $4 AND $5`
+	where := `id BETWEEN $2 AND $3 AND state IN (` + from + `)`
 	res, err := t.ExecContext(ctx, `UPDATE units SET `+set+` WHERE `+where, args...)
 	if err != nil {
 		return err
@@ -342,7 +365,7 @@ func (t *tx) advance(ctx context.Context, events []Event) error {
 		return errors.Join(fmt.Errorf("%d of %d units were not ready to be %s", n-moved, n, e.State), err)
 	}
 	if !ranged && e.KeyHash != nil {
-		if err := t.neverVoided(ctx, events); err != nil {
+		if err := t.neverRetired(ctx, events); err != nil {
 			return err
 		}
 		for i := range events {
@@ -355,30 +378,6 @@ func (t *tx) advance(ctx context.Context, events []Event) error {
 		return t.endorse(ctx, events)
 	}
 	return nil
-}
-
-func (t *tx) void(ctx context.Context, e Event) error {
-	var serial, rid string
-	var hash []byte
-	err := t.QueryRowContext(ctx, `DELETE FROM units WHERE id = $1 AND state < $2 RETURNING serial, coalesce(spelling, registration_id), key_hash`,
-		e.Unit, int64(Sealed)).Scan(&serial, &rid, &hash)
-	if errors.Is(err, sql.ErrNoRows) {
-		return fmt.Errorf("unit %d is not there or has left the factory: it cannot be voided", e.Unit)
-	}
-	if err != nil {
-		return err
-	}
-	if hash != nil {
-		if _, err := t.ExecContext(ctx, `INSERT INTO voided (key_hash) VALUES ($1)`, hash); err != nil {
-			return err
-		}
-	}
-	// The device still has its TPM, and begins anew with it.
-	if _, err := t.ExecContext(ctx, `DELETE FROM endorsements WHERE unit = $1`, e.Unit); err != nil {
-		return err
-	}
-	_, err = t.add(leaf{state: Voided, unit: e.Unit, count: 1, serial: serial, registrationID: rid, keyHash: hash, data: e.Data})
-	return err
 }
 
 // explain turns a broken unique index into a DuplicateError that names the unit which has the value.

@@ -16,17 +16,39 @@ const (
 	Minted   State = 2 // the identity exists: signed, or derived
 	Stamped  State = 3 // the device's storage was written
 	Verified State = 4 // and read back
-	Sealed   State = 5 // the identity left the factory in a bundle
-	Voided   State = 6 // the identity was given up before it left; its serial is free again, its key never is
-	Scrapped State = 7 // the unit was destroyed
-	Reworked State = 8 // the unit has a new revision
-	jobBegun State = 9 // not a state of a unit: the leaf that records a job
+	Sealed   State = 5 // the unit is finished: it passed, and its label is on it
+	Exported State = 6 // the identity left the factory in a bundle
+)
+
+// What ends a living unit.
+const (
+	Voided   State = 16 // the identity was given up before it left; its serial is free again, its key never is
+	Scrapped State = 17 // the unit was destroyed; its serial is not free
+	Reworked State = 18 // the unit was rebuilt: its serial is free for the next revision
+	Returned State = 19 // a scrapped unit was shown to be destroyed: its order may make another, and its serial is free
+)
+
+// The records of the log that are no states of units.
+const (
+	jobBegun      State = 32
+	grantTaken    State = 33
+	leaseCut      State = 34
+	leaseReturned State = 35
+	grantClosed   State = 36
+	anchored      State = 37
+	noted         State = 38
 )
 
 var stateNames = map[State]string{
-	Begun: "begun", Minted: "minted", Stamped: "stamped", Verified: "verified", Sealed: "sealed", Voided: "voided",
-	Scrapped: "scrapped", Reworked: "reworked", jobBegun: "job",
+	Begun: "begun", Minted: "minted", Stamped: "stamped", Verified: "verified", Sealed: "sealed", Exported: "exported",
+	Voided: "voided", Scrapped: "scrapped", Reworked: "reworked", Returned: "returned",
+	jobBegun: "job", grantTaken: "grant", leaseCut: "lease", leaseReturned: "lease-return", grantClosed: "grant-close", anchored: "anchor", noted: "note",
 }
+
+// Living reports whether a unit in that state is one of the living.
+func (s State) Living() bool { return s >= Begun && s <= Exported }
+
+func (s State) ends() bool { return s >= Voided && s <= Returned }
 
 // String returns the state's name as it stands in tables and JSON.
 func (s State) String() string {
@@ -45,6 +67,8 @@ type Event struct {
 	State State
 	// Unit is the unit's ID in this ledger; 0 makes a new unit, and Commit fills in the ID that it got.
 	Unit int64
+	// Revision of a new unit; Commit fills it in: 0, or one more than that of the unit which had the serial before.
+	Revision int64
 	// Job is the job that the unit belongs to; for new units.
 	Job int64
 	// Serial and RegistrationID name a new unit; they are unique among the living.
@@ -56,7 +80,7 @@ type Event struct {
 	// EKHash is the SHA-256 of the endorsement key (SubjectPublicKeyInfo) of a device with a TPM; nil for others. Unique among
 	// the living.
 	EKHash []byte
-	// Data is what the step must remember: a certificate plan, a certificate, a reason, a bundle's ID. Never a secret.
+	// Data is what the step must remember: a certificate plan, a certificate, an ending, a bundle's ID. Never a secret.
 	Data []byte
 }
 
@@ -67,7 +91,7 @@ const (
 	maxLeaf = 1<<16 + 1024
 )
 
-const leafVersion = 1
+const leafVersion = 2
 
 // A leaf is the canonical form of one entry of the log. Units that take the same step in one commit and whose IDs follow
 // one another share a leaf when the step has nothing of its own to remember: first unit and count.
@@ -77,6 +101,7 @@ type leaf struct {
 	job            int64
 	unit           int64
 	count          int64
+	revision       int64
 	serial         string
 	registrationID string
 	keyHash        []byte
@@ -90,6 +115,7 @@ func (f *leaf) append(b []byte) []byte {
 	b = binary.AppendUvarint(b, uint64(f.job))
 	b = binary.AppendUvarint(b, uint64(f.unit))
 	b = binary.AppendUvarint(b, uint64(f.count))
+	b = binary.AppendUvarint(b, uint64(f.revision))
 	b = appendBytes(b, f.serial)
 	b = appendBytes(b, f.registrationID)
 	b = appendBytes(b, f.keyHash)
@@ -122,7 +148,7 @@ func parseLeaf(b []byte) (leaf, error) {
 		return f, errLeaf
 	}
 	f.at, b = time.UnixMilli(ms).UTC(), b[n:]
-	for _, dst := range []*int64{&f.job, &f.unit, &f.count} {
+	for _, dst := range []*int64{&f.job, &f.unit, &f.count, &f.revision} {
 		v, n := binary.Uvarint(b)
 		if n <= 0 || v > 1<<53 {
 			return f, errLeaf

@@ -17,7 +17,7 @@ func FuzzParseLeaf(f *testing.F) {
 	whole := leaf{state: Minted, at: time.UnixMilli(1767225600000), job: 1, unit: 7, count: 1, serial: "SN1",
 		registrationID: "pump-1", keyHash: bytes.Repeat([]byte{7}, 32), data: []byte("certificate")}
 	f.Add(whole.append(nil))
-	f.Add((&leaf{state: Sealed, unit: 1, count: 100}).append(nil))
+	f.Add((&leaf{state: Exported, unit: 1, count: 100}).append(nil))
 	f.Add([]byte{1, 2, 0x80, 0x00})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		l, err := parseLeaf(b)

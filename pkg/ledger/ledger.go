@@ -13,8 +13,19 @@
 //	minted    the identity exists; its certificate, if it has one, is in the log
 //	stamped   the device's storage was written
 //	verified  and read back; the identity is good
-//	sealed    a bundle that holds it is durable on disk
-//	voided    the identity was given up; the serial is free, the key is not
+//	sealed    the unit is finished: PASS was or may be shown
+//	exported  a bundle that holds it is durable on disk
+//
+// and what ends one, each with its reason, and with its key never to be used again:
+//
+//	voided    the identity was given up before it left; the serial is free
+//	scrapped  the unit was destroyed; the serial is not free
+//	reworked  the unit was rebuilt; the serial is free for the next revision
+//	returned  a scrapped unit is shown to be destroyed; its order may make another
+//
+// Units are made on [Grant]s, where the line works by production orders: the count of a grant moves in the transaction that
+// begins a unit, so it cannot be overdrawn, and a window of time is held against the journal's own. A [Counter] outside the
+// file, in a token or a TPM, tells a ledger that was copied or restored from the one that went on.
 //
 // Callers pass slices of [Event]; one call of [Ledger.Commit] is one transaction with one flush to disk, so a caller with
 // many units commits them in groups. Secrets never enter a ledger.
@@ -68,7 +79,11 @@ func (e *DuplicateError) Error() string {
 	if e.Field != "serial" {
 		whose = "serial " + e.Unit.Serial + ", " + whose
 	}
-	return fmt.Sprintf("%s %s was first made on %s with profile %s (%s)", e.Field, e.Value, e.Unit.At.UTC().Format(time.RFC3339), e.Job.Profile, whose)
+	by := ""
+	if e.Job.Operator != "" {
+		by = " by " + e.Job.Operator
+	}
+	return fmt.Sprintf("%s %s was first made on %s%s with profile %s (%s)", e.Field, e.Value, e.Unit.At.UTC().Format(time.RFC3339), by, e.Job.Profile, whose)
 }
 
 // Config says where a ledger is and who signs it.
@@ -79,6 +94,9 @@ type Config struct {
 	Origin string
 	// Signer is the station key.
 	Signer crypto.Signer
+	// Anchor is the counter that the ledger moves before each step that begins units. A ledger that was anchored opens with its
+	// counter only; one that was not is anchored by [Anchor] alone.
+	Anchor Counter
 	// Now tells the time; nil means time.Now.
 	Now func() time.Time
 }
@@ -99,6 +117,8 @@ type Ledger struct {
 	lastTime time.Time
 	nextUnit int64
 	frontier map[int64]tlog.Hash // stored-hash index → hash, of the complete subtrees on the right edge
+	grants   map[int64]string    // by job, as far as asked for
+	anchor   uint64              // where the counter stands; only with an anchor
 	broken   error               // set when memory and disk may disagree: reopen
 }
 
@@ -107,6 +127,7 @@ type Unit struct {
 	ID             int64     `json:"unit"`
 	Serial         string    `json:"serial"`
 	RegistrationID string    `json:"registrationId"`
+	Revision       int64     `json:"revision,omitempty"`
 	KeyHash        []byte    `json:"-"`
 	State          State     `json:"state"`
 	Job            int64     `json:"job"`
@@ -119,19 +140,25 @@ type Unit struct {
 	EKHash []byte `json:"-"`
 }
 
-// A Job is one list of serials minted with one profile.
+// A Job is one list of serials minted with one profile, or one shift at a station.
 type Job struct {
-	ID      int64     `json:"job"`
-	Digest  []byte    `json:"-"` // SHA-256 over what makes the job this job
-	Profile string    `json:"profile"`
-	Out     string    `json:"out,omitempty"` // where stamps go
-	Started time.Time `json:"started"`
+	ID       int64     `json:"job"`
+	Digest   []byte    `json:"-"` // SHA-256 over what makes the job this job
+	Profile  string    `json:"profile"`
+	Out      string    `json:"out,omitempty"`      // where stamps go
+	Grant    string    `json:"grant,omitempty"`    // the grant that its units are made on
+	Operator string    `json:"operator,omitempty"` // who works
+	Started  time.Time `json:"started"`
 }
+
+// formatVersion is the version of the file's tables and of the log's entries.
+const formatVersion = "2"
 
 const schema = `
 CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL);
 CREATE TABLE jobs (
-	id INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, profile TEXT NOT NULL, out TEXT NOT NULL, started INTEGER NOT NULL);
+	id INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, profile TEXT NOT NULL, out TEXT NOT NULL,
+	grant_id TEXT NOT NULL, operator TEXT NOT NULL, started INTEGER NOT NULL);
 CREATE TABLE units (
 	id INTEGER PRIMARY KEY,
 	serial TEXT NOT NULL UNIQUE,
@@ -141,9 +168,32 @@ CREATE TABLE units (
 	state INTEGER NOT NULL,
 	job INTEGER NOT NULL,
 	at INTEGER NOT NULL,
-	leaf INTEGER NOT NULL);
+	leaf INTEGER NOT NULL,
+	revision INTEGER NOT NULL);
 CREATE TABLE endorsements (ek_hash BLOB PRIMARY KEY, unit INTEGER NOT NULL UNIQUE) WITHOUT ROWID;
-CREATE TABLE voided (key_hash BLOB PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE retired (                        -- units that ended
+	id INTEGER PRIMARY KEY,
+	serial TEXT NOT NULL,
+	registration_id TEXT NOT NULL,
+	key_hash BLOB UNIQUE,
+	spelling TEXT,
+	state INTEGER NOT NULL,               -- what ended it
+	job INTEGER NOT NULL,
+	at INTEGER NOT NULL,
+	leaf INTEGER NOT NULL,
+	revision INTEGER NOT NULL,
+	was INTEGER NOT NULL,                 -- the state that it had
+	ending INTEGER NOT NULL);             -- the leaf that tells why
+CREATE INDEX retired_serial ON retired (serial);
+CREATE TABLE grants (
+	id TEXT PRIMARY KEY, document BLOB NOT NULL, quantity INTEGER NOT NULL, spent INTEGER NOT NULL, leased INTEGER NOT NULL,
+	opens INTEGER NOT NULL, ends INTEGER NOT NULL, closed INTEGER NOT NULL, leaf INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE leases (
+	id TEXT PRIMARY KEY, grant_id TEXT NOT NULL, document BLOB NOT NULL, quantity INTEGER NOT NULL,
+	used INTEGER NOT NULL,                -- -1 while it is out
+	receipt BLOB NOT NULL, leaf INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE notes (leaf INTEGER PRIMARY KEY, unit INTEGER NOT NULL, kind TEXT NOT NULL, at INTEGER NOT NULL, data BLOB NOT NULL);
+CREATE INDEX notes_unit ON notes (unit, kind);
 CREATE TABLE log (
 	first INTEGER PRIMARY KEY,       -- index of the row's first leaf
 	first_hash INTEGER NOT NULL UNIQUE, -- tlog stored-hash index of the row's first hash
@@ -206,7 +256,7 @@ func Create(ctx context.Context, cfg Config) (err error) {
 	if _, err := db.ExecContext(ctx, schema); err != nil {
 		return fmt.Errorf("creating ledger %s: %w", cfg.Path, err)
 	}
-	_, err = db.ExecContext(ctx, `INSERT INTO meta VALUES ('version', '1'), ('origin', $1)`, cfg.Origin)
+	_, err = db.ExecContext(ctx, `INSERT INTO meta VALUES ('version', $1), ('origin', $2)`, formatVersion, cfg.Origin)
 	return err
 }
 
@@ -222,12 +272,15 @@ func Open(ctx context.Context, cfg Config) (*Ledger, error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening ledger %s: %w", cfg.Path, err)
 	}
-	l := &Ledger{cfg: cfg, lock: lock}
+	l := &Ledger{cfg: cfg, lock: lock, grants: make(map[int64]string)}
 	if l.db, err = open(cfg.Path, false); err == nil {
 		err = l.load(ctx)
 	}
 	if err == nil {
 		l.signer, err = newSigner(cfg.Origin, cfg.Signer)
+	}
+	if err == nil {
+		err = l.checkAnchor(ctx)
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("opening ledger %s: %w", cfg.Path, denied(err)), l.Close())
@@ -276,8 +329,8 @@ func (l *Ledger) load(ctx context.Context) error {
 	if err := l.db.QueryRowContext(ctx, `SELECT CAST(value AS TEXT) FROM meta WHERE name = 'version'`).Scan(&version); err != nil {
 		return err
 	}
-	if version != "1" {
-		return fmt.Errorf("ledger format %q is not known to this version of touchmark", version)
+	if version != formatVersion {
+		return fmt.Errorf("ledger format %q: this version of touchmark keeps format %s only", version, formatVersion)
 	}
 	if err := l.db.QueryRowContext(ctx, `SELECT CAST(value AS TEXT) FROM meta WHERE name = 'origin'`).Scan(&origin); err != nil {
 		return err
@@ -432,15 +485,18 @@ func (l *Ledger) BeginJob(ctx context.Context, j Job) (_ Job, resumed bool, err 
 	}
 	err = l.update(ctx, func(t *tx) error {
 		j.Started = t.at
-		if err := t.QueryRowContext(ctx, `INSERT INTO jobs (digest, profile, out, started) VALUES ($1, $2, $3, $4) RETURNING id`,
-			j.Digest, j.Profile, j.Out, t.at.UnixMilli()).Scan(&j.ID); err != nil {
+		if err := t.QueryRowContext(ctx, `INSERT INTO jobs (digest, profile, out, grant_id, operator, started) VALUES ($1, $2, $3, $4, $5, $6) RETURNING id`,
+			j.Digest, j.Profile, j.Out, j.Grant, j.Operator, t.at.UnixMilli()).Scan(&j.ID); err != nil {
 			return err
 		}
-		_, err := t.add(leaf{state: jobBegun, job: j.ID, serial: clip(j.Profile), keyHash: j.Digest, data: []byte(j.Out)})
+		_, err := t.add(leaf{state: jobBegun, job: j.ID, serial: clip(j.Profile), registrationID: j.Grant, keyHash: j.Digest, data: j.data()})
 		return err
 	})
 	return j, false, err
 }
+
+// data is what the log keeps of a job beside its profile, grant and digest.
+func (j *Job) data() []byte { return append(appendBytes(nil, j.Operator), j.Out...) }
 
 func clip(s string) string {
 	if len(s) > maxText {
@@ -452,18 +508,18 @@ func clip(s string) string {
 func (l *Ledger) jobWhere(ctx context.Context, where string, arg any) (Job, error) {
 	var j Job
 	var started int64
-	err := l.db.QueryRowContext(ctx, `SELECT id, digest, profile, out, started FROM jobs WHERE `+where, arg).
-		Scan(&j.ID, &j.Digest, &j.Profile, &j.Out, &started)
+	err := l.db.QueryRowContext(ctx, `SELECT id, digest, profile, out, grant_id, operator, started FROM jobs WHERE `+where, arg).
+		Scan(&j.ID, &j.Digest, &j.Profile, &j.Out, &j.Grant, &j.Operator, &started)
 	j.Started = time.UnixMilli(started).UTC()
 	return j, err
 }
 
-const unitColumns = `SELECT id, serial, coalesce(spelling, registration_id), key_hash, state, job, at, leaf FROM units WHERE `
+const unitColumns = `SELECT id, serial, coalesce(spelling, registration_id), key_hash, state, job, at, leaf, revision FROM units WHERE `
 
 func scanUnit(row interface{ Scan(...any) error }) (Unit, error) {
 	var u Unit
 	var at, state int64
-	err := row.Scan(&u.ID, &u.Serial, &u.RegistrationID, &u.KeyHash, &state, &u.Job, &at, &u.Leaf)
+	err := row.Scan(&u.ID, &u.Serial, &u.RegistrationID, &u.KeyHash, &state, &u.Job, &at, &u.Leaf, &u.Revision)
 	u.State, u.At = State(state), time.UnixMilli(at).UTC()
 	return u, err
 }

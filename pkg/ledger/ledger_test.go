@@ -61,15 +61,21 @@ func begin(t *testing.T, led *ledger.Ledger, n int) (ledger.Job, []ledger.Event)
 	if err != nil {
 		t.Fatal(err)
 	}
+	events := made(job, n)
+	if err := led.Commit(t.Context(), events); err != nil {
+		t.Fatal(err)
+	}
+	return job, events
+}
+
+// made returns the events that begin n units.
+func made(job ledger.Job, n int) []ledger.Event {
 	events := make([]ledger.Event, n)
 	for i := range events {
 		events[i] = ledger.Event{State: ledger.Begun, Job: job.ID, Serial: fmt.Sprintf("SN%04d", i),
 			RegistrationID: fmt.Sprintf("Pump-%04d", i), KeyHash: hash(fmt.Sprint("key", i)), Data: []byte("plan")}
 	}
-	if err := led.Commit(t.Context(), events); err != nil {
-		t.Fatal(err)
-	}
-	return job, events
+	return events
 }
 
 func step(t *testing.T, led *ledger.Ledger, state ledger.State, events []ledger.Event, data string) {
@@ -93,6 +99,7 @@ func TestJourney(t *testing.T) {
 	step(t, led, ledger.Minted, events, "certificate of ")
 	step(t, led, ledger.Verified, events, "")
 	step(t, led, ledger.Sealed, events, "")
+	step(t, led, ledger.Exported, events, "")
 
 	// What was committed is there for a fresh process.
 	if err := led.Close(); err != nil {
@@ -107,7 +114,7 @@ func TestJourney(t *testing.T) {
 		if err := led.Fill(t.Context(), &u); err != nil {
 			t.Fatal(err)
 		}
-		if u.State != ledger.Sealed || string(u.Data) != "certificate of "+u.Serial || u.RegistrationID != fmt.Sprintf("Pump-%04d", n) {
+		if u.State != ledger.Exported || string(u.Data) != "certificate of "+u.Serial || u.RegistrationID != fmt.Sprintf("Pump-%04d", n) {
 			t.Fatalf("unit %d is %+v with data %q", n, u, u.Data)
 		}
 		n++
@@ -119,7 +126,7 @@ func TestJourney(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if report.Units != 450 || report.Entries != 1+450+450+1+1 || report.Jobs != 1 {
+	if report.Units != 450 || report.Entries != 1+450+450+1+1+1 || report.Jobs != 1 {
 		t.Errorf("report %+v", report)
 	}
 	signed, err := led.Checkpoint(t.Context())
@@ -186,8 +193,9 @@ func TestOneIdentity(t *testing.T) {
 	step(t, led, ledger.Minted, events[:1], "c")
 	step(t, led, ledger.Verified, events[:1], "")
 	step(t, led, ledger.Sealed, events[:1], "")
+	step(t, led, ledger.Exported, events[:1], "")
 	if err := led.Commit(t.Context(), []ledger.Event{{State: ledger.Voided, Unit: events[0].Unit}}); err == nil {
-		t.Error("a sealed unit was voided")
+		t.Error("an exported unit was voided")
 	}
 }
 
@@ -199,9 +207,9 @@ func TestTampering(t *testing.T) {
 		"key":               `UPDATE units SET key_hash = zeroblob(32) WHERE id = 2`,
 		"state back":        `UPDATE units SET state = 1 WHERE id = 2`,
 		"unit gone":         `DELETE FROM units WHERE id = 3`,
-		"unit added":        `INSERT INTO units SELECT id + 100, serial || 'x', registration_id || 'x', NULL, NULL, state, job, at, leaf FROM units WHERE id = 1`,
+		"unit added":        `INSERT INTO units SELECT id + 100, serial || 'x', registration_id || 'x', NULL, NULL, state, job, at, leaf, revision FROM units WHERE id = 1`,
 		"other entry":       `UPDATE units SET leaf = leaf - 5 WHERE id = 2`,
-		"entries' content":  `UPDATE log SET leaves = CAST(replace(CAST(leaves AS BLOB), CAST('SN0001' AS BLOB), CAST('SN0009' AS BLOB)) AS BLOB) WHERE first = 1`,
+		"entries' content":  `UPDATE log SET leaves = CAST(replace(CAST(leaves AS BLOB), CAST('SN0001' AS BLOB), CAST('SN0009' AS BLOB)) AS BLOB) WHERE first = 3`,
 		"stored hash":       `UPDATE log SET hashes = zeroblob(length(hashes)) WHERE first = 1`,
 		"last entries gone": `DELETE FROM log WHERE first = (SELECT max(first) FROM log)`,
 		"first entries":     `DELETE FROM log WHERE first = 0`,
@@ -213,20 +221,38 @@ func TestTampering(t *testing.T) {
 		"state of a range":  `UPDATE units SET state = 2 WHERE id = 1`,
 		"another job":       `UPDATE units SET job = 77 WHERE id = 2`,
 		"another time":      `UPDATE units SET at = 0 WHERE id = 2`,
-		"voided key gone":   `DELETE FROM voided`,
-		"voided key added":  `INSERT INTO voided VALUES (zeroblob(32))`,
+		"retired gone":      `DELETE FROM retired WHERE id = 5`,
+		"retired added":     `INSERT INTO retired SELECT id + 100, serial || 'x', registration_id || 'x', NULL, NULL, state, job, at, leaf, revision, was, ending FROM retired WHERE id = 5`,
+		"retired key":       `UPDATE retired SET key_hash = NULL WHERE id = 5`,
+		"retired alive":     `UPDATE retired SET state = 16 WHERE id = 6`,
+		"retired why":       `UPDATE retired SET ending = ending - 1 WHERE id = 5`,
+		"retired was":       `UPDATE retired SET was = 3 WHERE id = 5`,
+		"revision":          `UPDATE units SET revision = 7 WHERE id = 1`,
+		"quantity":          `UPDATE grants SET quantity = 1000000`,
+		"spent":             `UPDATE grants SET spent = 0`,
+		"leased":            `UPDATE grants SET leased = 0`,
+		"window":            `UPDATE grants SET ends = ends + 1`,
+		"grant closed":      `UPDATE grants SET closed = 1`,
+		"grant gone":        `DELETE FROM grants`,
+		"grant's document":  `UPDATE grants SET document = x'00'`,
+		"lease":             `UPDATE leases SET quantity = 1`,
+		"lease back":        `UPDATE leases SET used = 0`,
+		"lease's document":  `UPDATE leases SET document = x'00'`,
+		"lease gone":        `DELETE FROM leases`,
+		"note":              `UPDATE notes SET data = x'00'`,
+		"note moved":        `UPDATE notes SET unit = 3`,
+		"note gone":         `DELETE FROM notes`,
+		"job's grant":       `UPDATE jobs SET grant_id = ''`,
+		"operator":          `UPDATE jobs SET operator = 'somebody else'`,
+		"anchor":            `UPDATE meta SET value = '1' WHERE name = 'anchor'`,
+		"anchor gone":       `DELETE FROM meta WHERE name = 'anchor'`,
 		"next unit":         `UPDATE meta SET value = '1' WHERE name = 'units'`,
 		"next unit gone":    `DELETE FROM meta WHERE name = 'units'`,
 	} {
 		t.Run(name, func(t *testing.T) {
 			line := newLine(t)
 			led := line.open(t)
-			_, events := begin(t, led, 5)
-			step(t, led, ledger.Minted, events, "certificate of ")
-			step(t, led, ledger.Verified, events[:4], "")
-			if err := led.Commit(t.Context(), []ledger.Event{{State: ledger.Voided, Unit: events[4].Unit, Data: []byte("lost")}}); err != nil {
-				t.Fatal(err)
-			}
+			led = lived(t, line, led)
 			if _, err := led.Verify(t.Context(), line.key.Public()); err != nil {
 				t.Fatal(err)
 			}
@@ -257,6 +283,40 @@ func TestTampering(t *testing.T) {
 			}
 		})
 	}
+}
+
+// lived makes a ledger in which everything has happened that can, and returns it open.
+func lived(t *testing.T, line *line, led *ledger.Ledger) *ledger.Ledger {
+	t.Helper()
+	counter := &counter{}
+	if err := led.Anchor(t.Context(), counter); err != nil {
+		t.Fatal(err)
+	}
+	if err := led.Close(); err != nil {
+		t.Fatal(err)
+	}
+	line.cfg.Anchor = counter
+	led = line.open(t)
+	grant := take(t, line, led, 10)
+	job, _, err := led.BeginJob(t.Context(), ledger.Job{Digest: hash("job"), Profile: "x509-group", Out: "out", Grant: grant.ID, Operator: "mai"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	events := made(job, 6)
+	if err := led.Commit(t.Context(), events); err != nil {
+		t.Fatal(err)
+	}
+	step(t, led, ledger.Minted, events, "certificate of ")
+	step(t, led, ledger.Verified, events[:4], "")
+	end(t, led, ledger.Voided, events[4].Unit)
+	end(t, led, ledger.Scrapped, events[5].Unit)
+	if err := led.CutLease(t.Context(), ledger.Lease{ID: "L1", Grant: grant.ID, Document: []byte("lease"), Quantity: 3}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := led.AddNote(t.Context(), ledger.Note{Unit: 2, Kind: "reprint", Data: []byte("{}")}); err != nil {
+		t.Fatal(err)
+	}
+	return led
 }
 
 // An endorsement key stands for one living unit; a voided unit's TPM is free again, and the table must say what the log says.
@@ -404,6 +464,9 @@ func BenchmarkCommit(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer led.Close()
+	if _, _, err := led.BeginJob(b.Context(), ledger.Job{Digest: hash("job"), Profile: "bench"}); err != nil {
+		b.Fatal(err)
+	}
 	const group = 1000
 	n := 0
 	for b.Loop() {

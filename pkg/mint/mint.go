@@ -472,17 +472,17 @@ func (r *run) unitOf(row *Row) ca.Unit {
 	return ca.Unit{RegistrationID: row.RegistrationID, Serial: row.Serial, Columns: r.fields(row)}
 }
 
-// Seal writes down that the run's units left the factory in a bundle. It may be repeated.
-func Seal(ctx context.Context, l *ledger.Ledger, s Summary, bundleID string) error {
+// Export writes down that the run's units left the factory in a bundle. It may be repeated.
+func Export(ctx context.Context, l *ledger.Ledger, s Summary, bundleID string) error {
 	const step = 8192
 	for ids := s.Units; len(ids) > 0; {
 		n := min(step, len(ids))
 		events := make([]ledger.Event, n)
 		for i, id := range ids[:n] {
-			events[i] = ledger.Event{State: ledger.Sealed, Unit: id, Data: []byte(bundleID)}
+			events[i] = ledger.Event{State: ledger.Exported, Unit: id, Data: []byte(bundleID)}
 		}
 		if err := l.Commit(ctx, events); err != nil {
-			return fmt.Errorf("sealing: %w", err)
+			return fmt.Errorf("writing down what was exported: %w", err)
 		}
 		ids = ids[n:]
 	}

@@ -1,0 +1,110 @@
+package ledger
+
+import (
+	"context"
+	"database/sql"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"strconv"
+)
+
+// A Counter stands outside the ledger's file, in a token or a TPM, where a copy of the file does not have it. hsm.Counter is one.
+type Counter interface {
+	// Value returns where the counter stands.
+	Value(ctx context.Context) (uint64, error)
+	// Increment moves the counter from a value to the next one, which it returns, and fails when it stood elsewhere.
+	Increment(ctx context.Context, from uint64) (uint64, error)
+}
+
+// Errors of anchors.
+var (
+	// ErrRolledBack says that the ledger is older than its counter: it is a copy, or was restored from a backup, and what was
+	// made since is not in it.
+	ErrRolledBack = errors.New("ledger is older than its counter")
+	// ErrAnchor says that the counter could not be asked or moved, or is another ledger's.
+	ErrAnchor = errors.New("the ledger's anchor")
+)
+
+// Anchor ties a ledger to a counter, once, for good. The counter must be new: one that another ledger moves would refuse both.
+// Close and open the ledger with Config.Anchor afterwards.
+func (l *Ledger) Anchor(ctx context.Context, c Counter) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if _, err := l.anchorValue(ctx); !errors.Is(err, sql.ErrNoRows) {
+		return errors.Join(fmt.Errorf("%w: the ledger has one already", ErrAnchor), err)
+	}
+	at, err := c.Value(ctx)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrAnchor, err)
+	}
+	return l.update(ctx, func(t *tx) error { return t.setAnchor(ctx, at) })
+}
+
+func (l *Ledger) anchorValue(ctx context.Context) (uint64, error) {
+	var text string
+	if err := l.db.QueryRowContext(ctx, `SELECT CAST(value AS TEXT) FROM meta WHERE name = 'anchor'`).Scan(&text); err != nil {
+		return 0, err
+	}
+	return strconv.ParseUint(text, 10, 64)
+}
+
+// Anchored reports whether the ledger has a counter.
+func (l *Ledger) Anchored(ctx context.Context) (bool, error) {
+	_, err := l.anchorValue(ctx)
+	if errors.Is(err, sql.ErrNoRows) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// checkAnchor holds the ledger against its counter when it is opened.
+func (l *Ledger) checkAnchor(ctx context.Context) error {
+	mine, err := l.anchorValue(ctx)
+	switch {
+	case errors.Is(err, sql.ErrNoRows) && l.cfg.Anchor == nil:
+		return nil
+	case errors.Is(err, sql.ErrNoRows):
+		return fmt.Errorf("%w: the ledger was never tied to the counter that its line names", ErrAnchor)
+	case err != nil:
+		return err
+	case l.cfg.Anchor == nil:
+		return fmt.Errorf("%w: the ledger is tied to a counter, and its line names none", ErrAnchor)
+	}
+	at, err := l.cfg.Anchor.Value(ctx)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrAnchor, err)
+	}
+	if at == mine-1 {
+		// The last step was committed and the process died before the counter moved: nothing was made on it yet.
+		if at, err = l.cfg.Anchor.Increment(ctx, at); err != nil {
+			return fmt.Errorf("%w: %w", ErrAnchor, err)
+		}
+	}
+	switch {
+	case at > mine:
+		return fmt.Errorf("%w: it ends at step %d, the counter says %d: it is a copy, or was restored from a backup", ErrRolledBack, mine, at)
+	case at < mine:
+		return fmt.Errorf("%w: the ledger is at step %d, the counter at %d: it is another ledger's", ErrAnchor, mine, at)
+	}
+	l.anchor = at
+	return nil
+}
+
+// move has the step that is being built move the counter.
+func (t *tx) move(ctx context.Context) error {
+	if t.l.cfg.Anchor == nil || t.anchored {
+		return nil
+	}
+	t.anchored = true
+	return t.setAnchor(ctx, t.l.anchor+1)
+}
+
+func (t *tx) setAnchor(ctx context.Context, value uint64) error {
+	if _, err := t.add(leaf{state: anchored, data: binary.AppendUvarint(nil, value)}); err != nil {
+		return err
+	}
+	_, err := t.ExecContext(ctx, `INSERT INTO meta (name, value) VALUES ('anchor', $1) ON CONFLICT (name) DO UPDATE SET value = excluded.value`,
+		strconv.FormatUint(value, 10))
+	return err
+}

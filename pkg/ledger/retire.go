@@ -1,0 +1,231 @@
+package ledger
+
+import (
+	"context"
+	"database/sql"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"iter"
+	"time"
+)
+
+// ErrScrapped says that a serial belongs to a unit that was scrapped.
+var ErrScrapped = errors.New("the unit was scrapped")
+
+// An Ending is why a unit ended: what an [Event] that voids, scraps, reworks or returns one carries as its data.
+type Ending struct {
+	Reason   string `json:"reason"`
+	Operator string `json:"operator,omitempty"`
+	Note     string `json:"note,omitempty"`
+	// Certificate is the serial number, in hex, of the certificate that is revoked by the ending; empty where there is none.
+	Certificate string `json:"certificate,omitempty"`
+	// Proof is the SHA-256, in hex, of the signed document that permits a return.
+	Proof string `json:"proof,omitempty"`
+}
+
+// Encode returns the ending as an event carries it.
+func (e Ending) Encode() []byte {
+	b, _ := json.Marshal(e) // strings always marshal
+	return b
+}
+
+// A RetiredUnit is a unit that ended.
+type RetiredUnit struct {
+	Unit                // State is what ended it, Data the log's entry of its identity
+	Was       State     `json:"was"` // the state that it had
+	Ended     time.Time `json:"ended"`
+	EndedLeaf int64     `json:"endedEntry"`
+	Ending    Ending    `json:"ending"`
+}
+
+// neverRetired refuses keys that a unit which ended had. There are few of those, mostly none.
+func (t *tx) neverRetired(ctx context.Context, events []Event) error {
+	var any int
+	if err := t.QueryRowContext(ctx, `SELECT EXISTS (SELECT 1 FROM retired)`).Scan(&any); err != nil || any == 0 {
+		return err
+	}
+	for i := range events {
+		if events[i].KeyHash == nil {
+			continue
+		}
+		var state int64
+		err := t.QueryRowContext(ctx, `SELECT state FROM retired WHERE key_hash = $1`, events[i].KeyHash).Scan(&state)
+		if err == nil {
+			return fmt.Errorf("serial %s: its key belonged to a unit that was %s and must not be used again", events[i].Serial, State(state))
+		}
+		if !errors.Is(err, sql.ErrNoRows) {
+			return err
+		}
+	}
+	return nil
+}
+
+// revise gives new units their revisions, and refuses the serials of scrapped ones.
+func (t *tx) revise(ctx context.Context, events []Event) error {
+	var any int
+	if err := t.QueryRowContext(ctx, `SELECT EXISTS (SELECT 1 FROM retired)`).Scan(&any); err != nil {
+		return err
+	}
+	for i := range events {
+		events[i].Revision = 0
+		if any == 0 {
+			continue
+		}
+		var state, revision int64
+		err := t.QueryRowContext(ctx, `SELECT state, revision FROM retired WHERE serial = $1 ORDER BY id DESC LIMIT 1`, events[i].Serial).Scan(&state, &revision)
+		switch {
+		case errors.Is(err, sql.ErrNoRows):
+		case err != nil:
+			return err
+		case State(state) == Scrapped:
+			return fmt.Errorf("serial %s: %w", events[i].Serial, ErrScrapped)
+		case State(state) == Voided:
+			events[i].Revision = revision // nobody outside ever heard of it
+		default:
+			events[i].Revision = revision + 1
+		}
+	}
+	return nil
+}
+
+// end moves a living unit among the retired ones, or a scrapped one on to returned. What it gives back to its grant: a unit
+// that was voided before anything was signed for it, a reworked one, whose next revision is made on the same grant, and a
+// returned one.
+func (t *tx) end(ctx context.Context, e Event) error {
+	if e.State == Returned {
+		return t.giveBack(ctx, e)
+	}
+	last := Exported
+	if e.State == Voided {
+		last = Sealed // what left the factory is scrapped or reworked
+	}
+	var u Unit
+	var folded string
+	var spelling sql.NullString
+	var at, state int64
+	err := t.QueryRowContext(ctx, `DELETE FROM units WHERE id = $1 AND state <= $2
+		RETURNING serial, registration_id, spelling, key_hash, state, job, at, leaf, revision`, e.Unit, int64(last)).
+		Scan(&u.Serial, &folded, &spelling, &u.KeyHash, &state, &u.Job, &at, &u.Leaf, &u.Revision)
+	if errors.Is(err, sql.ErrNoRows) {
+		return fmt.Errorf("unit %d is not there or has left the factory: it cannot be %s", e.Unit, e.State)
+	}
+	if err != nil {
+		return err
+	}
+	u.RegistrationID = folded
+	if spelling.Valid {
+		u.RegistrationID = spelling.String
+	}
+	var ek []byte
+	if e.State != Scrapped {
+		// The device still has its TPM, and begins anew with it. A scrapped one's never comes back.
+		err := t.QueryRowContext(ctx, `DELETE FROM endorsements WHERE unit = $1 RETURNING ek_hash`, e.Unit).Scan(&ek)
+		if err != nil && !errors.Is(err, sql.ErrNoRows) {
+			return err
+		}
+	}
+	if string(ek) == string(u.KeyHash) {
+		u.KeyHash = nil // the key is the TPM's own, and stays with the device
+	}
+	idx, err := t.add(leaf{state: e.State, unit: e.Unit, count: 1, revision: u.Revision, serial: u.Serial, registrationID: u.RegistrationID,
+		keyHash: u.KeyHash, ekHash: ek, data: e.Data})
+	if err != nil {
+		return err
+	}
+	var hash any
+	if u.KeyHash != nil {
+		hash = u.KeyHash
+	}
+	if _, err := t.ExecContext(ctx, `INSERT INTO retired (id, serial, registration_id, key_hash, spelling, state, job, at, leaf, revision, was, ending)
+		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)`,
+		e.Unit, u.Serial, folded, hash, spelling, int64(e.State), u.Job, at, u.Leaf, u.Revision, state, idx); err != nil {
+		return err
+	}
+	if e.State == Reworked || e.State == Voided && State(state) == Begun {
+		return t.refund(ctx, u.Job)
+	}
+	return nil
+}
+
+func (t *tx) giveBack(ctx context.Context, e Event) error {
+	// The leaf is known before it is added: it is the next one.
+	var job, revision int64
+	var serial, rid string
+	err := t.QueryRowContext(ctx, `UPDATE retired SET state = $1, ending = $2 WHERE id = $3 AND state = $4
+		RETURNING job, revision, serial, coalesce(spelling, registration_id)`,
+		int64(Returned), t.first+t.count, e.Unit, int64(Scrapped)).Scan(&job, &revision, &serial, &rid)
+	if errors.Is(err, sql.ErrNoRows) {
+		return fmt.Errorf("unit %d is not a scrapped one: it cannot be returned", e.Unit)
+	}
+	if err != nil {
+		return err
+	}
+	if _, err := t.add(leaf{state: Returned, unit: e.Unit, count: 1, revision: revision, serial: serial, registrationID: rid, data: e.Data}); err != nil {
+		return err
+	}
+	return t.refund(ctx, job)
+}
+
+const retiredColumns = `SELECT id, serial, coalesce(spelling, registration_id), key_hash, state, job, at, leaf, revision, was, ending FROM retired WHERE `
+
+// Retired yields the units that ended after the unit of that ID, in the order in which they were begun, with the reasons and
+// with the data of their identities. An empty serial means all.
+func (l *Ledger) Retired(ctx context.Context, serial string) iter.Seq2[RetiredUnit, error] {
+	return func(yield func(RetiredUnit, error) bool) {
+		const page = 500
+		for last := int64(0); ; {
+			rows, err := l.db.QueryContext(ctx, retiredColumns+`id > $1 AND ($2 = '' OR serial = $2) ORDER BY id LIMIT $3`, last, serial, page)
+			if err != nil {
+				yield(RetiredUnit{}, err)
+				return
+			}
+			var units []RetiredUnit
+			for rows.Next() {
+				var u RetiredUnit
+				var at, state, was int64
+				if err := rows.Scan(&u.ID, &u.Serial, &u.RegistrationID, &u.KeyHash, &state, &u.Job, &at, &u.Leaf, &u.Revision, &was, &u.EndedLeaf); err != nil {
+					yield(u, errors.Join(err, rows.Close()))
+					return
+				}
+				u.State, u.Was, u.At = State(state), State(was), time.UnixMilli(at).UTC()
+				units = append(units, u)
+			}
+			if err := rows.Err(); err != nil {
+				yield(RetiredUnit{}, err)
+				return
+			}
+			for i := range units {
+				u := &units[i]
+				if err := l.tell(ctx, u); err != nil {
+					yield(*u, err)
+					return
+				}
+				if !yield(*u, nil) {
+					return
+				}
+				last = u.ID
+			}
+			if len(units) < page {
+				return
+			}
+		}
+	}
+}
+
+// tell reads why a unit ended, and the data of its identity.
+func (l *Ledger) tell(ctx context.Context, u *RetiredUnit) error {
+	if err := l.Fill(ctx, &u.Unit); err != nil {
+		return err
+	}
+	ending := Unit{ID: u.ID, Serial: u.Serial, Leaf: u.EndedLeaf}
+	at, err := l.fill(ctx, &ending)
+	if err != nil {
+		return err
+	}
+	u.Ended = at
+	if len(ending.Data) > 0 && json.Unmarshal(ending.Data, &u.Ending) != nil {
+		return fmt.Errorf("%w: entry %d does not tell why unit %d ended", ErrDamaged, u.EndedLeaf, u.ID)
+	}
+	return nil
+}

@@ -1,0 +1,577 @@
+package ledger
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/rand"
+	"crypto/sha256"
+	"database/sql"
+	"encoding/base64"
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/touchmark/touchmark/pkg/dps"
+)
+
+// A Report is what Verify found in a ledger that verifies.
+type Report struct {
+	Checkpoint Checkpoint `json:"checkpoint"`
+	Entries    int64      `json:"entries"`
+	Units      int64      `json:"units"`
+	Voided     int64      `json:"voided"`
+	Scrapped   int64      `json:"scrapped"`
+	Reworked   int64      `json:"reworked"`
+	Returned   int64      `json:"returned"`
+	Jobs       int64      `json:"jobs"`
+	Grants     int64      `json:"grants"`
+	Leases     int64      `json:"leases"`
+	Notes      int64      `json:"notes"`
+}
+
+// Verify reads the whole ledger: every entry is hashed again up to the root that the station signed, and the tables must say
+// just what the entries say. The error wraps ErrDamaged. Memory grows by some 90 octets a unit.
+func (l *Ledger) Verify(ctx context.Context, station crypto.PublicKey) (Report, error) {
+	v := verifier{l: l, grants: make(map[string]*grantSum), jobs: make(map[int64]string), leases: make(map[string]int64), ends: make(map[int64]ended)}
+	_, _ = rand.Read(v.key[:]) // never fails
+	// One snapshot, so that a station at work does not look like damage.
+	stx, err := l.db.BeginTx(ctx, &sql.TxOptions{ReadOnly: true})
+	if err != nil {
+		return v.report, err
+	}
+	defer func() { _ = stx.Rollback() }()
+	v.stx = stx
+	if err := v.verify(ctx, station); err != nil {
+		if errors.Is(err, ErrStation) || ctx.Err() != nil {
+			return v.report, err // nothing says that the ledger is damaged
+		}
+		return v.report, fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	return v.report, nil
+}
+
+// A verifier replays the log, and holds the tables against what comes out.
+type verifier struct {
+	l      *Ledger
+	stx    *sql.Tx
+	report Report
+
+	units  []replayed       // by unit ID - 1
+	ends   map[int64]ended  // of units that ended
+	jobs   map[int64]string // grant by job
+	grants map[string]*grantSum
+	leases map[string]int64 // by ID: how many units were used, -1 while it is out
+	key    [32]byte         // random: see pair
+	eks    uint64           // over the endorsement keys and whose they are: see pair
+	notes  uint64
+	anchor uint64
+}
+
+// replayed is what the log says of a unit. Names and keys are kept by their hashes.
+type replayed struct {
+	name, key [16]byte
+	at        int64 // milliseconds: when it was begun
+	leaf      int64
+	job       int32
+	revision  int32
+	state     State
+}
+
+type ended struct {
+	leaf int64
+	was  State
+}
+
+type grantSum struct {
+	data                    string
+	spent, leased, quantity int64
+	closed                  bool
+}
+
+func (v *verifier) verify(ctx context.Context, station crypto.PublicKey) error {
+	var integrity string
+	if err := v.stx.QueryRowContext(ctx, `PRAGMA integrity_check(1)`).Scan(&integrity); err != nil || integrity != "ok" {
+		return fmt.Errorf("database: %s %w", integrity, errOrNil(err))
+	}
+	t := &tx{Tx: v.stx, l: &Ledger{frontier: map[int64]tlog.Hash{}}, newHashes: map[int64]tlog.Hash{}}
+	for {
+		var first, count int64
+		var leaves, hashes []byte
+		err := v.stx.QueryRowContext(ctx, `SELECT first, count, leaves, hashes FROM log WHERE first >= $1 ORDER BY first LIMIT 1`, t.first).
+			Scan(&first, &count, &leaves, &hashes)
+		if errors.Is(err, sql.ErrNoRows) {
+			break
+		}
+		if err != nil {
+			return fmt.Errorf("entries from %d: %w", t.first, err)
+		}
+		if first != t.first {
+			return fmt.Errorf("entries %d to %d are missing", t.first, first-1)
+		}
+		t.hashes, t.count = t.hashes[:0], 0
+		err = eachLeaf(leaves, func(b []byte) error {
+			f, err := parseLeaf(b)
+			if err != nil {
+				return err
+			}
+			idx, err := t.addRaw(b)
+			if err != nil {
+				return err
+			}
+			return v.apply(ctx, idx, &f)
+		})
+		if err != nil {
+			return fmt.Errorf("entry %d: %w", t.first+t.count, err)
+		}
+		if t.count != count || !bytes.Equal(t.hashes, hashes) {
+			return fmt.Errorf("entries %d to %d do not have the hashes that were recorded", first, first+count-1)
+		}
+		t.first += count
+		t.l.size = t.first
+		edge := map[int64]tlog.Hash{}
+		for _, idx := range frontierIndexes(t.first) {
+			if h, ok := t.newHashes[idx]; ok {
+				edge[idx] = h
+			} else {
+				edge[idx] = t.l.frontier[idx]
+			}
+		}
+		t.l.frontier = edge
+		clear(t.newHashes)
+	}
+	v.report.Entries = t.first
+	for _, check := range []func(context.Context) error{v.checkUnits, v.checkRetired, v.checkPairs, v.checkGrants, v.checkMeta} {
+		if err := check(ctx); err != nil {
+			return err
+		}
+	}
+	return v.checkRoot(ctx, t, station)
+}
+
+// checkRoot holds the log's root against the one that the station signed.
+func (v *verifier) checkRoot(ctx context.Context, t *tx, station crypto.PublicKey) error {
+	if t.first == 0 {
+		return nil
+	}
+	var signed string
+	if err := v.stx.QueryRowContext(ctx, `SELECT note FROM checkpoint`).Scan(&signed); err != nil {
+		return fmt.Errorf("checkpoint: %w", err)
+	}
+	c, err := OpenCheckpoint([]byte(signed), station)
+	if err != nil {
+		return err
+	}
+	root, err := tlog.TreeHash(t.first, t)
+	if err != nil {
+		return err
+	}
+	if text := base64.StdEncoding.EncodeToString(root[:]); c.Size != t.first || c.Root != text || c.Origin != v.l.cfg.Origin {
+		return fmt.Errorf("the signed checkpoint (%s, %d entries, root %s) is not that of the log (%s, %d entries, root %s)",
+			c.Origin, c.Size, c.Root, v.l.cfg.Origin, t.first, text)
+	}
+	v.report.Checkpoint = c
+	return nil
+}
+
+// apply takes in one entry of the log.
+func (v *verifier) apply(ctx context.Context, idx int64, f *leaf) error {
+	switch {
+	case f.state == jobBegun:
+		return v.applyJob(ctx, f)
+	case f.state == grantTaken:
+		if v.grants[f.serial] != nil {
+			return fmt.Errorf("grant %s is taken twice", f.serial)
+		}
+		quantity, n := binary.Varint(f.data)
+		if n <= 0 {
+			return errLeaf
+		}
+		v.grants[f.serial] = &grantSum{data: string(f.data), quantity: quantity}
+	case f.state == leaseCut:
+		quantity, n := binary.Varint(f.data)
+		g := v.grants[f.registrationID]
+		if _, twice := v.leases[f.serial]; n != len(f.data) || g == nil || twice {
+			return fmt.Errorf("lease %s is cut from nothing", f.serial)
+		}
+		g.leased += quantity
+		v.leases[f.serial] = -1
+		return v.checkLease(ctx, f, quantity)
+	case f.state == leaseReturned:
+		used, n := binary.Varint(f.data)
+		g := v.grants[f.registrationID]
+		if have, ok := v.leases[f.serial]; n != len(f.data) || g == nil || !ok || have != -1 {
+			return fmt.Errorf("lease %s returns that was not out", f.serial)
+		}
+		v.leases[f.serial] = used
+		return v.checkReturn(ctx, f, g, used)
+	case f.state == grantClosed:
+		g := v.grants[f.serial]
+		if g == nil {
+			return fmt.Errorf("grant %s is closed and was never taken", f.serial)
+		}
+		g.closed = true
+	case f.state == anchored:
+		value, n := binary.Uvarint(f.data)
+		if n != len(f.data) || v.anchor != 0 && value != v.anchor+1 {
+			return fmt.Errorf("the counter goes from %d to %d", v.anchor, value)
+		}
+		v.anchor = value
+	case f.state == noted:
+		v.report.Notes++
+		v.notes += v.pair(uint64(idx), noteSum(f.unit, f.registrationID, f.at.UnixMilli(), f.data))
+	case f.state.ends():
+		return v.applyEnd(idx, f)
+	case f.job != 0 && f.serial != "": // a new unit: the IDs have no holes
+		if f.unit != int64(len(v.units))+1 {
+			return fmt.Errorf("unit %d begins after unit %d", f.unit, len(v.units))
+		}
+		u := replayed{name: nameSum(f.serial, f.registrationID), at: f.at.UnixMilli(), leaf: idx, job: int32(f.job), revision: int32(f.revision), state: f.state}
+		grant, known := v.jobs[f.job]
+		if !known {
+			return fmt.Errorf("unit %d is of job %d, which never began", f.unit, f.job)
+		}
+		if grant != "" {
+			g := v.grants[grant]
+			if g == nil {
+				return fmt.Errorf("unit %d is made on grant %s, which is not there", f.unit, grant)
+			}
+			if g.spent++; g.spent+g.leased > g.quantity {
+				return fmt.Errorf("grant %s of %d is overdrawn by unit %d", grant, g.quantity, f.unit)
+			}
+		}
+		v.units = append(v.units, u)
+		v.setKeys(&v.units[f.unit-1], f)
+	default:
+		if f.unit < 1 || f.count < 1 || f.unit+f.count-1 > int64(len(v.units)) {
+			return fmt.Errorf("units %d to %d never began", f.unit, f.unit+f.count-1)
+		}
+		for i := f.unit - 1; i < f.unit-1+f.count; i++ {
+			if !v.units[i].state.Living() {
+				return fmt.Errorf("unit %d went on after it was %s", i+1, v.units[i].state)
+			}
+			v.units[i].state = f.state
+		}
+		if f.serial != "" && f.state != Exported {
+			u := &v.units[f.unit-1]
+			if u.name != nameSum(f.serial, f.registrationID) {
+				return fmt.Errorf("unit %d changes its name", f.unit)
+			}
+			u.leaf = idx
+			v.setKeys(u, f)
+		}
+	}
+	return nil
+}
+
+func (v *verifier) setKeys(u *replayed, f *leaf) {
+	if f.keyHash != nil {
+		u.key = sum16(f.keyHash)
+	}
+	if f.ekHash != nil {
+		v.eks += v.pair(uint64(f.unit), sum16(f.ekHash))
+	}
+}
+
+func (v *verifier) applyJob(ctx context.Context, f *leaf) error {
+	v.report.Jobs++
+	v.jobs[f.job] = f.registrationID
+	var j Job
+	err := v.stx.QueryRowContext(ctx, `SELECT profile, operator, out FROM jobs WHERE id = $1 AND digest = $2 AND grant_id = $3 AND started = $4`,
+		f.job, f.keyHash, f.registrationID, f.at.UnixMilli()).Scan(&j.Profile, &j.Operator, &j.Out)
+	if err != nil || clip(j.Profile) != f.serial || !bytes.Equal(j.data(), f.data) {
+		return fmt.Errorf("job %d is not as it was recorded", f.job)
+	}
+	return nil
+}
+
+func (v *verifier) applyEnd(idx int64, f *leaf) error {
+	if f.unit < 1 || f.unit > int64(len(v.units)) {
+		return fmt.Errorf("unit %d ended and never began", f.unit)
+	}
+	u := &v.units[f.unit-1]
+	if u.name != nameSum(f.serial, f.registrationID) || u.revision != int32(f.revision) {
+		return fmt.Errorf("unit %d ends under another name", f.unit)
+	}
+	grant := v.grants[v.jobs[int64(u.job)]]
+	if f.state == Returned {
+		if u.state != Scrapped {
+			return fmt.Errorf("unit %d is returned and was not scrapped", f.unit)
+		}
+		v.ends[f.unit] = ended{leaf: idx, was: v.ends[f.unit].was}
+	} else {
+		if !u.state.Living() {
+			return fmt.Errorf("unit %d ends twice", f.unit)
+		}
+		v.ends[f.unit] = ended{leaf: idx, was: u.state}
+		if f.ekHash != nil {
+			v.eks -= v.pair(uint64(f.unit), sum16(f.ekHash))
+		}
+		u.key = [16]byte{}
+		if f.keyHash != nil {
+			u.key = sum16(f.keyHash)
+		}
+	}
+	if grant != nil && (f.state == Returned || f.state == Reworked || f.state == Voided && u.state == Begun) {
+		grant.spent--
+	}
+	u.state = f.state
+	return nil
+}
+
+func (v *verifier) checkLease(ctx context.Context, f *leaf, quantity int64) error {
+	var document []byte
+	var have int64
+	err := v.stx.QueryRowContext(ctx, `SELECT document, quantity FROM leases WHERE id = $1 AND grant_id = $2`, f.serial, f.registrationID).Scan(&document, &have)
+	if sum := sha256.Sum256(document); err != nil || have != quantity || !bytes.Equal(sum[:], f.keyHash) {
+		return fmt.Errorf("lease %s is not as it was recorded", f.serial)
+	}
+	v.report.Leases++
+	return nil
+}
+
+func (v *verifier) checkReturn(ctx context.Context, f *leaf, g *grantSum, used int64) error {
+	var receipt []byte
+	var quantity int64
+	err := v.stx.QueryRowContext(ctx, `SELECT receipt, quantity FROM leases WHERE id = $1 AND used = $2`, f.serial, used).Scan(&receipt, &quantity)
+	if sum := sha256.Sum256(receipt); err != nil || !bytes.Equal(sum[:], f.keyHash) {
+		return fmt.Errorf("the return of lease %s is not as it was recorded", f.serial)
+	}
+	g.leased -= quantity - used
+	return nil
+}
+
+// checkUnits holds every row of the living against the replay.
+func (v *verifier) checkUnits(ctx context.Context) (err error) {
+	q, err := v.stx.QueryContext(ctx, `SELECT id, serial, registration_id, key_hash, spelling, state, job, at, leaf, revision FROM units ORDER BY id`)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, q.Close()) }()
+	var id int64
+	var r rowScan
+	for q.Next() {
+		if err := q.Scan(append([]any{&id}, r.columns()...)...); err != nil {
+			return err
+		}
+		if err := v.checkRow(id, &r); err != nil {
+			return err
+		}
+		if !State(r.state).Living() {
+			return fmt.Errorf("unit %d is %s among the living", id, State(r.state))
+		}
+		v.report.Units++
+	}
+	if want := int64(len(v.units) - len(v.ends)); v.report.Units != want {
+		return fmt.Errorf("the table has %d units, the log %d", v.report.Units, want)
+	}
+	return q.Err()
+}
+
+// rowScan takes the columns that both tables of units have. Raw bytes are good until the next row.
+type rowScan struct {
+	serial, rid, key, spelling     sql.RawBytes
+	state, job, at, leaf, revision int64
+}
+
+func (r *rowScan) columns() []any {
+	return []any{&r.serial, &r.rid, &r.key, &r.spelling, &r.state, &r.job, &r.at, &r.leaf, &r.revision}
+}
+
+func (v *verifier) checkRow(id int64, r *rowScan) error {
+	if id < 1 || id > int64(len(v.units)) {
+		return fmt.Errorf("unit %d is not in the log", id)
+	}
+	rid := string(r.rid)
+	if r.spelling != nil {
+		rid = string(r.spelling)
+	}
+	got := replayed{name: nameSum(string(r.serial), rid), at: r.at, leaf: r.leaf, job: int32(r.job), revision: int32(r.revision), state: State(r.state)}
+	if r.key != nil {
+		got.key = sum16(r.key)
+	}
+	if got != v.units[id-1] || dps.Fold(rid) != string(r.rid) {
+		return fmt.Errorf("unit %d (serial %s) is not in the table as the log has it", id, r.serial)
+	}
+	return nil
+}
+
+// checkRetired holds every row of those that ended against the replay.
+func (v *verifier) checkRetired(ctx context.Context) (err error) {
+	q, err := v.stx.QueryContext(ctx, `SELECT id, serial, registration_id, key_hash, spelling, state, job, at, leaf, revision, was, ending FROM retired ORDER BY id`)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, q.Close()) }()
+	var id, was, ending, rows int64
+	var r rowScan
+	for q.Next() {
+		if err := q.Scan(append(append([]any{&id}, r.columns()...), &was, &ending)...); err != nil {
+			return err
+		}
+		if err := v.checkRow(id, &r); err != nil {
+			return err
+		}
+		if e, ok := v.ends[id]; !ok || e.leaf != ending || int64(e.was) != was {
+			return fmt.Errorf("unit %d did not end as the table says", id)
+		}
+		rows++
+		switch State(r.state) {
+		case Voided:
+			v.report.Voided++
+		case Scrapped:
+			v.report.Scrapped++
+		case Reworked:
+			v.report.Reworked++
+		case Returned:
+			v.report.Returned++
+		}
+	}
+	if rows != int64(len(v.ends)) {
+		return fmt.Errorf("the table has %d units that ended, the log %d", rows, len(v.ends))
+	}
+	return q.Err()
+}
+
+// checkPairs holds endorsement keys and notes against the replay, as sums over all rows.
+func (v *verifier) checkPairs(ctx context.Context) error {
+	eks, err := v.sum(ctx, `SELECT unit, ek_hash FROM endorsements`, func(q *sql.Rows) (uint64, error) {
+		var unit int64
+		var hash sql.RawBytes
+		err := q.Scan(&unit, &hash)
+		return v.pair(uint64(unit), sum16(hash)), err
+	})
+	if err != nil {
+		return err
+	}
+	if eks != v.eks {
+		return errors.New("the table of endorsement keys is not that of the log")
+	}
+	notes, err := v.sum(ctx, `SELECT leaf, unit, kind, at, data FROM notes`, func(q *sql.Rows) (uint64, error) {
+		var leaf, unit, at int64
+		var kind string
+		var data sql.RawBytes
+		err := q.Scan(&leaf, &unit, &kind, &at, &data)
+		return v.pair(uint64(leaf), noteSum(unit, kind, at, data)), err
+	})
+	if err != nil {
+		return err
+	}
+	if notes != v.notes {
+		return errors.New("the table of notes is not that of the log")
+	}
+	return nil
+}
+
+func (v *verifier) sum(ctx context.Context, query string, row func(*sql.Rows) (uint64, error)) (total uint64, err error) {
+	q, err := v.stx.QueryContext(ctx, query)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, q.Close()) }()
+	for q.Next() {
+		n, err := row(q)
+		if err != nil {
+			return 0, err
+		}
+		total += n
+	}
+	return total, q.Err()
+}
+
+func (v *verifier) checkGrants(ctx context.Context) error {
+	q, err := v.stx.QueryContext(ctx, grantColumns)
+	if err != nil {
+		return err
+	}
+	for q.Next() {
+		g, err := scanGrant(q)
+		if err != nil {
+			return errors.Join(err, q.Close())
+		}
+		want := v.grants[g.ID]
+		if want == nil || string(g.data()) != want.data || g.Spent != want.spent || g.Leased != want.leased || g.Closed != want.closed {
+			return errors.Join(fmt.Errorf("grant %s is not in the table as the log has it", g.ID), q.Close())
+		}
+		v.report.Grants++
+	}
+	if err := q.Err(); err != nil {
+		return err
+	}
+	if v.report.Grants != int64(len(v.grants)) {
+		return fmt.Errorf("the table has %d grants, the log %d", v.report.Grants, len(v.grants))
+	}
+	for id, used := range v.leases {
+		var have int64
+		if err := v.stx.QueryRowContext(ctx, `SELECT used FROM leases WHERE id = $1`, id).Scan(&have); err != nil || have != used {
+			return fmt.Errorf("lease %s is not in the table as the log has it", id)
+		}
+	}
+	return v.count(ctx, "leases", int64(len(v.leases)))
+}
+
+func (v *verifier) count(ctx context.Context, table string, want int64) error {
+	var have int64
+	if err := v.stx.QueryRowContext(ctx, `SELECT count(*) FROM `+table).Scan(&have); err != nil || have != want {
+		return fmt.Errorf("the table has %d %s, the log %d %w", have, table, want, errOrNil(err))
+	}
+	return nil
+}
+
+// checkMeta holds what is kept beside the tables against the replay: how many units and jobs there ever were, and where the
+// counter stands.
+func (v *verifier) checkMeta(ctx context.Context) error {
+	meta := func(name string) (value uint64, err error) {
+		err = v.stx.QueryRowContext(ctx, `SELECT CAST(value AS INTEGER) FROM meta WHERE name = $1`, name).Scan(&value)
+		if errors.Is(err, sql.ErrNoRows) {
+			return 0, nil
+		}
+		return value, err
+	}
+	next, err := meta("units")
+	if want := uint64(len(v.units)) + 1; err != nil || next != want && (next != 0 || v.report.Entries > 0) {
+		return fmt.Errorf("the next unit is %d in the table, %d in the log %w", next, want, errOrNil(err))
+	}
+	anchor, err := meta("anchor")
+	if err != nil || anchor != v.anchor {
+		return fmt.Errorf("the counter is %d in the table, %d in the log %w", anchor, v.anchor, errOrNil(err))
+	}
+	return v.count(ctx, "jobs", v.report.Jobs)
+}
+
+var errNothing = errors.New("")
+
+func errOrNil(err error) error {
+	if err == nil {
+		return errNothing
+	}
+	return err
+}
+
+func sum16(b []byte) (out [16]byte) {
+	sum := sha256.Sum256(b)
+	copy(out[:], sum[:])
+	return out
+}
+
+func nameSum(serial, rid string) [16]byte {
+	var room [2*maxText + 8]byte
+	return sum16(appendBytes(appendBytes(room[:0], serial), rid))
+}
+
+func noteSum(unit int64, kind string, at int64, data []byte) [16]byte {
+	return sum16(append(appendBytes(binary.AppendVarint(binary.AppendVarint(nil, unit), at), kind), data...))
+}
+
+// pair turns a row into a number; the sum of those of all rows is a fingerprint of a table that has no order. The key is new
+// for each run, so nobody can choose rows that make up for others.
+func (v *verifier) pair(id uint64, content [16]byte) uint64 {
+	var b [56]byte
+	copy(b[:], v.key[:])
+	binary.BigEndian.PutUint64(b[32:], id)
+	copy(b[40:], content[:])
+	sum := sha256.Sum256(b[:])
+	return binary.BigEndian.Uint64(sum[:])
+}
