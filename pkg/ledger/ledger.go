@@ -498,6 +498,15 @@ func (l *Ledger) BeginJob(ctx context.Context, j Job) (_ Job, resumed bool, err 
 // data is what the log keeps of a job beside its profile, grant and digest.
 func (j *Job) data() []byte { return append(appendBytes(nil, j.Operator), j.Out...) }
 
+// Job returns a job by its ID.
+func (l *Ledger) Job(ctx context.Context, id int64) (Job, error) {
+	j, err := l.jobWhere(ctx, `id = $1`, id)
+	if errors.Is(err, sql.ErrNoRows) {
+		return j, fmt.Errorf("job %d: %w", id, ErrNotFound)
+	}
+	return j, err
+}
+
 func clip(s string) string {
 	if len(s) > maxText {
 		return s[:maxText]

@@ -108,7 +108,16 @@ func (r *run) keyName(u *unit) string {
 	if r.Profile.Key.In == keyInTPM {
 		return strings.TrimSuffix(keyFile, ".pem")
 	}
-	return tokenKeyPrefix + dps.Fold(u.row.RegistrationID)
+	return tokenKeyName(u.row.RegistrationID, u.revision)
+}
+
+// tokenKeyName names a device's key in the line's token. Each revision has its own: the key of the one before is deleted, and
+// may still be there when a run that was to do that died.
+func tokenKeyName(registrationID string, revision int64) string {
+	if revision == 0 {
+		return tokenKeyPrefix + dps.Fold(registrationID)
+	}
+	return fmt.Sprintf("device-r%d:%s", revision, dps.Fold(registrationID))
 }
 
 const tokenKeyPrefix = "device:"
@@ -303,7 +312,7 @@ func splitCertificate(data []byte) (cert, evidence []byte, err error) {
 // keyInToken finds a key that an earlier run made. All of them are listed once: a search for each would cost the square of
 // their number.
 func (r *run) keyInToken(ctx context.Context, store hsm.Store, name string) (hsm.Key, error) {
-	if store != r.Store {
+	if store != r.Store || r.Shift != "" || !strings.HasPrefix(name, tokenKeyPrefix) {
 		return store.Open(ctx, name)
 	}
 	r.listOnce.Do(func() {

@@ -44,7 +44,7 @@ func (r *run) stamp(ctx context.Context, units []unit) error {
 			return err
 		}
 	}
-	return r.commit(ctx, minted, ledger.Verified, nil)
+	return r.commit(ctx, minted, r.stamped, nil)
 }
 
 // stampNV puts the part of a unit's stamp that every device needs into its TPM's non-volatile memory.
