@@ -114,7 +114,7 @@ func Parse(text []byte) ([]Segment, error) {
 		case at < next:
 			return nil, fmt.Errorf("line %d: address 0x%08x comes after data up to 0x%08x", n, at, next)
 		default:
-			if total += len(data); total > maxData || len(segments) > maxSegments {
+			if total += len(data); total > maxData || at > next && len(segments) == maxSegments {
 				return nil, fmt.Errorf("line %d: more than %d octets of data, or %d segments", n, maxData, maxSegments)
 			}
 			if len(segments) == 0 || at > next {
