@@ -16,7 +16,7 @@ import (
 	"text/template"
 )
 
-//go:embed certificates files profiles
+//go:embed c certificates files profiles
 var embedded embed.FS
 
 // Limits of a template and of what it renders, in octets.
@@ -87,6 +87,12 @@ func Profiles() map[string]string {
 		all[name] = string(b)
 	}
 	return all
+}
+
+// CHeader returns touchmark_tlv.h, the C99 reader of what pkg/stamp/raw writes.
+func CHeader() string {
+	b, _ := embedded.ReadFile("c/touchmark_tlv.h") // embedded: it is there
+	return string(b)
 }
 
 // A File is a parsed file template. It may be used by many goroutines.
