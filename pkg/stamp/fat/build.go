@@ -48,20 +48,18 @@ func (v *Volume) Build(files []File) ([]byte, error) {
 	}
 	image := make([]byte, v.Size)
 	copy(image, head)
-	clear(head) // it may hold keys
 	return image, nil
 }
 
 // Write writes a file system to the beginning of w, which must have the volume's size: a device, or a file that is made as
 // large. Only what counts is written; what lies in free clusters stays what it was. A write that is cut off leaves no file
-// system behind, since the first sector is written last: first sectors of zeros, then the rest, then it. Between the three
-// the caller's Sync makes them durable in that order; nil if w needs none.
+// system behind, since its first sector is written last: zeros for it, then the rest, then it. After each of the three
+// sync makes them durable in that order; nil if w needs none.
 func (v *Volume) Write(w io.WriterAt, sync func() error, files []File) error {
 	head, err := v.build(files)
 	if err != nil {
 		return err
 	}
-	defer clear(head)
 	if sync == nil {
 		sync = func() error { return nil }
 	}

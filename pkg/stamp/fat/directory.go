@@ -3,6 +3,7 @@ package fat
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -228,10 +229,10 @@ func parseDirectory(b []byte, root bool) (items []item, label string, err error)
 		}
 	}
 	if units != nil {
-		return nil, "", fmt.Errorf("a long name is cut off")
+		return nil, "", errors.New("a long name is cut off")
 	}
 	if !root && len(items) < 2 {
-		return nil, "", fmt.Errorf("a folder without . and ..")
+		return nil, "", errors.New("a folder does not begin with itself and the one above")
 	}
 	return items, label, nil
 }
@@ -245,7 +246,7 @@ func itemName(short [11]byte, lower byte, units []uint16, sum byte) (string, err
 		}
 	}
 	if len(base) == 0 {
-		return "", fmt.Errorf("its short name is empty")
+		return "", errors.New("its short name is empty")
 	}
 	name := string(base)
 	if lower&lowerBase != 0 {
@@ -259,7 +260,7 @@ func itemName(short [11]byte, lower byte, units []uint16, sum byte) (string, err
 	}
 	if units != nil {
 		if sum != checksum(short) {
-			return "", fmt.Errorf("its long name belongs to another short one")
+			return "", errors.New("its long name belongs to another short one")
 		}
 		end := len(units)
 		for i, u := range units {
@@ -270,11 +271,11 @@ func itemName(short [11]byte, lower byte, units []uint16, sum byte) (string, err
 		}
 		for i, u := range units[end:] {
 			if i > 0 && u != 0xffff {
-				return "", fmt.Errorf("its long name goes on after its end")
+				return "", errors.New("its long name goes on after its end")
 			}
 		}
 		if end <= len(units)-perLong {
-			return "", fmt.Errorf("its long name has more parts than it needs")
+			return "", errors.New("its long name has more parts than it needs")
 		}
 		name = string(utf16.Decode(units[:end]))
 	}

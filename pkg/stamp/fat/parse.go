@@ -23,8 +23,8 @@ func Parse(image []byte) (*Contents, error) { return Read(bytes.NewReader(image)
 
 // Read reads a file system from the beginning of r, which has that many octets. It takes what this package and the usual
 // formatters write, and takes nothing on trust: everything is inside the size, the copies of the table are equal, a cluster
-// belongs to one file, a chain is as long as its file, names are whole and unique. Everything else is ErrDamaged. It reads at
-// most 4096 files of 64 MiB together, and two copies of the table, which are a hundredth of the file system at most.
+// belongs to one file, a chain is as long as its file, names are whole, unique and of ASCII. Everything else is ErrDamaged. It reads
+// at most 4096 files of 64 MiB together, and two copies of the table, each no longer than twice what its clusters need.
 func Read(r io.ReaderAt, size int64) (*Contents, error) {
 	p := &parser{r: r}
 	if err := p.read(size); err != nil {
@@ -130,7 +130,7 @@ func (p *parser) boot(s []byte, size int64) error {
 		return fmt.Errorf("%d clusters make a %v, and the boot sector is of another type", g.clusters, g.typ)
 	case g.typ.tableOctets(g.clusters) > g.fatSectors*g.sector:
 		return fmt.Errorf("a table of %d sectors for %d clusters", g.fatSectors, g.clusters)
-	case g.fatSectors*g.sector > 8*g.typ.tableOctets(g.clusters)+1<<16:
+	case g.fatSectors*g.sector > 2*g.typ.tableOctets(g.clusters)+1<<16:
 		// The table is read whole. A larger one than its clusters need does no harm, up to that.
 		return fmt.Errorf("a table of %d sectors for %d clusters", g.fatSectors, g.clusters)
 	}

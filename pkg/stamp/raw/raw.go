@@ -302,7 +302,6 @@ func Write(f Storage, s Slots, records []Record) (sequence uint32, err error) {
 	}
 	// To the slot's end, so that no part of a key that was there before stays behind.
 	b = append(b, bytes.Repeat([]byte{0xff}, s.Size-len(b))...)
-	defer clear(b)
 	head := len(magic) // the octets that the magic is written with
 	if s.Page > 0 {
 		head = (head + s.Page - 1) / s.Page * s.Page
@@ -326,7 +325,6 @@ func Write(f Storage, s Slots, records []Record) (sequence uint32, err error) {
 	}
 	// 4. If the storage lied, the copy from before is there still.
 	back := make([]byte, len(b))
-	defer clear(back)
 	if n, err := f.ReadAt(back, s.at(slot)); n < len(back) {
 		return 0, fmt.Errorf("reading back: %w", err)
 	}

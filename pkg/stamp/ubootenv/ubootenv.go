@@ -165,6 +165,9 @@ func (l Layout) ParsePair(first, second []byte) (vars []Var, index int, flag byt
 	if !l.Redundant {
 		return nil, 0, 0, errors.New("a pair of images in a layout that is not redundant")
 	}
+	if len(first) != l.Size || len(second) != l.Size {
+		return nil, 0, 0, fmt.Errorf("images of %d and %d octets: want %d each", len(first), len(second), l.Size)
+	}
 	vars, flag, err = l.Parse(first)
 	other, otherFlag, otherErr := l.Parse(second)
 	// Only the CRC chooses. U-Boot would load an image of the right CRC that we refuse, so that one is not passed over.

@@ -130,6 +130,14 @@ func TestFwPrintenv(t *testing.T) {
 	if vars, index, _, err := l.ParsePair(second, first); err != nil || index != 1 || vars[0] != a {
 		t.Errorf("cut off, other way round: %v, %d, %v", vars, index, err)
 	}
+	for _, n := range []int{0, 4, 5, l.Size - 1} {
+		if _, _, _, err := l.ParsePair(first[:n], first); err == nil {
+			t.Errorf("a first image of %d octets", n)
+		}
+		if _, _, _, err := l.ParsePair(first, first[:n]); err == nil {
+			t.Errorf("a second image of %d octets", n)
+		}
+	}
 	if _, _, _, err := l.ParsePair(second, second); !errors.Is(err, ubootenv.ErrCRC) {
 		t.Errorf("both cut off: %v", err)
 	}
