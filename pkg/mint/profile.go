@@ -110,9 +110,10 @@ type Profile struct {
 type StampFile struct {
 	// name of the file in the device's directory.
 	Name string `toml:"name"`
-	// template is a built-in one ("iot-identity-service.toml") or a file in the line's templates folder.
+	// template is a built-in one ("iot-identity-service.toml" for Azure IoT Edge too, "node.env", "node.json", "python.env",
+	// "device.h", "zephyr-settings.txt") or a file in the line's templates folder.
 	Template string `toml:"template"`
-	// secret files have mode 0600. Files that show a symmetric key must be.
+	// secret files have mode 0600. Files that show a private or symmetric key must be.
 	Secret bool `toml:"secret"`
 }
 
