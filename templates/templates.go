@@ -1,5 +1,5 @@
 // Package templates holds what a product looks like: certificate templates, configuration files that are rendered into
-// stamps, and profiles to start from. They are embedded; a line's own folder of templates is looked into first.
+// stamps, labels, and profiles to start from. They are embedded; a line's own folder of templates is looked into first.
 //
 // Certificate templates are JSON in the form of go.step.sm/crypto/x509util. Files are Go text templates over a [Device], with
 // some functions more. Values must go through the one of the file's format, or what stands in a serial list could be more than
@@ -28,7 +28,7 @@ import (
 	"text/template"
 )
 
-//go:embed c certificates files profiles
+//go:embed c certificates files labels profiles
 var embedded embed.FS
 
 // Limits of a template and of what it renders, in octets.
@@ -93,6 +93,11 @@ func builtIn(folder, suffix string) []string {
 // Certificate returns the text of a certificate template. The name has no ending; files end in ".tmpl".
 func Certificate(name string, own fs.FS) (string, error) {
 	return read(own, "certificates", name, ".tmpl")
+}
+
+// Label returns the text of a label template, which pkg/label parses. The name has no ending; files end in ".toml".
+func Label(name string, own fs.FS) (string, error) {
+	return read(own, "labels", name, ".toml")
 }
 
 // Profiles returns the profiles that a new line begins with, by name.
