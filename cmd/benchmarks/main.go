@@ -73,6 +73,7 @@ func main() {
 		{"token-sign", b.tokenSign}, {"token-hmac", b.tokenHMAC}, {"token-keygen", b.tokenKeygen}, {"token-crowded", b.tokenCrowded},
 		{"tpm-create", b.tpmCreate}, {"tpm-sign", b.tpmSign},
 		{"register-https", func() { b.register("https") }}, {"register-mqtt", func() { b.register("mqtt") }}, {"import", b.importBundle},
+		{"nvs-images", b.nvsImages},
 	} {
 		if strings.Contains(x.name, *only) {
 			x.run()
