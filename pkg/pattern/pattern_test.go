@@ -35,7 +35,9 @@ func TestListsDoNotWriteURIs(t *testing.T) {
 }
 
 func TestExpand(t *testing.T) {
-	value := func(field string) string { return map[string]string{"serial": "A-1", "minus": "-x", "Name": "N"}[field] }
+	value := func(field string) string {
+		return map[string]string{"serial": "A-1", "minus": "-x", "Name": "N"}[field]
+	}
 	for text, want := range map[string]string{
 		"": "", "plain": "plain", "pump-{serial}": "pump-A-1", "{serial|lower}{serial}": "a-1A-1", "{Name}.{empty}": "N.", "a{serial}b": "aA-1b",
 	} {
