@@ -42,7 +42,7 @@ import (
 	"filippo.io/age"
 
 	"github.com/touchmark/touchmark/hsm"
-	"github.com/touchmark/touchmark/hsm/internal/durable"
+	"github.com/touchmark/touchmark/internal/durable"
 )
 
 const (

@@ -19,7 +19,7 @@ import (
 	"github.com/google/go-tpm/tpm2"
 
 	"github.com/touchmark/touchmark/hsm"
-	"github.com/touchmark/touchmark/hsm/internal/durable"
+	"github.com/touchmark/touchmark/internal/durable"
 )
 
 // Config says which TPM to open and how.

@@ -158,7 +158,7 @@ func (r *run) withKeys(ctx context.Context, u *unit, f func(hsm.Store) error) (e
 	if r.Profile.store == nil {
 		return f(r.Store)
 	}
-	uri := expandURI(r.Profile.store, r.List.Columns, u.row.Fields)
+	uri := r.Profile.store.ExpandURI(r.List.values(u.row.Fields))
 	if r.Profile.Key.In == keyInTPM && r.Profile.Attestation == AttestationX509 {
 		if uri, err = r.withBlobs(uri, u); err != nil {
 			return err
@@ -349,7 +349,7 @@ func (r *run) setTokenKey(u *unit, k hsm.Key) error {
 	u.pub, u.keyURI = signing.Public(), k.URI()
 	switch {
 	case r.Profile.uri != nil:
-		u.keyURI = expandURI(r.Profile.uri, r.List.Columns, u.row.Fields)
+		u.keyURI = r.Profile.uri.ExpandURI(r.List.values(u.row.Fields))
 	case r.Profile.Key.In == keyInTPM:
 		// As the device finds it: its own TPM, and the blob beside the stamp.
 		u.keyURI = hsm.URI{Scheme: hsm.SchemeTPM, Object: k.Name(), Keys: "."}.String()

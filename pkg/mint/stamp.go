@@ -162,7 +162,7 @@ func (r *run) render(u *unit) error {
 			}
 			files = append(files, stamp.File{Name: keyFile, Data: blob, Secret: true})
 		} else if r.Profile.Key.In == keyInCSR {
-			doc.KeyURI = expandURI(r.Profile.uri, r.List.Columns, u.row.Fields)
+			doc.KeyURI = r.Profile.uri.ExpandURI(r.List.values(u.row.Fields))
 		} else {
 			doc.KeyURI = u.keyURI
 		}
