@@ -48,7 +48,7 @@ func (r *Run) Row(serial string, fields map[string]string) (Row, error) {
 	if p.pattern == nil {
 		return row, nil // it comes from the TPM
 	}
-	row.RegistrationID = expand(p.pattern, columns, row.Fields)
+	row.RegistrationID = p.pattern.Expand(r.r.List.values(row.Fields))
 	if err := dps.CheckRegistrationID(row.RegistrationID); err != nil {
 		return row, fmt.Errorf("serial %s: %w", serial, err)
 	}
