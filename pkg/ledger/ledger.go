@@ -61,6 +61,8 @@ var (
 	ErrClock = errors.New("clock is behind the ledger")
 	// ErrDamaged says that the ledger does not verify.
 	ErrDamaged = errors.New("ledger is damaged")
+	// ErrBroken says that it is not known whether a step took effect: opened again, the ledger tells.
+	ErrBroken = errors.New("ledger must be opened again")
 	// ErrFull says that the disk under the ledger has no room left. What was committed before is safe.
 	ErrFull = errors.New("disk is full")
 )

@@ -108,6 +108,35 @@ func (r *Run) Unit(ctx context.Context, row Row) (*Unit, error) {
 	return u, nil
 }
 
+// ErrUnfinished says that a unit has not passed.
+var ErrUnfinished = errors.New("is not finished")
+
+// Finished returns the unit of a serial that has passed.
+func (r *Run) Finished(ctx context.Context, serial string) (*Unit, error) {
+	have, err := r.r.Ledger.Find(ctx, serial)
+	if err != nil {
+		return nil, err
+	}
+	if have.State < ledger.Sealed {
+		return nil, fmt.Errorf("serial %s %w: it is %s", serial, ErrUnfinished, have.State)
+	}
+	u := &unit{row: &Row{Serial: have.Serial, RegistrationID: have.RegistrationID}, found: true, id: have.ID, state: have.State, revision: have.Revision, keyHash: have.KeyHash}
+	if r.r.Profile.Attestation == AttestationX509 {
+		if u.cert, _, err = splitCertificate(have.Data); err != nil {
+			return nil, err
+		}
+	}
+	return &Unit{r.r, u}, nil
+}
+
+// Admits says what keeps a serial from being made on the run's order.
+func (r *Run) Admits(serial string) error {
+	if r.r.Grant == nil {
+		return nil
+	}
+	return r.r.Grant.Admits(serial)
+}
+
 // sweep takes away what an ended unit of the serial left in the stamp directory: its identity is revoked, and a run that was to
 // do this may have died. What was never in the ledger is not touched.
 func (r *Run) sweep(ctx context.Context, row *Row) error {
