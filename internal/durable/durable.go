@@ -10,7 +10,10 @@ import (
 	"path/filepath"
 )
 
-// Read reads a file of at most that many octets.
+// ErrTooLarge says that a file is larger than it may be.
+var ErrTooLarge = errors.New("file is too large")
+
+// Read reads a file of at most that many octets. The error is ErrTooLarge for a larger one.
 func Read(path string, most int64) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -19,7 +22,7 @@ func Read(path string, most int64) ([]byte, error) {
 	defer f.Close()
 	b, err := io.ReadAll(io.LimitReader(f, most+1))
 	if err == nil && int64(len(b)) > most {
-		err = fmt.Errorf("%s is larger than %d octets", path, most)
+		err = fmt.Errorf("%w: %s has more than %d octets", ErrTooLarge, path, most)
 	}
 	return b, err
 }
