@@ -327,6 +327,7 @@ type unit struct {
 	plan      ca.Plan
 	signer    crypto.Signer // x509, key in memory
 	keyPEM    []byte        // secret
+	blob      []byte        // key in a TPM: what its stamp holds, where it is not on disk; see Golden
 	pub       crypto.PublicKey
 	keyURI    string // of a key in a store
 	cert      []byte // DER

@@ -156,9 +156,12 @@ func (r *run) render(u *unit) error {
 			files = append(files, stamp.File{Name: keyFile, Data: u.keyPEM, Secret: true})
 		} else if r.Profile.Key.In == keyInTPM {
 			doc.KeyURI = u.keyURI
-			blob, err := r.onDisk(u, keyFile)
-			if err != nil {
-				return fmt.Errorf("serial %s: its key: %w", u.row.Serial, err)
+			blob := u.blob
+			if blob == nil {
+				var err error
+				if blob, err = r.onDisk(u, keyFile); err != nil {
+					return fmt.Errorf("serial %s: its key: %w", u.row.Serial, err)
+				}
 			}
 			files = append(files, stamp.File{Name: keyFile, Data: blob, Secret: true})
 		} else if r.Profile.Key.In == keyInCSR {
