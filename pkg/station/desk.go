@@ -22,8 +22,10 @@ type Desk struct {
 	golden    func(context.Context) error
 	ctx       context.Context
 	changed   chan struct{}
-	done      chan struct{}
 	work      sync.WaitGroup
+
+	tick sync.Mutex // guards over, and what goes into changed
+	over bool
 
 	mu       sync.Mutex
 	phase    Phase
@@ -45,23 +47,26 @@ type Desk struct {
 // NewDesk puts a desk in front of a station. The context ends what the desk starts. Operators may be nil, and so may golden, which
 // holds the line against its golden sample.
 func NewDesk(ctx context.Context, s *Station, operators *Operators, golden func(context.Context) error) *Desk {
-	d := &Desk{s: s, operators: operators, golden: golden, ctx: ctx, changed: make(chan struct{}, 1), done: make(chan struct{}), phase: PhaseBadge, ask: AskBadge}
+	d := &Desk{s: s, operators: operators, golden: golden, ctx: ctx, changed: make(chan struct{}, 1), phase: PhaseBadge, ask: AskBadge}
 	s.notify = d.touch
 	return d
 }
 
 func (d *Desk) touch() {
+	d.tick.Lock()
+	defer d.tick.Unlock()
+	if d.over {
+		return
+	}
 	select {
 	case d.changed <- struct{}{}:
 	default:
 	}
 }
 
-// Changed tells that there is something new to show. It is never closed; see Done.
+// Changed ticks after there is something new to show; several changes may be one tick. It is closed when the shift has ended and
+// all units have their verdicts.
 func (d *Desk) Changed() <-chan struct{} { return d.changed }
-
-// Done is closed when the shift has ended and all units have their verdicts.
-func (d *Desk) Done() <-chan struct{} { return d.done }
 
 // View returns what there is to show.
 func (d *Desk) View() View {
@@ -458,7 +463,9 @@ func (d *Desk) end() {
 	go func() {
 		d.work.Wait()
 		_ = d.s.Close()
-		close(d.done)
-		d.touch()
+		d.tick.Lock()
+		defer d.tick.Unlock()
+		d.over = true
+		close(d.changed)
 	}()
 }
