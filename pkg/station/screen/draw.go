@@ -435,7 +435,7 @@ func (d *drawing) tile(head station.Head, w, h int) []string {
 	if v == nil && (head.State == station.HeadPassed || head.State == station.HeadFailed) {
 		v = &station.Verdict{Serial: head.Serial, Pass: head.State == station.HeadPassed, Code: station.CodeInternal}
 	}
-	b := h - 1
+	b := max(0, h-1)
 	block := func(words []string, style lipgloss.Style) []string {
 		var out []string
 		for _, l := range words {
@@ -453,7 +453,10 @@ func (d *drawing) tile(head station.Head, w, h int) []string {
 		if v.Attempt > 1 {
 			extra = append(extra, d.phrase("label.try", map[string]string{"try": strconv.Itoa(v.Attempt)}))
 		}
-		letters := bigIn("PASS", w, b, d.ascii, scales[0])
+		letters := bigIn("PASS", w, b-len(extra), d.ascii, scales[0])
+		if letters == nil {
+			letters = bigIn("PASS", w, b, d.ascii, scales[0])
+		}
 		if letters == nil {
 			letters = d.sign("P A S S", '+', w, b)
 		}

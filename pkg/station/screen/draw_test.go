@@ -244,6 +244,16 @@ func TestSmall(t *testing.T) {
 	}
 }
 
+// TestManyHeads: more than there is room for are no reason to fall over.
+func TestManyHeads(t *testing.T) {
+	for n := range 50 {
+		v := work(slices.Repeat([]station.Head{working, good, bad, waiting, asking}, 10)[:n]...)
+		for _, ascii := range []bool{false, true} {
+			exact(t, &drawing{View: v, text: text(t, "en"), w: 80, h: 24, ascii: ascii})
+		}
+	}
+}
+
 // TestEveryCode: for every code in every language, sentence and action are whole on the screen, both as a verdict on one head and as a
 // notice.
 func TestEveryCode(t *testing.T) {
