@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"maps"
@@ -434,7 +433,9 @@ func (a *app) stationScreen(ctx context.Context, b *bench, st *station.Station) 
 	}
 	var golden func(context.Context) error
 	if b.cfg.Golden != "" {
-		golden = func(ctx context.Context) error { return st.WithRun(func(r *mint.Run) error { return b.checkGolden(ctx, r) }) }
+		golden = func(ctx context.Context) error {
+			return st.WithRun(func(r *mint.Run) error { return b.checkGolden(ctx, r) })
+		}
 	}
 	lang := b.o.language
 	if lang == "" {
@@ -455,7 +456,7 @@ func (a *app) stationScreen(ctx context.Context, b *bench, st *station.Station) 
 	desk := station.NewDesk(context.WithoutCancel(ctx), st, operators, golden)
 	defer context.AfterFunc(ctx, func() { desk.Function(station.End); desk.Input("") })()
 	err = screen.Run(ctx, screen.Config{
-		Floor: desk, Texts: words, In: in, Out: a.out, Term: a.getenv("TERM"), Color: a.colored(a.out),
+		Station: desk, Texts: words, In: in, Out: a.out, Term: a.getenv("TERM"), Color: a.colored(a.out),
 		ASCII: b.o.ascii || !strings.Contains(locale, "UTF-8") && !strings.Contains(locale, "UTF8"),
 	})
 	desk.Finish()
@@ -553,5 +554,3 @@ func (b *bench) checkGolden(ctx context.Context, r *mint.Run) error {
 	slices.Sort(differ)
 	return fmt.Errorf("%w: %s", errGolden, strings.Join(differ, ", "))
 }
-
-var _ io.Reader

@@ -21,6 +21,7 @@ type Desk struct {
 	operators *Operators // nil: any badge
 	golden    func(context.Context) error
 	ctx       context.Context
+	stop      context.CancelFunc
 	changed   chan struct{}
 	work      sync.WaitGroup
 
@@ -47,7 +48,8 @@ type Desk struct {
 // NewDesk puts a desk in front of a station. The context ends what the desk starts. Operators may be nil, and so may golden, which
 // holds the line against its golden sample.
 func NewDesk(ctx context.Context, s *Station, operators *Operators, golden func(context.Context) error) *Desk {
-	d := &Desk{s: s, operators: operators, golden: golden, ctx: ctx, changed: make(chan struct{}, 1), phase: PhaseBadge, ask: AskBadge}
+	ctx, stop := context.WithCancel(ctx)
+	d := &Desk{s: s, operators: operators, golden: golden, ctx: ctx, stop: stop, changed: make(chan struct{}, 1), phase: PhaseBadge, ask: AskBadge}
 	s.notify = d.touch
 	return d
 }
@@ -452,6 +454,17 @@ func (d *Desk) run(f func(context.Context) error) {
 		}
 		d.touch()
 	}()
+}
+
+// Finish ends the shift at once: units in work are stopped where they are, for the next shift to take up. It returns when none is
+// in work any more.
+func (d *Desk) Finish() {
+	d.stop()
+	d.mu.Lock()
+	d.end()
+	d.mu.Unlock()
+	for range d.changed { // until it is closed
+	}
 }
 
 // end takes no more units, and closes the shift once those in work have their verdicts.

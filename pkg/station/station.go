@@ -14,6 +14,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/label"
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/mint"
+	"github.com/touchmark/touchmark/pkg/order"
 	"github.com/touchmark/touchmark/pkg/yield"
 )
 
@@ -24,6 +25,8 @@ type Work struct {
 	Ledger *ledger.Ledger
 	// Grant is the order or lease that is worked on; empty without one.
 	Grant string
+	// Leased are serials of the order that other stations have on leases.
+	Leased []order.Serials
 	// Retire ends a unit; see mint.Retire.
 	Retire func(ctx context.Context, serial string, state ledger.State, why ledger.Ending) error
 	// Refuse writes down an attempt to make what the order does not allow.
@@ -251,6 +254,12 @@ func (s *Station) countLeft(ctx context.Context, w *Work) {
 	if anchored, err := w.Ledger.Anchored(ctx); err == nil {
 		s.setLamp(LampAnchor, !anchored, nil)
 	}
+}
+
+// WithRun calls f with the shift that is open.
+func (s *Station) WithRun(f func(*mint.Run) error) error {
+	_, err := s.try(func(w *Work, _ int) error { return f(w.Run) })
+	return err
 }
 
 // freeHead takes a head for a serial: the one of that number, or with 0 the first that is free. The reason why not is a code.

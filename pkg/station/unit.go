@@ -239,6 +239,11 @@ func (m *making) interlocks(ctx context.Context) error {
 		if err := w.Run.Admits(m.serial); err != nil {
 			return err
 		}
+		for i := range w.Leased {
+			if w.Leased[i].Has(m.serial) {
+				return fmt.Errorf("%w: %s is leased to another station", order.ErrSerial, m.serial)
+			}
+		}
 		if w.Grant == "" {
 			return nil
 		}
