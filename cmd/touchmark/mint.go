@@ -199,7 +199,7 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 			return partialError{error: err}
 		}
 		res.Bundle, res.Path = &sum, o.bundle
-		if err := mint.Export(ctx, led, summary, sum.ID); err != nil {
+		if err := mint.Exported(ctx, led, summary.Units, sum.ID); err != nil {
 			return partialError{error: err}
 		}
 	}
