@@ -176,6 +176,9 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 			return err
 		}
 		defer w.Abort()
+		if g != nil {
+			w.SetGrant(g.Document)
+		}
 		sink = w.Add
 	}
 	summary, err := run.Mint(ctx, sink)

@@ -11,8 +11,8 @@ import (
 )
 
 // Export calls sink with an entry for each unit of the profile that was made on the grant of the configuration (or on none) and
-// stands in one of the states, in the order in which they were begun. It makes nothing, and returns the units' IDs for
-// [Exported], once the bundle with them is durable.
+// stands in one of the states, in the order in which they were begun, and before them with one for each identity that ended. It
+// makes nothing, and returns the units' IDs for [Exported], once the bundle with them is durable.
 func Export(ctx context.Context, cfg Config, states []ledger.State, sink func(*bundle.Entry) error) ([]int64, error) {
 	r := &run{Config: cfg, stamped: ledger.Stamped}
 	var err error
@@ -32,9 +32,26 @@ func Export(ctx context.Context, cfg Config, states []ledger.State, sink func(*b
 	if err != nil {
 		return nil, err
 	}
+	mine := make(map[int64]bool)
+	for _, j := range jobs {
+		mine[j.ID] = j.Profile == cfg.Profile.Name && j.Grant == grant
+	}
+	// All endings, each time: a bundle that got lost does no harm, and one that comes twice changes nothing. They come first, so that
+	// what replaces an identity finds it ended.
+	for u, err := range cfg.Ledger.Retired(ctx, "") {
+		if err != nil {
+			return nil, err
+		}
+		if !mine[u.Job] || u.Was == ledger.Begun {
+			continue // nothing was signed that somebody could use
+		}
+		if err := sink(r.ending(&u)); err != nil {
+			return nil, err
+		}
+	}
 	var ids []int64
 	for _, j := range jobs {
-		if j.Profile != cfg.Profile.Name || j.Grant != grant {
+		if !mine[j.ID] {
 			continue
 		}
 		made, err := r.exportJob(ctx, j, states, sink)
