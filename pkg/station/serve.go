@@ -16,7 +16,8 @@ import (
 type Request struct {
 	// ID comes back with every answer to the request.
 	ID string `json:"id"`
-	// Op is "make", "scan" (a label, for the head that asks for it), "rework", "scrap", "reprint", "status" or "end".
+	// Op is "make" (which waits for a head where none is free), "wait" (until the units asked for before have their verdicts),
+	// "scan" (a label, for the head that asks for it), "rework", "scrap", "reprint", "status" or "end".
 	Op     string `json:"op"`
 	Serial string `json:"serial"`
 	// Head is the head's number; 0 takes the first that is free.
@@ -47,7 +48,10 @@ type Answer struct {
 	Error   string    `json:"error,omitempty"`
 }
 
-const maxRequest = 64 << 10
+const (
+	maxRequest = 64 << 10
+	maxQueue   = 1000 // units that wait for a head
+)
 
 // Serve answers requests until the input ends, an "end" comes, or the context is over; units in work then come to their verdicts first.
 // The shift must have begun. Several may serve one station at once; each is told of its own requests, and of the steps of all heads.
@@ -66,6 +70,9 @@ func (s *Station) Serve(ctx context.Context, in io.Reader, out io.Writer) error 
 	defer close(c.answers)
 	defer s.watch(c.steps)()
 	defer c.work.Wait()
+	c.queue, c.freed = make(chan Request, maxQueue), make(chan struct{}, 1)
+	defer close(c.queue)
+	go c.dispatch(ctx)
 	lines := bufio.NewScanner(in)
 	lines.Buffer(make([]byte, 4096), maxRequest)
 	read := make(chan []byte)
@@ -120,7 +127,32 @@ type conversation struct {
 	s       *Station
 	work    sync.WaitGroup
 	answers chan Answer
+	queue   chan Request
+	freed   chan struct{}
 	shown   []Head // guarded by the station's mutex
+}
+
+// dispatch starts the units that were asked for, in order, each as soon as a head is free.
+func (c *conversation) dispatch(ctx context.Context) {
+	for r := range c.queue {
+		for r.Head == 0 && !c.s.hasFreeHead() && ctx.Err() == nil {
+			select {
+			case <-c.freed:
+			case <-ctx.Done():
+			}
+		}
+		started := make(chan struct{})
+		go func() {
+			defer c.work.Done()
+			v := c.s.make(ctx, r.Head, r.Serial, r.Fields, func() { close(started) })
+			c.say(Answer{ID: r.ID, Event: "verdict", Head: v.Head, Serial: v.Serial, Verdict: &v})
+			select {
+			case c.freed <- struct{}{}:
+			default:
+			}
+		}()
+		<-started
+	}
 }
 
 func (c *conversation) say(a Answer) { c.answers <- a }
@@ -153,11 +185,15 @@ func (c *conversation) take(ctx context.Context, line []byte) (end bool) {
 	switch r.Op {
 	case "make":
 		c.work.Add(1)
-		go func() {
-			defer c.work.Done()
-			v := c.s.Make(ctx, r.Head, r.Serial, r.Fields)
-			c.say(Answer{ID: r.ID, Event: "verdict", Head: v.Head, Serial: v.Serial, Verdict: &v})
-		}()
+		select {
+		case c.queue <- r:
+		default:
+			c.work.Done()
+			refuse(fmt.Errorf("%d units wait already", maxQueue))
+		}
+	case "wait":
+		c.work.Wait()
+		c.say(Answer{ID: r.ID, Event: "done"})
 	case "scan":
 		if !c.s.Scan(r.Text) {
 			refuse(errors.New("no head asks for a label"))

@@ -58,8 +58,14 @@ type making struct {
 // Make makes the unit of a serial on a head, 0 for the first that is free, and returns once its verdict is final. The fields add
 // to those of the configuration, the head and the probe. It blocks for as long as that takes; heads work side by side.
 func (s *Station) Make(ctx context.Context, number int, serial string, given map[string]string) Verdict {
+	return s.make(ctx, number, serial, given, func() {})
+}
+
+// make calls started once it has a head, or none.
+func (s *Station) make(ctx context.Context, number int, serial string, given map[string]string, started func()) Verdict {
 	serial = strings.TrimSpace(serial)
 	h, refused := s.freeHead(number, serial)
+	started()
 	if refused != nil {
 		return s.decide(nil, *refused, nil)
 	}
