@@ -28,7 +28,7 @@ type CounterSuite struct {
 	// Unsupported: the store cannot keep counters and says so.
 	Unsupported bool
 	// Mend, if not nil, is called when a process was killed, before anybody uses the store again.
-	Mend func() bool
+	Mend func()
 	// Rounds is how many races there are; 0 means 50. Kills are 50.
 	Rounds int
 }

@@ -28,9 +28,8 @@ import (
 //
 //	1. list the states;
 //	2. create the next one, with a nonce that is ours;
-//	3. destroy the one that it follows: whoever manages that has moved the counter;
-//	4. list again: nobody else's state may stand beside ours or above it;
-//	5. destroy what is older.
+//	3. destroy the one that it follows, and what is older: whoever is told to have destroyed the former has moved the counter;
+//	4. list again: nobody else's state may stand beside ours or above it.
 //
 // PKCS#11 has no compare-and-set. Two things stand in for it, each of which is enough:
 //
@@ -60,7 +59,7 @@ const (
 	// maxNumber bounds steps and values.
 	maxNumber = 1 << 62
 	// unsettledTries is how often somebody who meets another at the same step tries again.
-	unsettledTries = 8
+	unsettledTries = 10
 )
 
 // counterState is the value of a state object.
@@ -125,6 +124,8 @@ var (
 	errStale = fmt.Errorf("the module has an old view of the token: %w", pkcs11.Error(pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED))
 	// errLate says that somebody else moved the counter.
 	errLate = errors.New("somebody else moved it at the same time")
+	// errBeside says that the counter was moved and that somebody else's state stands beside or above ours.
+	errBeside = fmt.Errorf("%w, and did", errLate)
 	// errUnknown says that a state was destroyed, and not by whom.
 	errUnknown = fmt.Errorf("%w while it was moved: it may have moved", hsm.ErrLost)
 )
@@ -462,6 +463,10 @@ func (c *counter) Claim(ctx context.Context, owner string) (func() error, error)
 		return nil, fmt.Errorf("claiming counter %q: %w", c.name, err)
 	}
 	if err := c.hold(ctx, &claim, func(now []held) error { return free(c.name, now, claim.ID) }); err != nil {
+		// It may be there all the same, and would keep everybody out for as long as this process lives.
+		if rerr := c.release(ctx, claim.ID); !errors.Is(rerr, hsm.ErrClaimed) {
+			err = errors.Join(err, rerr)
+		}
 		return nil, fmt.Errorf("claiming counter %q: %w", c.name, err)
 	}
 	c.mu.Lock()
@@ -475,14 +480,7 @@ func (c *counter) Claim(ctx context.Context, owner string) (func() error, error)
 		if released {
 			return nil
 		}
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), releaseTime)
-		defer cancel()
-		err := c.hold(ctx, nil, func(now []held) error {
-			if !slices.ContainsFunc(now, func(o held) bool { return o.Claim != nil && o.Claim.ID == claim.ID }) {
-				return cmp.Or(free(c.name, now, ""), error(&hsm.ClaimedError{Name: c.name}))
-			}
-			return free(c.name, now, claim.ID)
-		})
+		err := c.release(ctx, claim.ID)
 		if err != nil && !errors.Is(err, hsm.ErrClaimed) {
 			return fmt.Errorf("releasing counter %q: %w", c.name, err)
 		}
@@ -494,6 +492,18 @@ func (c *counter) Claim(ctx context.Context, owner string) (func() error, error)
 		c.mu.Unlock()
 		return err
 	}, nil
+}
+
+// release ends the claim of that ID, or says hsm.ErrClaimed when it is not there.
+func (c *counter) release(ctx context.Context, id string) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), releaseTime)
+	defer cancel()
+	return c.hold(ctx, nil, func(now []held) error {
+		if slices.ContainsFunc(now, func(o held) bool { return o.Claim != nil && o.Claim.ID == id }) {
+			return free(c.name, now, id)
+		}
+		return cmp.Or(free(c.name, now, id), error(&hsm.ClaimedError{Name: c.name}))
+	})
 }
 
 // releaseTime bounds how long a claim is being released.
@@ -548,6 +558,9 @@ func (c *counter) hold(ctx context.Context, claim *hsm.Claim, may func(now []hel
 			unsettled = len(now) > 1
 			return may(now)
 		})
+		if claim == nil && errors.Is(err, errBeside) {
+			return nil
+		}
 		if try == unsettledTries || !errors.Is(err, errLate) && !errors.Is(err, errUnknown) && !(unsettled && errors.Is(err, hsm.ErrClaimed)) {
 			return err
 		}
@@ -560,7 +573,7 @@ func (c *counter) hold(ctx context.Context, claim *hsm.Claim, may func(now []hel
 // pause waits for a random time that grows with the number of tries.
 func pause(ctx context.Context, try int) error {
 	select {
-	case <-time.After(mathrand.N(time.Duration(try) * 5 * time.Millisecond)):
+	case <-time.After(mathrand.N(time.Duration(try) * 10 * time.Millisecond)):
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()
@@ -586,7 +599,8 @@ func (c *counter) move(ctx context.Context, change func(all []held, next *counte
 		renewals++
 		return errStale
 	}
-	err = s.counting(ctx, func(h pkcs11.SessionHandle) error {
+	var step func(h pkcs11.SessionHandle) error
+	step = func(h pkcs11.SessionHandle) error {
 		all, err := s.states(h, c.name)
 		if err != nil {
 			return err
@@ -652,7 +666,7 @@ func (c *counter) move(ctx context.Context, change func(all []held, next *counte
 				return err
 			case follows(o):
 				unsure = errLate
-				return stale(unsure) // to learn by whom, and whether ours may go
+				return step(h) // to learn by whom, and whether ours may go
 			}
 			// A left-over, which others clear away, too.
 		}
@@ -660,8 +674,8 @@ func (c *counter) move(ctx context.Context, change func(all []held, next *counte
 			return unsure
 		}
 		return nil
-	})
-	if err != nil {
+	}
+	if err := s.counting(ctx, step); err != nil {
 		return next, err
 	}
 	// Should two have been told that they destroyed the same object, at least one sees the other's state here. One that is
@@ -674,7 +688,7 @@ func (c *counter) move(ctx context.Context, change func(all []held, next *counte
 		if now := top(all); len(now) == 1 && now[0].Nonce == next.Nonce {
 			return next, nil
 		} else if try == unsettledTries || now[0].Step > next.Step {
-			return next, errLate
+			return next, errBeside
 		}
 		if err := pause(ctx, try); err != nil {
 			return next, err

@@ -32,7 +32,8 @@ func counters(t *testing.T, uri hsm.URI, s hsmtest.CounterSuite) {
 
 func TestCounters(t *testing.T) {
 	uri := hsmtest.SoftHSM(t, "line-3")
-	counters(t, uri, hsmtest.CounterSuite{Mend: hsmtest.Mender(t)})
+	mend := hsmtest.Mender(t)
+	counters(t, uri, hsmtest.CounterSuite{Mend: func() { mend() }})
 }
 
 func TestCountersNSS(t *testing.T) {
@@ -48,13 +49,13 @@ func TestCountersP11Kit(t *testing.T) {
 	soft := hsmtest.SoftHSM(t, "line-3")
 	mend := hsmtest.Mender(t)
 	uri, _ := hsmtest.P11Kit(t, soft)
-	counters(t, uri, hsmtest.CounterSuite{Mend: mend})
+	counters(t, uri, hsmtest.CounterSuite{Mend: func() { mend() }})
 }
 
 func TestCountersOutOfProcess(t *testing.T) {
 	uri := hsmtest.SoftHSM(t, "line-3")
 	mend := hsmtest.Mender(t)
-	counters(t, outside(t, uri), hsmtest.CounterSuite{Mend: mend, Rounds: 20})
+	counters(t, outside(t, uri), hsmtest.CounterSuite{Mend: func() { mend() }, Rounds: 20})
 }
 
 func newCounter(t testing.TB, s *Store, name string) *counter {

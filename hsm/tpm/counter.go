@@ -475,16 +475,20 @@ func (c *counter) Claim(ctx context.Context, owner string) (func() error, error)
 			}
 		}
 	})
+	release := c.releaser(ctx, policy)
+	if err == nil {
+		err = c.s.WriteNV(ctx, uint32(h), data)
+	}
 	if err != nil {
+		// It may be there all the same, and would keep everybody out for as long as this process lives.
+		if rerr := release(); !errors.Is(rerr, hsm.ErrClaimed) {
+			err = errors.Join(err, rerr)
+		}
 		return nil, err
 	}
 	c.mu.Lock()
 	c.claim = policy
 	c.mu.Unlock()
-	release := c.releaser(ctx, policy)
-	if err := c.s.WriteNV(ctx, uint32(h), data); err != nil {
-		return nil, errors.Join(fmt.Errorf("claiming counter %q: %w", c.name, err), release())
-	}
 	return release, nil
 }
 
