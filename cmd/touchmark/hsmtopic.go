@@ -83,6 +83,7 @@ COUNTERS
     touchmark token counter list --line line-3
 
   A token or a TPM can hold counters that only go up. A ledger that is copied, or set back, shows: the counter did not go back
-  with it. One process at a time holds a counter. After a power cut its claim may be left behind: token counter show says whose it
-  is, token counter takeover ends it. A TPM's counter never goes back; a token's does for whoever has the PIN and writes a program for it.`,
+  with it. One process at a time holds a counter. After a power cut its claim may be left behind: token counter show says whose
+  it is, token counter takeover ends it. A TPM's counter never goes back; a token's does for whoever has the PIN and writes a
+  program for it.`,
 }
