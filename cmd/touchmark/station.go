@@ -97,6 +97,7 @@ type bench struct {
 	profile *mint.Profile
 	hash    string
 	setup   station.Setup
+	floor   *floor // its keys are held for as long as the station runs, its ledger while a shift is open
 	closers []func() error
 }
 
@@ -216,13 +217,20 @@ func (b *bench) describeOrder(ctx context.Context) (err error) {
 
 // open opens the line for a shift.
 func (b *bench) open(ctx context.Context, shift, operator string) (_ *station.Work, err error) {
-	f, err := b.a.openFloor(ctx, b.line)
-	if err != nil {
+	if b.floor == nil {
+		if b.floor, err = b.a.openKeys(ctx, b.line); err != nil {
+			b.floor = nil
+			return nil, err
+		}
+		b.closers = append(b.closers, b.floor.Close)
+	}
+	f := b.floor
+	if err := f.openLedger(ctx); err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, f.Close())
+			err = errors.Join(err, f.closeLedger())
 		}
 	}()
 	g, err := f.grant(ctx, b.o.order)
@@ -249,7 +257,7 @@ func (b *bench) open(ctx context.Context, shift, operator string) (_ *station.Wo
 			return err
 		},
 		Refuse: func(ctx context.Context, serial string, why error) { f.refuse(ctx, g, serial, why) },
-		Close:  func() error { return errors.Join(run.Close(), f.Close()) },
+		Close:  func() error { return errors.Join(run.Close(), f.closeLedger()) },
 	}
 	if g != nil {
 		w.Grant = g.ID()
