@@ -114,7 +114,7 @@ func TestBackoff(t *testing.T) {
 			time.Sleep(time.Hour)
 		})
 		if want := append(slices.Repeat([]string{"a"}, 13), "b", "c"); !slices.Equal(d.asked, want) {
-			t.Errorf("was asked %v", d.asked)
+			t.Fatalf("was asked %v", d.asked)
 		}
 		for i, want := range []float64{1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300} {
 			if got := d.at[i+1].Sub(d.at[i]).Seconds(); got != want*0.75 {
