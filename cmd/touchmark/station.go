@@ -274,7 +274,7 @@ func (b *bench) openHooks() error {
 		if words == nil {
 			return nil
 		}
-		cmd, err := fixture.Parse(words, fixture.Names{Known: hook.ProgramFields(), Any: true})
+		cmd, err := fixture.Parse(words, fixture.Names{Known: append(hook.ProgramFields(), station.EventFields...)})
 		if err != nil {
 			return usageError{fmt.Errorf("hooks.%s: %w", name, err)}
 		}
@@ -298,7 +298,15 @@ func (b *bench) openHooks() error {
 	if to == nil || b.o.dryRun {
 		return nil
 	}
-	spool, err := hook.Open(hook.Config{Dir: b.line.path(hooksDir), Destinations: to, Log: slog.New(slog.DiscardHandler)})
+	if err := os.MkdirAll(b.line.path(hooksDir), 0o700); err != nil {
+		return err
+	}
+	log, err := os.OpenFile(filepath.Join(b.line.path(hooksDir), "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	b.closers = append(b.closers, log.Close)
+	spool, err := hook.Open(hook.Config{Dir: b.line.path(hooksDir), Destinations: to, Log: slog.New(slog.NewTextHandler(log, nil))})
 	if err != nil {
 		return fmt.Errorf("opening the spool of hooks: %w", err)
 	}
