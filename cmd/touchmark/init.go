@@ -193,8 +193,9 @@ func (a *app) runInit(ctx context.Context, o *initOptions) (err error) {
 		return err
 	}
 	for name, content := range map[string][]byte{
-		stationFile: pub,
-		lineFile:    append([]byte("# A touchmark line. Relative paths count from this file's directory.\n\n"), config...),
+		stationFile:       pub,
+		stationConfigFile: []byte(templates.Station()),
+		lineFile:          append([]byte("# A touchmark line. Relative paths count from this file's directory.\n\n"), config...),
 	} {
 		if err := writeFile(made.path(name), content, 0o644, false); err != nil {
 			return err

@@ -374,7 +374,14 @@ func (b *bench) serveNumbers(ctx context.Context, eg *errgroup.Group, t *yield.T
 	if err != nil {
 		return fmt.Errorf("metrics.listen: %w", err)
 	}
-	srv := &http.Server{Handler: t.Handler(), ReadHeaderTimeout: 5 * time.Second, MaxHeaderBytes: 16 << 10}
+	mux := http.NewServeMux()
+	mux.Handle("/metrics", t.Handler())
+	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/html; charset=utf-8")
+		w.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")
+		_ = t.Report().WriteHTML(w) // the other side went away
+	})
+	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, MaxHeaderBytes: 16 << 10}
 	eg.Go(func() error {
 		if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
 			return err
