@@ -44,6 +44,7 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -116,10 +117,10 @@ type Ledger struct {
 	size     int64      // leaves in the log
 	lastTime time.Time
 	nextUnit int64
-	frontier map[int64]tlog.Hash // stored-hash index → hash, of the complete subtrees on the right edge
-	grants   map[int64]string    // by job, as far as asked for
-	anchor   uint64              // where the counter stands; only with an anchor
-	broken   error               // set when memory and disk may disagree: reopen
+	edge     edge
+	grants   map[int64]string // by job, as far as asked for
+	anchor   uint64           // where the counter stands; only with an anchor
+	broken   error            // set when memory and disk may disagree: reopen
 }
 
 // A Unit is one identity.
@@ -216,11 +217,11 @@ func (c *Config) check() error {
 	return nil
 }
 
-func open(path string, readOnly bool) (*sql.DB, error) {
+func open(path string, readOnly bool, cacheMiB int) (*sql.DB, error) {
 	// synchronous=FULL with a write-ahead log: one flush per commit, and what was committed survives power loss. Key hashes
 	// fall anywhere in their index: room for it in memory, and a log that is folded back every 32 MiB, spare most rereading and
 	// rewriting of its pages.
-	dsn := "file:" + (&pathEscaper).Replace(path) + "?_pragma=busy_timeout(10000)&_pragma=synchronous(FULL)&_pragma=cache_size(-65536)"
+	dsn := "file:" + (&pathEscaper).Replace(path) + "?_pragma=busy_timeout(10000)&_pragma=synchronous(FULL)&_pragma=cache_size(" + strconv.Itoa(-1024*cacheMiB) + ")"
 	if readOnly {
 		dsn += "&mode=ro"
 	} else {
@@ -248,7 +249,7 @@ func Create(ctx context.Context, cfg Config) (err error) {
 	if err := f.Close(); err != nil {
 		return err
 	}
-	db, err := open(cfg.Path, false)
+	db, err := open(cfg.Path, false, 64)
 	if err != nil {
 		return err
 	}
@@ -273,7 +274,7 @@ func Open(ctx context.Context, cfg Config) (*Ledger, error) {
 		return nil, fmt.Errorf("opening ledger %s: %w", cfg.Path, err)
 	}
 	l := &Ledger{cfg: cfg, lock: lock, grants: make(map[int64]string)}
-	if l.db, err = open(cfg.Path, false); err == nil {
+	if l.db, err = open(cfg.Path, false, 64); err == nil {
 		err = l.load(ctx)
 	}
 	if err == nil {
@@ -293,7 +294,7 @@ func View(ctx context.Context, path string) (*Ledger, error) {
 	if _, err := os.Stat(path); err != nil {
 		return nil, fmt.Errorf("opening ledger: %w", err)
 	}
-	db, err := open(path, true)
+	db, err := open(path, true, 8)
 	if err != nil {
 		return nil, err
 	}
@@ -352,13 +353,13 @@ func (l *Ledger) load(ctx context.Context) error {
 	} else if !errors.Is(err, sql.ErrNoRows) {
 		return err
 	}
-	l.frontier = make(map[int64]tlog.Hash)
-	for _, idx := range frontierIndexes(l.size) {
-		h, err := l.storedHash(ctx, idx)
-		if err != nil {
-			return err
+	l.edge.size = l.size
+	for level := 0; l.size>>level > 0; level++ {
+		if l.size>>level&1 == 1 {
+			if l.edge.at[level], err = l.storedHash(ctx, tlog.StoredHashIndex(level, l.size>>level-1)); err != nil {
+				return err
+			}
 		}
-		l.frontier[idx] = h
 	}
 	return nil
 }
@@ -384,33 +385,6 @@ func (l *Ledger) loadLast(ctx context.Context) error {
 		return fmt.Errorf("%w: last entries: %v", ErrDamaged, err)
 	}
 	return nil
-}
-
-// frontierIndexes returns the stored-hash indexes of the complete subtrees that make up a tree of that size.
-func frontierIndexes(size int64) []int64 {
-	var idx []int64
-	for level := 0; size>>level > 0; level++ {
-		if size>>level&1 == 1 {
-			idx = append(idx, tlog.StoredHashIndex(level, size>>level-1))
-		}
-	}
-	return idx
-}
-
-func (l *Ledger) storedHash(ctx context.Context, idx int64) (tlog.Hash, error) {
-	var h tlog.Hash
-	var first int64
-	var hashes []byte
-	err := l.db.QueryRowContext(ctx, `SELECT first_hash, hashes FROM log WHERE first_hash <= $1 ORDER BY first_hash DESC LIMIT 1`, idx).Scan(&first, &hashes)
-	if err != nil {
-		return h, fmt.Errorf("%w: hash %d: %v", ErrDamaged, idx, err)
-	}
-	off := (idx - first) * tlog.HashSize
-	if off+tlog.HashSize > int64(len(hashes)) {
-		return h, fmt.Errorf("%w: hash %d is missing", ErrDamaged, idx)
-	}
-	copy(h[:], hashes[off:])
-	return h, nil
 }
 
 func eachLeaf(b []byte, f func([]byte) error) error {

@@ -285,6 +285,34 @@ func TestTampering(t *testing.T) {
 	}
 }
 
+// What a ledger declares is part of it: without its index a serial could be there twice, and a trigger changes what is to come.
+func TestForeignSchema(t *testing.T) {
+	for _, statement := range []string{
+		`CREATE TRIGGER t AFTER INSERT ON units BEGIN UPDATE grants SET spent = 0; END`,
+		`DROP INDEX retired_serial`, `CREATE TABLE more (x)`, `CREATE VIEW v AS SELECT * FROM units`, `ALTER TABLE jobs ADD COLUMN more TEXT`,
+	} {
+		line := newLine(t)
+		led := line.open(t)
+		begin(t, led, 2)
+		if err := led.Close(); err != nil {
+			t.Fatal(err)
+		}
+		db, err := sql.Open("sqlite", line.cfg.Path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := db.Exec(statement); err != nil {
+			t.Fatal(err)
+		}
+		if err := db.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := line.open(t).Verify(t.Context(), line.key.Public()); !errors.Is(err, ledger.ErrDamaged) {
+			t.Errorf("%s: %v", statement, err)
+		}
+	}
+}
+
 // lived makes a ledger in which everything has happened that can, and returns it open.
 func lived(t *testing.T, line *line, led *ledger.Ledger) *ledger.Ledger {
 	t.Helper()
