@@ -43,13 +43,11 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
 
-	"golang.org/x/mod/sumdb/tlog"
 	"modernc.org/sqlite" // also registers the driver
 	sqlite3 "modernc.org/sqlite/lib"
 
@@ -299,8 +297,7 @@ func View(ctx context.Context, path string) (*Ledger, error) {
 		return nil, err
 	}
 	l := &Ledger{cfg: Config{Path: path, Now: time.Now}, db: db, broken: errors.New("ledger is open for reading only")}
-	err = l.db.QueryRowContext(ctx, `SELECT CAST(value AS TEXT) FROM meta WHERE name = 'origin'`).Scan(&l.cfg.Origin)
-	if err == nil {
+	if l.cfg.Origin, err = l.origin(ctx); err == nil {
 		err = l.loadLast(ctx)
 	}
 	if err != nil {
@@ -326,14 +323,8 @@ func (l *Ledger) Path() string { return l.cfg.Path }
 
 // load reads the right edge of the log and the last unit ID into memory.
 func (l *Ledger) load(ctx context.Context) error {
-	var version, origin string
-	if err := l.db.QueryRowContext(ctx, `SELECT CAST(value AS TEXT) FROM meta WHERE name = 'version'`).Scan(&version); err != nil {
-		return err
-	}
-	if version != formatVersion {
-		return fmt.Errorf("ledger format %q: this version of touchmark keeps format %s only", version, formatVersion)
-	}
-	if err := l.db.QueryRowContext(ctx, `SELECT CAST(value AS TEXT) FROM meta WHERE name = 'origin'`).Scan(&origin); err != nil {
+	origin, err := l.origin(ctx)
+	if err != nil {
 		return err
 	}
 	if origin != l.cfg.Origin {
@@ -347,7 +338,7 @@ func (l *Ledger) load(ctx context.Context) error {
 	}
 	// A voided unit's row is gone, but its ID is never given out again: the highest one is also in meta.
 	var top int64
-	err := l.db.QueryRowContext(ctx, `SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'units'`).Scan(&top)
+	err = l.db.QueryRowContext(ctx, `SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'units'`).Scan(&top)
 	if err == nil {
 		l.nextUnit = max(l.nextUnit, top)
 	} else if !errors.Is(err, sql.ErrNoRows) {
@@ -356,12 +347,26 @@ func (l *Ledger) load(ctx context.Context) error {
 	l.edge.size = l.size
 	for level := 0; l.size>>level > 0; level++ {
 		if l.size>>level&1 == 1 {
-			if l.edge.at[level], err = l.storedHash(ctx, tlog.StoredHashIndex(level, l.size>>level-1)); err != nil {
+			if l.edge.at[level], err = (hashReader{ctx, l.db}).at(level, l.size>>level-1); err != nil {
 				return err
 			}
 		}
 	}
 	return nil
+}
+
+// origin reads whose ledger it is, once it is one that this package knows.
+func (l *Ledger) origin(ctx context.Context) (origin string, err error) {
+	var version string
+	err = l.db.QueryRowContext(ctx, `SELECT CAST(v.value AS TEXT), CAST(o.value AS TEXT) FROM meta v, meta o WHERE v.name = 'version' AND o.name = 'origin'`).
+		Scan(&version, &origin)
+	if errors.Is(err, sql.ErrNoRows) {
+		return "", fmt.Errorf("%w: it does not say whose it is", ErrDamaged)
+	}
+	if err == nil && version != formatVersion {
+		err = fmt.Errorf("ledger format %q: this version of touchmark keeps format %s only", version, formatVersion)
+	}
+	return origin, err
 }
 
 // loadLast reads how long the log is and when its last entry was made.
@@ -372,8 +377,12 @@ func (l *Ledger) loadLast(ctx context.Context) error {
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil
 	}
-	if err != nil {
+	var se *sqlite.Error
+	if err != nil && (ctx.Err() != nil || errors.As(err, &se)) {
 		return err
+	}
+	if err != nil {
+		return fmt.Errorf("%w: last entries: %w", ErrDamaged, err) // columns that hold what they cannot
 	}
 	l.size = first + count
 	err = eachLeaf(leaves, func(b []byte) error {
@@ -385,6 +394,19 @@ func (l *Ledger) loadLast(ctx context.Context) error {
 		return fmt.Errorf("%w: last entries: %v", ErrDamaged, err)
 	}
 	return nil
+}
+
+// rowTime returns when a row of the log was written, in milliseconds, from its first octets: all its entries have one time.
+func rowTime(head []byte) (int64, error) {
+	_, n := binary.Uvarint(head) // the first entry's length; its version and state follow, then its time
+	if n <= 0 || len(head) < n+2 || head[n] != leafVersion {
+		return 0, errLeaf
+	}
+	ms, k := binary.Varint(head[n+2:])
+	if k <= 0 {
+		return 0, errLeaf
+	}
+	return ms, nil
 }
 
 func eachLeaf(b []byte, f func([]byte) error) error {
@@ -437,11 +459,18 @@ func full(err error) error {
 	return err
 }
 
-// denied marks SQLite's answers to a file that may not be opened, or not written. That there is one was looked at before.
+// denied marks SQLite's answers to a file that may not be opened, or not written, or is none of its own. That there is one was
+// looked at before.
 func denied(err error) error {
 	var se *sqlite.Error
-	if errors.As(err, &se) && slices.Contains([]int{sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY}, se.Code()&0xff) {
+	if !errors.As(err, &se) {
+		return err
+	}
+	switch se.Code() & 0xff {
+	case sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY:
 		return fmt.Errorf("%w: %w", fs.ErrPermission, err)
+	case sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR: // the last: a table or column that must be there is not
+		return fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
 	return err
 }

@@ -2,6 +2,8 @@ package ledger
 
 import (
 	"context"
+	"database/sql"
+	"errors"
 	"fmt"
 	"math/bits"
 
@@ -44,18 +46,108 @@ func (e *edge) root() tlog.Hash {
 	return h
 }
 
-func (l *Ledger) storedHash(ctx context.Context, idx int64) (tlog.Hash, error) {
-	var h tlog.Hash
-	var first int64
-	var hashes []byte
-	err := l.db.QueryRowContext(ctx, `SELECT first_hash, hashes FROM log WHERE first_hash <= $1 ORDER BY first_hash DESC LIMIT 1`, idx).Scan(&first, &hashes)
+// hashReader reads stored hashes: a tlog.HashReader.
+type hashReader struct {
+	ctx context.Context // of the one call that the reader is made for
+	q   interface {
+		QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
+	}
+}
+
+func (r hashReader) ReadHashes(indexes []int64) ([]tlog.Hash, error) {
+	out := make([]tlog.Hash, len(indexes))
+	for i, idx := range indexes {
+		var b []byte
+		err := r.q.QueryRowContext(r.ctx, `SELECT substr(hashes, 32 * ($1 - first_hash) + 1, 32) FROM log WHERE first_hash <= $1 ORDER BY first_hash DESC LIMIT 1`, idx).Scan(&b)
+		if err == nil && len(b) != tlog.HashSize {
+			err = errors.New("it is missing")
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%w: hash %d: %v", ErrDamaged, idx, err)
+		}
+		copy(out[i][:], b)
+	}
+	return out, nil
+}
+
+// at returns the hash of the n-th complete subtree of 1<<level entries.
+func (r hashReader) at(level int, n int64) (tlog.Hash, error) {
+	hs, err := r.ReadHashes([]int64{tlog.StoredHashIndex(level, n)})
 	if err != nil {
-		return h, fmt.Errorf("%w: hash %d: %v", ErrDamaged, idx, err)
+		return tlog.Hash{}, err
 	}
-	off := (idx - first) * tlog.HashSize
-	if off+tlog.HashSize > int64(len(hashes)) {
-		return h, fmt.Errorf("%w: hash %d is missing", ErrDamaged, idx)
+	return hs[0], nil
+}
+
+// A snapshot is a ledger as it stands under its checkpoint, whatever its station goes on to do.
+type snapshot struct {
+	hashReader
+	tx   *sql.Tx
+	note []byte // not verified here: who reads what comes of it has the station's key
+	Checkpoint
+	root tlog.Hash
+}
+
+// snapshot calls f with the ledger as it is now, its stored hashes held against its checkpoint. The error is ErrNotFound while the
+// log is empty.
+func (l *Ledger) snapshot(ctx context.Context, f func(*snapshot) error) error {
+	tx, err := l.db.BeginTx(ctx, &sql.TxOptions{ReadOnly: true})
+	if err != nil {
+		return denied(err)
 	}
-	copy(h[:], hashes[off:])
-	return h, nil
+	defer func() { _ = tx.Rollback() }()
+	s := &snapshot{hashReader: hashReader{ctx, tx}, tx: tx}
+	if s.note, err = readCheckpoint(ctx, tx); err != nil {
+		return err
+	}
+	if s.Checkpoint, s.root, err = unverified(s.note); err != nil {
+		return fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	if err := s.holds(s.Size, s.root); err != nil {
+		return fmt.Errorf("%w: its entries and its checkpoint of %d entries: %w", ErrDamaged, s.Size, err)
+	}
+	return f(s)
+}
+
+var errOtherRoot = errors.New("they have different roots")
+
+// holds says whether the log's first entries have a root.
+func (s *snapshot) holds(size int64, root tlog.Hash) error {
+	got, err := tlog.TreeHash(size, s)
+	if err == nil && got != root {
+		err = errOtherRoot
+	}
+	return err
+}
+
+// entries calls visit with every entry under the checkpoint, from the row of the log on that holds an index. What it is called with is
+// good until it returns.
+func (s *snapshot) entries(from int64, visit func(index int64, entry []byte, f *leaf) error) (err error) {
+	rows, err := s.tx.QueryContext(s.ctx, `SELECT first, leaves FROM log WHERE first >= coalesce((SELECT max(first) FROM log WHERE first <= $1), 0) AND first < $2 ORDER BY first`, from, s.Size)
+	if err != nil {
+		return denied(err)
+	}
+	defer func() { err = errors.Join(err, rows.Close()) }()
+	var leaves sql.RawBytes
+	for rows.Next() {
+		var i int64
+		if err := rows.Scan(&i, &leaves); err != nil {
+			return denied(err)
+		}
+		err := eachLeaf(leaves, func(b []byte) error {
+			f, err := parseLeaf(b)
+			if err == nil && i < s.Size {
+				err = visit(i, b, &f)
+			}
+			i++
+			return err
+		})
+		if errors.Is(err, errLeaf) {
+			return fmt.Errorf("%w: entries to %d: %w", ErrDamaged, i-1, err)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return denied(rows.Err())
 }
