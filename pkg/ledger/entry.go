@@ -67,7 +67,7 @@ func (l *Ledger) Entries(ctx context.Context) iter.Seq2[Entry, error] {
 				return nil
 			})
 		})
-		if err != nil && !errors.Is(err, errStop) && !errors.Is(err, ErrNotFound) {
+		if err != nil && !errors.Is(err, errStop) {
 			yield(Entry{}, err)
 		}
 	}

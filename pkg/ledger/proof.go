@@ -60,6 +60,8 @@ type Statement struct {
 	Checkpoint Checkpoint   `json:"checkpoint"`
 	Serial     string       `json:"serial"`
 	Units      []StatedUnit `json:"units"` // that had the serial, oldest first
+	// Note is the signed checkpoint, for [VerifyCosignatures].
+	Note string `json:"-"`
 }
 
 // A StatedUnit is what the entries say of one unit.
@@ -259,7 +261,7 @@ func (p *Proof) statement() (st Statement, err error) {
 			return st, fmt.Errorf("entry %d: %w", e.Index, err)
 		}
 	}
-	return Statement{Checkpoint: c, Serial: p.Serial, Units: told.units}, nil
+	return Statement{Checkpoint: c, Serial: p.Serial, Units: told.units, Note: p.Checkpoint}, nil
 }
 
 // A story is what entries say of the units of one serial.

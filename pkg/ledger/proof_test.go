@@ -216,6 +216,7 @@ func TestProveDamaged(t *testing.T) {
 		`UPDATE log SET hashes = x'00' WHERE first = 1`,
 		`DELETE FROM log WHERE first > 1`,
 		`UPDATE checkpoint SET note = 'nothing'`,
+		`DELETE FROM checkpoint`,
 	} {
 		line := newLine(t)
 		led := line.open(t)
@@ -455,6 +456,17 @@ func TestCompare(t *testing.T) {
 		// Neither is damaged in itself: it takes both, or a witness, to see it.
 		verify(t, line, fork)
 		verify(t, line, twin)
+	}
+	empty := newLine(t)
+	e := empty.open(t)
+	if c := compare(e, led); c.Relation != ledger.Behind || c.Size != 0 {
+		t.Errorf("an empty one: %+v", c)
+	}
+	if _, err := e.Consistency(t.Context(), checkpoint(t, line, led)); !errors.Is(err, ledger.ErrRolledBack) {
+		t.Errorf("an empty one: %v", err)
+	}
+	if _, err := e.Prove(t.Context(), "SN0001"); !errors.Is(err, ledger.ErrNotFound) {
+		t.Errorf("an empty one: %v", err)
 	}
 	foreign := newLine(t)
 	foreign.cfg.Path += "2"

@@ -88,8 +88,7 @@ type snapshot struct {
 	root tlog.Hash
 }
 
-// snapshot calls f with the ledger as it is now, its stored hashes held against its checkpoint. The error is ErrNotFound while the
-// log is empty.
+// snapshot calls f with the ledger as it is now, its stored hashes held against its checkpoint. While the log is empty it has none.
 func (l *Ledger) snapshot(ctx context.Context, f func(*snapshot) error) error {
 	tx, err := l.db.BeginTx(ctx, &sql.TxOptions{ReadOnly: true})
 	if err != nil {
@@ -97,7 +96,15 @@ func (l *Ledger) snapshot(ctx context.Context, f func(*snapshot) error) error {
 	}
 	defer func() { _ = tx.Rollback() }()
 	s := &snapshot{hashReader: hashReader{ctx, tx}, tx: tx}
-	if s.note, err = readCheckpoint(ctx, tx); err != nil {
+	s.note, err = readCheckpoint(ctx, tx)
+	if errors.Is(err, ErrNotFound) && l.size == 0 {
+		s.Checkpoint = Checkpoint{Origin: l.cfg.Origin}
+		return f(s)
+	}
+	if errors.Is(err, ErrNotFound) {
+		return fmt.Errorf("%w: its entries have no checkpoint", ErrDamaged)
+	}
+	if err != nil {
 		return err
 	}
 	if s.Checkpoint, s.root, err = unverified(s.note); err != nil {
