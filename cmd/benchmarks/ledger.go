@@ -41,10 +41,10 @@ func fillLedger(cfg ledger.Config, n int) {
 	check(err)
 	events, next := make([]ledger.Event, ledgerGroup), make([]ledger.Event, ledgerGroup)
 	plan, certs := make([]byte, 60), make([]byte, 900*ledgerGroup)
+	must(rand.Read(plan))
+	must(rand.Read(certs))
 	for done := 0; done < n; done += len(events) {
 		events, next = events[:min(ledgerGroup, n-done)], next[:min(ledgerGroup, n-done)]
-		must(rand.Read(plan))
-		must(rand.Read(certs))
 		for i := range events {
 			serial := fmt.Sprintf("SN%08d", done+i)
 			key := sha256.Sum256([]byte(serial))

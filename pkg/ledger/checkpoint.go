@@ -12,6 +12,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -67,6 +68,15 @@ func openNote(signed []byte, pub crypto.PublicKey) (*note.Note, error) {
 	}
 	if err != nil {
 		return nil, fmt.Errorf("checkpoint: %w", err)
+	}
+	// note.Open takes signatures in any base64 there is of them, and lines more than once.
+	for _, s := range slices.Concat(n.Sigs, n.UnverifiedSigs) {
+		if _, err := base64.StdEncoding.Strict().DecodeString(s.Base64); err != nil {
+			return nil, errors.New("checkpoint has a signature that is not in the one form of base64")
+		}
+	}
+	if again, err := note.Sign(n); err != nil || len(again) != len(signed) {
+		return nil, errors.New("checkpoint has a line twice")
 	}
 	return n, nil
 }

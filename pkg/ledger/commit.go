@@ -60,7 +60,8 @@ func (l *Ledger) update(ctx context.Context, f func(*tx) error) error {
 	if err != nil {
 		return full(err)
 	}
-	t := &tx{Tx: stx, l: l, at: at, first: l.size, edge: l.edge}
+	t := &tx{Tx: stx, l: l, at: at, first: l.size, edge: l.edge, leaves: l.leaves[:0], hashes: l.hashes[:0]}
+	defer func() { l.leaves, l.hashes = t.leaves, t.hashes }()
 	nextUnit := l.nextUnit
 	if err = f(t); err == nil {
 		err = t.close(ctx)
@@ -122,6 +123,13 @@ func (l *Ledger) Commit(ctx context.Context, events []Event) error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if len(events) >= maxRun && l.insertMost == nil && l.broken == nil {
+		// Before the transaction, which has the one connection.
+		var err error
+		if l.insertMost, err = l.db.PrepareContext(ctx, insertSQL(maxRun)); err != nil {
+			return err
+		}
+	}
 	var made []int
 	err := l.update(ctx, func(t *tx) error {
 		made = made[:0]
@@ -238,7 +246,13 @@ func (t *tx) insert(ctx context.Context, events []Event) error {
 	if err := t.neverRetired(ctx, events); err != nil {
 		return err
 	}
-	if _, err := t.ExecContext(ctx, insertSQL(len(events)), args...); err != nil {
+	var err error
+	if len(events) == maxRun {
+		_, err = t.StmtContext(ctx, t.l.insertMost).ExecContext(ctx, args...)
+	} else {
+		_, err = t.ExecContext(ctx, insertSQL(len(events)), args...)
+	}
+	if err != nil {
 		return err
 	}
 	return t.endorse(ctx, events)

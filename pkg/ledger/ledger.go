@@ -27,6 +27,10 @@
 // begins a unit, so it cannot be overdrawn, and a window of time is held against the journal's own. A [Counter] outside the
 // file, in a token or a TPM, tells a ledger that was copied or restored from the one that went on.
 //
+// To others a ledger is shown by signed checkpoints and by proofs under them, for which the station's public key is enough:
+// [Ledger.Prove] that something is in it, [Ledger.Consistency] that it only grew. A [Witness] in other hands cosigns checkpoints and
+// so keeps a station from telling two stories. What went wrong has a name: [ErrDamaged], [ErrRolledBack], [ErrForked].
+//
 // Callers pass slices of [Event]; one call of [Ledger.Commit] is one transaction with one flush to disk, so a caller with
 // many units commits them in groups. Secrets never enter a ledger.
 //
@@ -111,14 +115,17 @@ type Ledger struct {
 	lock   *os.File
 	signer *noteKey
 
-	mu       sync.Mutex // serializes commits; guards the fields below
-	size     int64      // leaves in the log
-	lastTime time.Time
-	nextUnit int64
-	edge     edge
-	grants   map[int64]string // by job, as far as asked for
-	anchor   uint64           // where the counter stands; only with an anchor
-	broken   error            // set when memory and disk may disagree: reopen
+	mu             sync.Mutex // serializes commits; guards the fields below
+	size           int64      // leaves in the log
+	lastTime       time.Time
+	nextUnit       int64
+	edge           edge
+	grants         map[int64]string // by job, as far as asked for
+	anchor         uint64           // where the counter stands; only with an anchor
+	leaves, hashes []byte           // room that commits use in turn: growing it anew each time took a tenth of minting
+	// insertMost inserts maxRun units. That is a long statement: parsing it each time took another. Nil until it is needed.
+	insertMost *sql.Stmt
+	broken     error // set when memory and disk may disagree: reopen
 }
 
 // A Unit is one identity.
@@ -309,6 +316,9 @@ func View(ctx context.Context, path string) (*Ledger, error) {
 // Close closes the ledger and gives its lock back. Everything committed is on disk already.
 func (l *Ledger) Close() error {
 	var errs []error
+	if l.insertMost != nil {
+		errs = append(errs, l.insertMost.Close())
+	}
 	if l.db != nil {
 		errs = append(errs, l.db.Close())
 	}

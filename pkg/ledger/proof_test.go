@@ -158,6 +158,7 @@ func TestProve(t *testing.T) {
 		"a longer path":    func(p *ledger.Proof) { p.Entries[0].Path = append(p.Entries[0].Path, p.Entries[0].Path[0]) },
 		"format":           func(p *ledger.Proof) { p.Format = "touchmark/ledger-proof/2" },
 		"old checkpoint":   func(p *ledger.Proof) { p.Checkpoint = string(middle) },
+		"a line twice":     func(p *ledger.Proof) { p.Checkpoint += p.Checkpoint[strings.Index(p.Checkpoint, "—"):] },
 		"no checkpoint":    func(p *ledger.Proof) { p.Checkpoint = "" },
 	} {
 		var p ledger.Proof
@@ -191,7 +192,7 @@ func TestProve(t *testing.T) {
 		bad := bytes.Clone(b)
 		bad[i] ^= 1 << mathrand.IntN(8)
 		if st, err := ledger.VerifyProof(bad, line.key.Public()); err == nil {
-			t.Fatalf("octet %d changed: %+v", i, st)
+			t.Fatalf("octet %d of %s changed: %+v", i, bad, st)
 		}
 	}
 	for name, bad := range map[string][]byte{
