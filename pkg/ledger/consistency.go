@@ -172,7 +172,7 @@ func (c Comparison) Err() error {
 
 // Compare holds two copies of a ledger against each other by their stored hashes, in a time that grows with the logarithm of
 // their sizes. That stored hashes are those of the entries, Verify tells. Each is held against its own checkpoint; whose
-// signature that has, [OpenCheckpoint] tells.
+// signature that has, [OpenCheckpoint] tells. They must be opened apart, even where they are the same file.
 func Compare(ctx context.Context, a, b *Ledger) (c Comparison, err error) {
 	err = a.snapshot(ctx, func(a *snapshot) error {
 		return b.snapshot(ctx, func(b *snapshot) error {

@@ -98,7 +98,8 @@ func (p *Proof) Encode() ([]byte, error) {
 }
 
 // Prove makes the proof of everything that the ledger says of a serial: of the living unit that has it and of those which ended.
-// It reads the log from where the first of them began. The error is ErrNotFound where no unit ever had the serial.
+// It reads the log from where the first of them began; a writing Ledger waits with its commits until it is through. The error is
+// ErrNotFound where no unit ever had the serial.
 func (l *Ledger) Prove(ctx context.Context, serial string) (*Proof, error) {
 	return l.prove(ctx, serial, nil)
 }
@@ -124,6 +125,9 @@ func (l *Ledger) prove(ctx context.Context, serial string, signed []byte) (p *Pr
 		err = s.entries(from, func(i int64, b []byte, f *leaf) error {
 			if !told.concerns(f) {
 				return nil
+			}
+			if len(p.Entries) == maxProofEntries {
+				return fmt.Errorf("there are more than %d entries about it", maxProofEntries)
 			}
 			p.Entries = append(p.Entries, ProofEntry{Index: i, Entry: bytes.Clone(b)})
 			if err := told.add(i, f); err != nil {

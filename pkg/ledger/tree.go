@@ -97,12 +97,13 @@ func (l *Ledger) snapshot(ctx context.Context, f func(*snapshot) error) error {
 	defer func() { _ = tx.Rollback() }()
 	s := &snapshot{hashReader: hashReader{ctx, tx}, tx: tx}
 	s.note, err = readCheckpoint(ctx, tx)
-	if errors.Is(err, ErrNotFound) && l.size == 0 {
+	if errors.Is(err, ErrNotFound) {
+		var some bool
+		if err := tx.QueryRowContext(ctx, `SELECT EXISTS (SELECT 1 FROM log)`).Scan(&some); err != nil || some {
+			return fmt.Errorf("%w: its entries have no checkpoint %w", ErrDamaged, errOrNil(err))
+		}
 		s.Checkpoint = Checkpoint{Origin: l.cfg.Origin}
 		return f(s)
-	}
-	if errors.Is(err, ErrNotFound) {
-		return fmt.Errorf("%w: its entries have no checkpoint", ErrDamaged)
 	}
 	if err != nil {
 		return err

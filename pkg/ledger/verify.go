@@ -32,8 +32,8 @@ type Report struct {
 }
 
 // Verify reads the whole ledger: every entry is hashed again up to the root that the station signed, and the tables must say
-// just what the entries say. The error wraps ErrDamaged. It takes two cores and 64
-// octets of memory a unit.
+// just what the entries say. The error wraps ErrDamaged. It takes two cores, and 64 octets of
+// memory a unit.
 func (l *Ledger) Verify(ctx context.Context, station crypto.PublicKey) (Report, error) {
 	v := verifier{l: l, grants: make(map[string]*grantSum), jobs: make(map[int64]string), leases: make(map[string]int64), ends: make(map[int64]ended)}
 	_, _ = rand.Read(v.key[:]) // never fails

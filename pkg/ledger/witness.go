@@ -77,11 +77,11 @@ func (w *Witness) Cosign(b []byte, station crypto.PublicKey, first bool) (_ []by
 	last, known := state[newer.Origin]
 	switch {
 	case !known && !first:
-		return nil, fmt.Errorf("ledger %q: %w: nothing of it", newer.Origin, ErrUnseen)
+		return nil, fmt.Errorf("ledger %q: %w at all", newer.Origin, ErrUnseen)
 	case known && first:
-		return nil, fmt.Errorf("ledger %q is not new to the witness: %w as new: it saw %d entries", newer.Origin, ErrUnseen, last.Size)
+		return nil, fmt.Errorf("ledger %q is not new to the witness, which saw %d entries of it", newer.Origin, last.Size)
 	case known && last.Size < newer.Size && c.Old != last.Size:
-		return nil, fmt.Errorf("ledger %q: %w: it saw %d entries last, and wants a proof from there to %d", newer.Origin, ErrUnseen, last.Size, newer.Size)
+		return nil, fmt.Errorf("ledger %q: %w from there: it saw %d entries last, and wants a proof from there to %d", newer.Origin, ErrUnseen, last.Size, newer.Size)
 	case known:
 		if _, err := CheckConsistency(Checkpoint{Origin: newer.Origin, Size: last.Size, Root: last.Root}, c, station); err != nil {
 			return nil, err
