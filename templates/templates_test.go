@@ -35,6 +35,7 @@ func TestIdentityServiceConfig(t *testing.T) {
 		"x509":      {IDScope: "0ne1", GlobalEndpoint: "h.example", RegistrationID: "pump-1", Attestation: "x509", CertificateChainFile: "device-chain.pem", PrivateKeyFile: "device-key.pem"},
 		"token":     {IDScope: "0ne1", GlobalEndpoint: "h.example", RegistrationID: "pump-1", Attestation: "x509", CertificateChainFile: "device-chain.pem", KeyURI: "pkcs11:token=a"},
 		"symmetric": {IDScope: "0ne1", GlobalEndpoint: "h.example", RegistrationID: "pump-1", Attestation: "symmetricKey", SymmetricKey: "a2V5"},
+		"tpm":       {IDScope: "0ne1", GlobalEndpoint: "h.example", RegistrationID: "pump-1", Attestation: "tpm"},
 		"hostile":   {IDScope: "\"\n[evil]\nx=\"", GlobalEndpoint: `\u0022`, RegistrationID: "a\x00b", Attestation: "symmetricKey", SymmetricKey: "k"},
 	} {
 		out, err := f.Render(nil, d)
@@ -50,6 +51,9 @@ func TestIdentityServiceConfig(t *testing.T) {
 		if p.Source != "dps" || p.GlobalEndpoint != "https://"+d.GlobalEndpoint || p.IDScope != d.IDScope ||
 			p.Attestation.RegistrationID != d.RegistrationID || p.Attestation.SymmetricKey.Value != d.SymmetricKey {
 			t.Errorf("%s: %+v", name, c)
+		}
+		if method := map[string]string{"x509": "x509", "symmetricKey": "symmetric_key", "tpm": "tpm"}[d.Attestation]; p.Attestation.Method != method {
+			t.Errorf("%s: method %q", name, p.Attestation.Method)
 		}
 		if d.PrivateKeyFile != "" && p.Attestation.IdentityPK != "file:///etc/aziot/device/device-key.pem" || d.KeyURI != "" && p.Attestation.IdentityPK != d.KeyURI {
 			t.Errorf("%s: private key %q", name, p.Attestation.IdentityPK)

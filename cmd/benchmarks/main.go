@@ -79,6 +79,7 @@ func main() {
 		{"register-https", func() { b.register("https") }}, {"register-mqtt", func() { b.register("mqtt") }}, {"import", b.importBundle},
 		{"ledger-append", func() { b.ledgerAppend("ledger-append", temp) }}, {"ledger-append-disk", func() { b.ledgerAppend("ledger-append-disk", disk) }},
 		{"ledger-verify", b.ledgerVerify}, {"ledger-verify-million ledger-resume-million", b.ledgerMillion},
+		{"nvs-images", b.nvsImages},
 	} {
 		if strings.Contains(x.name, *only) {
 			x.run()
@@ -231,7 +232,7 @@ func (f *factory) mintRun(profile string, n int, stamps bool) float64 {
 	sum := must(run.Mint(ctx, w.Add))
 	w.SetCheckpoint(must(led.Checkpoint(ctx)))
 	bs := must(w.Close())
-	check(mint.Export(ctx, led, sum, bs.ID))
+	check(mint.Exported(ctx, led, sum.Units, bs.ID))
 	seconds := time.Since(start).Seconds()
 	check(run.Close())
 	if sum.Minted != n {

@@ -181,7 +181,7 @@ func (a *app) examineMechanisms(d *doctor, l *line, can []pkcs11.Capability, err
 	needs := map[need]string{{"make", hsm.ECP256}: "the line's keys", {"sign", hsm.ECP256}: "the line's keys", {"agree", hsm.ECP256}: "the line's recipient key"}
 	if l != nil {
 		for _, name := range l.profileNames() {
-			p, err := l.profile(name)
+			p, _, err := l.profile(name)
 			switch {
 			case err != nil: // reported with the profile
 			case p.Key.In == "token" && p.Key.Store == "":
@@ -329,6 +329,9 @@ func (a *app) examineLine(ctx context.Context, d *doctor, l *line, store *pkcs11
 	}
 	good := true
 	for _, name := range []string{l.Keys.Station, l.Keys.Issuing, l.Keys.Root} {
+		if name == "" {
+			continue // the line shares another's CA
+		}
 		key, err := openSigner(ctx, store, name)
 		if err == nil && want[name] != nil && !key.Public().(interface{ Equal(crypto.PublicKey) bool }).Equal(want[name]) {
 			err = fmt.Errorf("key %q on the token is another one than the line's files say", name)
@@ -352,7 +355,7 @@ func (a *app) examineLine(ctx context.Context, d *doctor, l *line, store *pkcs11
 	}
 	for _, name := range l.profileNames() {
 		check := "profile " + name
-		p, err := l.profile(name)
+		p, _, err := l.profile(name)
 		if err != nil {
 			d.fail(check, "mend the profile", errors.New(strings.ReplaceAll(err.Error(), "\n", "; ")))
 			continue

@@ -20,6 +20,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/filelock"
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/mint"
+	"github.com/touchmark/touchmark/pkg/order"
 	"github.com/touchmark/touchmark/pkg/settings"
 	"github.com/touchmark/touchmark/pkg/stamp"
 )
@@ -147,6 +148,7 @@ func classify(ctx context.Context, err error) (code int, help string) {
 	var faults *settings.Error
 	var list *mint.ListError
 	var answer *tpm.Error
+	var granted *ledger.GrantError
 	switch {
 	case errors.As(err, &partial):
 		if ctx.Err() != nil && errors.Is(err, context.Canceled) {
@@ -176,6 +178,17 @@ func classify(ctx context.Context, err error) (code int, help string) {
 		return exitRefused, help
 	case errors.As(err, &refused), errors.As(err, &denied):
 		return exitRefused, help
+	case errors.As(err, &granted), errors.Is(err, order.ErrStation), errors.Is(err, order.ErrProduct), errors.Is(err, order.ErrSerial), errors.Is(err, ledger.ErrScrapped):
+		suggest("touchmark order list shows what may be made here; the owner signs what is missing")
+		return exitRefused, help
+	case errors.Is(err, ledger.ErrRolledBack):
+		suggest("what was made since the copy was taken is not in it: bring the newest ledger back, and ask the line's engineer where the copy came from")
+		return exitUnverified, help
+	case errors.Is(err, hsm.ErrClaimed):
+		suggest("another touchmark, or one with a copy of this ledger, is at work: stop it; touchmark token counter show tells who holds it, and token counter takeover frees it from one that is gone for good")
+		return exitRefused, help
+	case errors.Is(err, order.ErrInvalid):
+		return exitUnverified, help
 	case errors.Is(err, signed.ErrUntrusted):
 		suggest("name the station's public key with --trust station.pem, if it is one that you trust")
 		return exitUnverified, help
@@ -186,9 +199,6 @@ func classify(ctx context.Context, err error) (code int, help string) {
 		return exitUnverified, help
 	case errors.Is(err, ledger.ErrStation):
 		suggest("name the public key of the station that keeps this ledger with --trust")
-		return exitUnverified, help
-	case errors.Is(err, ledger.ErrRolledBack):
-		suggest("it is a backup, or was cut off: go on with the copy that has all its entries, never with this one")
 		return exitUnverified, help
 	case errors.Is(err, ledger.ErrForked):
 		suggest("two copies of it were worked with, or it was made up: stop the line and keep both; touchmark ledger export shows what each has from that entry on")

@@ -24,6 +24,8 @@ import (
 
 type initOptions struct {
 	dir, idScope, endpoint, keyURI, subject, name, prefix string
+	issuingKey, issuingChain, counter                     string
+	owners                                                []string
 }
 
 func newInit(a *app) *cobra.Command {
@@ -53,7 +55,12 @@ a PKCS#11 token, which keys made there never leave.`,
 	f.StringVar(&o.subject, "subject", "", "organization named in the CA certificates (default: the line's name)")
 	f.StringVar(&o.name, "name", "", "the line's name (default: the directory's)")
 	f.StringVar(&o.prefix, "key-prefix", "", "put this before the names of the line's keys, where lines share a token")
+	f.StringVar(&o.issuingKey, "issuing-key", "", "name of an issuing CA's key that is in the store already, with --issuing-chain")
+	f.StringVar(&o.issuingChain, "issuing-chain", "", "PEM file with the issuing CA's certificate and those above it, for stations that share one")
+	f.StringArrayVar(&o.owners, "owner", nil, "PEM file with the public key of whoever signs production orders: the line makes nothing without one then; may be repeated")
+	f.StringVar(&o.counter, "counter", "", "tie the ledger to a new counter of this name in the token, so that a copy of it is refused")
 	_ = c.MarkFlagRequired("id-scope")
+	c.MarkFlagsRequiredTogether("issuing-key", "issuing-chain")
 	return c
 }
 
@@ -95,9 +102,13 @@ func (a *app) runInit(ctx context.Context, o *initOptions) (err error) {
 	made := &line{dir: tmp}
 	var store hsm.Store
 	var keys []string
+	counter := ""
 	defer func() {
 		if err == nil {
 			return
+		}
+		if counters, ok := store.(hsm.CounterStore); ok && counter != "" {
+			err = errors.Join(err, counters.DeleteCounter(context.WithoutCancel(ctx), counter))
 		}
 		for _, name := range keys { // what was made in a token does not outlive the line that it was for
 			err = errors.Join(err, store.Delete(context.WithoutCancel(ctx), name))
@@ -114,6 +125,7 @@ func (a *app) runInit(ctx context.Context, o *initOptions) (err error) {
 	if err != nil {
 		return usageError{err}
 	}
+	made.Orders.Counter = o.counter
 	made.Store = uri.String() // without a PIN, should there be one in it
 	if uri.Scheme == hsm.SchemeFile {
 		if err := a.createKeyFiles(ctx, uri, tmp); err != nil {
@@ -134,7 +146,15 @@ func (a *app) runInit(ctx context.Context, o *initOptions) (err error) {
 		keys = append(keys, name)
 		return k, nil
 	}
-	if err := a.makeAuthorities(made, make, o.subject); err != nil {
+	if o.issuingKey != "" {
+		err = a.shareAuthority(ctx, made, store, o)
+	} else {
+		err = a.makeAuthorities(made, make, o.subject)
+	}
+	if err != nil {
+		return err
+	}
+	if err := made.copyOwners(o.owners); err != nil {
 		return err
 	}
 	recipient := ""
@@ -193,6 +213,12 @@ func (a *app) runInit(ctx context.Context, o *initOptions) (err error) {
 	if err := ledger.Create(ctx, ledger.Config{Path: made.path(ledgerFile), Origin: made.origin(), Signer: station}); err != nil {
 		return err
 	}
+	if o.counter != "" {
+		if err := anchorNew(ctx, made, store, station, o.counter); err != nil {
+			return err
+		}
+		counter = o.counter
+	}
 	if err := os.Chmod(tmp, 0o755); err != nil {
 		return err
 	}
@@ -203,7 +229,7 @@ func (a *app) runInit(ctx context.Context, o *initOptions) (err error) {
 		return err
 	}
 	closeErr := store.Close()
-	store, keys = nil, nil
+	store, keys, counter = nil, nil, ""
 	if closeErr != nil {
 		return closeErr
 	}
@@ -250,6 +276,70 @@ func withEnv(env func(string) (string, bool), name, value string) func(string) (
 		}
 		return env(n)
 	}
+}
+
+// shareAuthority has the line issue with a CA whose key is in its store already, as stations do that share a token.
+func (a *app) shareAuthority(ctx context.Context, l *line, store hsm.Store, o *initOptions) error {
+	chain, err := readCertificates(o.issuingChain)
+	if err != nil {
+		return usageError{fmt.Errorf("--issuing-chain: %w", err)}
+	}
+	key, err := openSigner(ctx, store, o.issuingKey)
+	if err != nil {
+		return err
+	}
+	if _, err := ca.NewIssuer(ca.Config{Signer: key, Certificate: chain[0], Chain: chain[1:]}); err != nil {
+		return usageError{fmt.Errorf("--issuing-chain: %w", err)}
+	}
+	l.Keys.Root, l.Keys.Issuing = "", o.issuingKey
+	if err := writeFile(l.path(rootFile), ca.EncodeChain(chain[len(chain)-1]), 0o644, false); err != nil {
+		return err
+	}
+	return writeFile(l.path(issuingFile), ca.EncodeChain(chain...), 0o644, false)
+}
+
+// copyOwners keeps the public keys of those who may order in the line's directory.
+func (l *line) copyOwners(files []string) error {
+	for i, file := range files {
+		pub, err := readPublicKey(file)
+		if err != nil {
+			return err
+		}
+		text, err := publicPEM(pub)
+		if err != nil {
+			return err
+		}
+		name := "owner.pem"
+		if i > 0 {
+			name = fmt.Sprintf("owner-%d.pem", i+1)
+		}
+		if err := writeFile(l.path(name), text, 0o644, false); err != nil {
+			return err
+		}
+		l.Orders.Owners = append(l.Orders.Owners, name)
+	}
+	l.Orders.Required = len(files) > 0
+	return nil
+}
+
+// anchorNew makes the counter of a new ledger and ties the two.
+func anchorNew(ctx context.Context, l *line, store hsm.Store, station hsm.SigningKey, name string) (err error) {
+	counters, ok := store.(hsm.CounterStore)
+	if !ok {
+		return usageError{fmt.Errorf("--counter: %s keeps no counters: %w", store.URI(), hsm.ErrUnsupported)}
+	}
+	counter, err := counters.CreateCounter(ctx, name)
+	if err != nil {
+		return fmt.Errorf("making the counter %q: %w", name, err)
+	}
+	led, err := ledger.Open(ctx, ledger.Config{Path: l.path(ledgerFile), Origin: l.origin(), Signer: station})
+	if err == nil {
+		err = errors.Join(led.Anchor(ctx, counter), led.Close())
+	}
+	if err != nil {
+		err = errors.Join(err, counters.DeleteCounter(ctx, name))
+	}
+	return err
 }
 
 // makeAuthorities makes the root and the issuing CA of a line.

@@ -29,6 +29,7 @@ type keyOptions struct {
 	in              string
 	yes             bool
 	extractable     bool
+	create          bool
 }
 
 // storeFlags adds the ways to say which key store a command works on.
@@ -47,13 +48,14 @@ func newKey(a *app) *cobra.Command {
 	storeFlags(listCmd, list)
 	newCmd := &cobra.Command{
 		Use: "new --name NAME", Short: "Make a key that never leaves the store", Args: cobra.NoArgs,
-		Example: "  touchmark key new --line line-3 --name spare --algorithm EC-P384",
+		Example: "  touchmark key new --line line-3 --name spare --algorithm EC-P384\n  touchmark key new --store file:office --create --name owner",
 		RunE:    func(cmd *cobra.Command, _ []string) error { return a.runKeyNew(cmd.Context(), mk) },
 	}
 	storeFlags(newCmd, mk)
 	newCmd.Flags().StringVar(&mk.name, "name", "", "the key's name (required)")
 	newCmd.Flags().StringVar(&mk.algorithm, "algorithm", string(hsm.ECP256), fmt.Sprintf("one of %v", hsm.Algorithms))
 	newCmd.Flags().BoolVar(&mk.extractable, "extractable", false, "let the key be wrapped out of the store later (touchmark key wrap); without it, it never can")
+	newCmd.Flags().BoolVar(&mk.create, "create", false, "make the folder of key files that --store names, if it is not there yet")
 	_ = newCmd.MarkFlagRequired("name")
 	_ = newCmd.RegisterFlagCompletionFunc("algorithm", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 		var names []string
@@ -193,6 +195,17 @@ func (a *app) runKeyNew(ctx context.Context, o *keyOptions) error {
 	alg, err := hsm.ParseAlgorithm(o.algorithm)
 	if err != nil {
 		return usageError{err}
+	}
+	if o.create {
+		uri, err := hsm.ParseURI(o.store)
+		if err != nil || uri.Scheme != hsm.SchemeFile {
+			return usageError{errors.Join(fmt.Errorf("--create goes with --store file:DIR"), err)}
+		}
+		if !exists(uri.Path) {
+			if err := a.createKeyFiles(ctx, uri, ""); err != nil {
+				return err
+			}
+		}
 	}
 	return a.withStore(ctx, o, func(store hsm.Store, _ *line) error {
 		k, err := store.Generate(ctx, hsm.Spec{Name: o.name, Algorithm: alg, Extractable: o.extractable})

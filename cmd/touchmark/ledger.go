@@ -11,6 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/pkg/ledger"
 )
 
@@ -39,7 +40,7 @@ against them. It ends with exit code 5 when anything does not fit.`,
 	}
 	lineFlag(verifyCmd, &verify.line)
 	verifyCmd.Flags().StringVar(&verify.trust, "trust", "", "PEM file with the station's public key (default: the line's station.pem)")
-	return parent("ledger", "Look into a line's journal, verify it, and prove what is in it", append(a.ledgerProofs(), showCmd, verifyCmd)...)
+	return parent("ledger", "Look into a line's journal, verify it, and prove what is in it", append(a.ledgerProofs(), showCmd, verifyCmd, newLedgerAnchor(a))...)
 }
 
 func (a *app) runLedgerShow(ctx context.Context, o *ledgerOptions) (err error) {
@@ -119,6 +120,61 @@ func (a *app) runLedgerVerify(ctx context.Context, o *ledgerOptions) error {
 			{"  root", report.Checkpoint.Root},
 		})
 	})
+}
+
+func newLedgerAnchor(a *app) *cobra.Command {
+	var dir string
+	c := &cobra.Command{
+		Use: "anchor --line DIR", Short: "Tie a ledger to a counter in its token or TPM, once", Args: cobra.NoArgs,
+		Long: `anchor makes the counter that orders.counter of touchmark.toml names, in the line's token (or in orders.counter-store, a token or a TPM),
+and ties the ledger to it. From then on a ledger that was copied, or restored from a backup, is refused: the counter has gone
+on without it. Key files keep no counters, so a line whose keys are in files can be copied with its ledger.`,
+		Example: "  touchmark ledger anchor --line line-3",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			l, err := a.loadLine(dir)
+			if err != nil {
+				return err
+			}
+			if l.Orders.Counter == "" {
+				return hint(usageError{errors.New("the line names no counter")}, "write counter = \"%s\" into the table [orders] of %s first", l.Name, l.path(lineFile))
+			}
+			return a.anchor(cmd.Context(), l)
+		},
+	}
+	lineFlag(c, &dir)
+	return c
+}
+
+// anchor makes the line's counter and ties its ledger to it.
+func (a *app) anchor(ctx context.Context, l *line) (err error) {
+	name := l.Orders.Counter
+	plain := *l
+	plain.Orders.Counter = ""
+	f, err := a.openFloor(ctx, &plain)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if is, err := f.ledger.Anchored(ctx); err != nil || is {
+		return errors.Join(err, fmt.Errorf("%w: the ledger has one already", ledger.ErrAnchor))
+	}
+	store, err := f.counterStore(ctx)
+	if err != nil {
+		return err
+	}
+	counter, err := store.CreateCounter(ctx, name)
+	if errors.Is(err, hsm.ErrExists) {
+		// It could be that of the ledger that this one was copied from.
+		return hint(fmt.Errorf("making the counter %q: %w", name, err), "choose another name; touchmark token counter delete takes away one that no ledger is tied to")
+	}
+	if err != nil {
+		return fmt.Errorf("making the counter %q: %w", name, err)
+	}
+	if err := f.ledger.Anchor(ctx, counter); err != nil {
+		return err
+	}
+	a.note("the ledger of %s is tied to counter %q", l.Name, name)
+	return nil
 }
 
 // exists reports whether there is anything at a path.

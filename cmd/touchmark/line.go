@@ -1,9 +1,12 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto"
+	"crypto/sha256"
 	"crypto/x509"
+	"encoding/hex"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -19,7 +22,6 @@ import (
 	"github.com/touchmark/touchmark/hsm/pkcs11"
 	"github.com/touchmark/touchmark/pkg/ca"
 	"github.com/touchmark/touchmark/pkg/dps"
-	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/mint"
 	"github.com/touchmark/touchmark/pkg/settings"
 	"github.com/touchmark/touchmark/templates"
@@ -37,11 +39,28 @@ type lineConfig struct {
 	Store string `toml:"store"`
 	// keys names the keys in the store. There is no recipient where the store cannot agree on secrets.
 	Keys struct {
-		Root      string `toml:"root"`
+		Root      string `toml:"root,omitempty"` // where the line made it itself
 		Issuing   string `toml:"issuing"`
 		Station   string `toml:"station"`
 		Recipient string `toml:"recipient,omitempty"`
 	} `toml:"keys"`
+	// orders is how the line works with production orders.
+	Orders ordersConfig `toml:"orders,omitempty"`
+}
+
+// ordersConfig is the table [orders] of touchmark.toml.
+type ordersConfig struct {
+	// required has mint and station refuse to start without a production order.
+	Required bool `toml:"required,omitempty"`
+	// owners are PEM files with the public keys of those who may order, beside touchmark.toml.
+	Owners []string `toml:"owners,omitempty"`
+	// holders are PEM files with the public keys of the stations that may cut leases for this one.
+	Holders []string `toml:"holders,omitempty"`
+	// counter is the name of a counter in the line's store, or in counter-store, that a copied or restored ledger is told by.
+	// touchmark ledger anchor makes it. Key files have none.
+	Counter string `toml:"counter,omitempty"`
+	// counter-store is the key URI of the token or TPM with the counter, where that is another than the line's store.
+	CounterStore string `toml:"counter-store,omitempty"`
 }
 
 // The files of a line.
@@ -87,11 +106,17 @@ func (a *app) loadLine(dir string) (*line, error) {
 	if err := dps.CheckIDScope(l.IDScope); err != nil {
 		faults.Key("id-scope", "id-scope: %v", err)
 	}
-	for _, must := range [][2]string{{"name", l.Name}, {"global-endpoint", l.GlobalEndpoint}, {"store", l.Store}, {"keys.root", l.Keys.Root},
+	for _, must := range [][2]string{{"name", l.Name}, {"global-endpoint", l.GlobalEndpoint}, {"store", l.Store},
 		{"keys.issuing", l.Keys.Issuing}, {"keys.station", l.Keys.Station}} {
 		if must[1] == "" {
 			faults.Key(must[0], "%s is missing", must[0])
 		}
+	}
+	if l.Orders.Required && len(l.Orders.Owners) == 0 {
+		faults.Key("orders.required", "orders.required needs orders.owners: whose orders count here?")
+	}
+	if l.Orders.CounterStore != "" && l.Orders.Counter == "" {
+		faults.Key("orders.counter-store", "orders.counter-store needs orders.counter")
 	}
 	if err := faults.Err(); err != nil {
 		return nil, err
@@ -162,24 +187,26 @@ func (l *line) stationPublic() (crypto.PublicKey, error) { return readPublicKey(
 // origin names the line's ledger in its checkpoints.
 func (l *line) origin() string { return "touchmark/" + l.Name }
 
-func (l *line) openLedger(ctx context.Context, station crypto.Signer) (*ledger.Ledger, error) {
-	return ledger.Open(ctx, ledger.Config{Path: l.path(ledgerFile), Origin: l.origin(), Signer: station})
-}
-
-// profile loads a profile by name.
-func (l *line) profile(name string) (*mint.Profile, error) {
+// profile loads a profile by name, and returns the hex SHA-256 of its file, too.
+func (l *line) profile(name string) (*mint.Profile, string, error) {
 	if !hsm.ValidName(name) {
-		return nil, usageError{fmt.Errorf("profile %q: want letters, digits and -._", name)}
+		return nil, "", usageError{fmt.Errorf("profile %q: want letters, digits and -._", name)}
 	}
-	f, err := os.Open(filepath.Join(l.path(profilesDir), name+".toml"))
+	b, err := readSmall(filepath.Join(l.path(profilesDir), name+".toml"))
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, usageError{fmt.Errorf("profile %q is not in %s (there are: %s)", name, l.path(profilesDir), strings.Join(l.profileNames(), ", "))}
+		return nil, "", usageError{fmt.Errorf("profile %q is not in %s (there are: %s)", name, l.path(profilesDir), strings.Join(l.profileNames(), ", "))}
 	}
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	defer f.Close()
-	return mint.LoadProfile(name, f)
+	p, err := mint.LoadProfile(name, bytes.NewReader(b))
+	return p, profileHash(b), err
+}
+
+// profileHash names what a profile says.
+func profileHash(b []byte) string {
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:])
 }
 
 func (l *line) profileNames() []string {

@@ -25,8 +25,8 @@ import (
 )
 
 type mintOptions struct {
-	line, profile, serials, out, bundle, recipient string
-	jobs                                           int
+	line, profile, serials, out, bundle, recipient, order, operator string
+	jobs                                                            int
 }
 
 func newMint(a *app) *cobra.Command {
@@ -51,6 +51,9 @@ where it stopped. A serial never gets two identities.`,
 	f.StringVar(&o.out, "out", "", "directory that stamps go to, a directory per device")
 	f.StringVar(&o.bundle, "bundle", "", "bundle to write")
 	f.StringVar(&o.recipient, "recipient", "", "age recipient that secrets in the bundle are sealed to (the service prints its own)")
+	f.StringVar(&o.order, "order", "", "the production order that is worked on: its file, or its ID once it was taken")
+	f.StringVar(&o.operator, "operator", "", "who works; for the ledger")
+	_ = c.MarkFlagFilename("order")
 	f.IntVar(&o.jobs, "jobs", 0, "groups of devices to work on at once (default: one more than processors)")
 	_ = c.MarkFlagRequired("profile")
 	_ = c.MarkFlagRequired("serials")
@@ -90,7 +93,7 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	p, err := l.profile(o.profile)
+	p, hash, err := l.profile(o.profile)
 	if err != nil {
 		return err
 	}
@@ -120,63 +123,34 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 			return err
 		}
 	}
-	store, err := a.openLineStore(ctx, l)
+	f, err := a.openFloor(ctx, l)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, store.Close()) }()
-	station, err := openSigner(ctx, store, l.Keys.Station)
+	defer func() { err = errors.Join(err, f.Close()) }()
+	led := f.ledger
+	g, err := f.grant(ctx, o.order)
 	if err != nil {
 		return err
 	}
-	led, err := l.openLedger(ctx, station)
+	if g != nil {
+		defer func() {
+			if refusalKind(err) != "" {
+				f.refuse(ctx, g, "", err)
+			}
+		}()
+	}
+	if err := l.covers(g, p, hash); err != nil {
+		return err
+	}
+	if err := f.notLeased(ctx, g, list); err != nil {
+		return err
+	}
+	cfg, err := f.mintConfig(ctx, p, list)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, led.Close()) }()
-	cfg := mint.Config{
-		Ledger: led, Profile: p, List: list, Store: store, IDScope: l.IDScope, GlobalEndpoint: l.GlobalEndpoint, Out: o.out, Jobs: o.jobs,
-		OpenStore: func(ctx context.Context, uri string) (hsm.Store, error) { return a.openStore(ctx, uri, l.dir) },
-	}
-	if p.Key.Makers != "" {
-		if cfg.Makers, err = a.loadMakers(under(l.dir, p.Key.Makers)); err != nil {
-			return err
-		}
-	}
-	kind := tpm.EKECC // quick to make
-	if p.Attestation == mint.AttestationTPM {
-		kind = tpm.EKRSA // what the service and device SDKs speak of
-	}
-	cfg.Attest = func(ctx context.Context, store hsm.Store, key, registrationID string) (*evidence.Evidence, error) {
-		return attestTPM(ctx, store, kind, key, registrationID)
-	}
-	cfg.Endorsement = func(ctx context.Context, store hsm.Store) (ek, srk []byte, err error) {
-		return endorsementOf(ctx, store, kind)
-	}
-	if p.Attestation == mint.AttestationX509 {
-		issuer, err := l.issuer(ctx, store)
-		if err != nil {
-			return err
-		}
-		if cfg.Issuer, err = l.prepare(issuer, p, list.Columns); err != nil {
-			return err
-		}
-	} else if p.Enrollment == "group" {
-		k, err := store.Open(ctx, p.Key.GroupKey)
-		if errors.Is(err, hsm.ErrNotFound) {
-			return hint(fmt.Errorf("group key %q is not in the line's store: %w", p.Key.GroupKey, err),
-				"touchmark group key makes one in the service, touchmark key import brings it here")
-		}
-		if err != nil {
-			return err
-		}
-		if cfg.GroupKey, err = hsm.MACKeyOf(k); err != nil {
-			return err
-		}
-	}
-	if cfg.Templates, err = l.stampTemplates(p); err != nil {
-		return err
-	}
+	cfg.Grant, cfg.Operator, cfg.Out, cfg.Jobs = g, o.operator, o.out, o.jobs
 	progress := a.newProgress("minting", len(list.Rows))
 	cfg.Progress = progress.step
 	defer progress.clear()
@@ -196,12 +170,15 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 			return err
 		}
 		if w, err = bundle.NewWriter(bundle.WriterConfig{
-			Path: o.bundle, Overwrite: true, IDScope: l.IDScope, Created: run.Job().Started, Signer: station, Recipients: recipients,
+			Path: o.bundle, Overwrite: true, IDScope: l.IDScope, Created: run.Job().Started, Signer: f.station, Recipients: recipients,
 			Info: map[string]string{"line": l.Name, "profile": p.Name, "job": job},
 		}); err != nil {
 			return err
 		}
 		defer w.Abort()
+		if g != nil {
+			w.SetGrant(g.Document)
+		}
 		sink = w.Add
 	}
 	summary, err := run.Mint(ctx, sink)
@@ -225,7 +202,7 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 			return partialError{error: err}
 		}
 		res.Bundle, res.Path = &sum, o.bundle
-		if err := mint.Export(ctx, led, summary, sum.ID); err != nil {
+		if err := mint.Exported(ctx, led, summary.Units, sum.ID); err != nil {
 			return partialError{error: err}
 		}
 	}

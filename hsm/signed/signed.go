@@ -131,6 +131,9 @@ func Parse(b []byte) (*Envelope, error) {
 // KeyID returns the name of the key that is said to have signed first. Nothing of it is verified.
 func (e *Envelope) KeyID() string { return e.dsse.Signatures[0].KeyID }
 
+// PayloadType returns what the payload is said to be. Nothing of it is verified before [Envelope.Verify].
+func (e *Envelope) PayloadType() string { return e.dsse.PayloadType }
+
 // Unverified returns the payload. Nothing of it is verified.
 func (e *Envelope) Unverified() []byte { return e.payload }
 

@@ -24,6 +24,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/touchmark/touchmark/internal/durable"
 	"github.com/touchmark/touchmark/pkg/dps"
 )
 
@@ -176,30 +177,13 @@ func (s *Stamp) token(ctx context.Context, mac MAC, now time.Time) (string, erro
 }
 
 // SaveAssignment keeps what a device was assigned beside its stamp: written whole, flushed, renamed over what was there.
-func SaveAssignment(dir string, state *dps.RegistrationState) (err error) {
+func SaveAssignment(dir string, state *dps.RegistrationState) error {
 	b, err := json.MarshalIndent(state, "", "  ")
 	if err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(dir, ".assignment-*") // mode 0600
-	if err != nil {
+	if err := durable.Replace(filepath.Join(dir, assignmentFile), append(b, '\n'), 0o600); err != nil {
 		return fmt.Errorf("keeping the assignment: %w", err)
 	}
-	defer func() {
-		if err != nil {
-			_ = os.Remove(f.Name())
-		}
-	}()
-	_, werr := f.Write(append(b, '\n'))
-	if err := errors.Join(werr, f.Sync(), f.Close()); err != nil {
-		return fmt.Errorf("keeping the assignment: %w", err)
-	}
-	if err := os.Rename(f.Name(), filepath.Join(dir, assignmentFile)); err != nil {
-		return fmt.Errorf("keeping the assignment: %w", err)
-	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return nil
 }

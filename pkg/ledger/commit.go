@@ -72,7 +72,7 @@ func (l *Ledger) update(ctx context.Context, f func(*tx) error) error {
 	}
 	if err := stx.Commit(); err != nil {
 		// Whether it took effect is not known here; the next Open reads the truth from disk.
-		l.broken = fmt.Errorf("ledger must be opened again after a failed commit: %w", full(err))
+		l.broken = fmt.Errorf("%w after a failed commit: %w", ErrBroken, full(err))
 		return l.broken
 	}
 	l.size, l.lastTime, l.edge = t.first+t.count, at, t.edge

@@ -64,6 +64,8 @@ var (
 	ErrClock = errors.New("clock is behind the ledger")
 	// ErrDamaged says that the ledger does not verify.
 	ErrDamaged = errors.New("ledger is damaged")
+	// ErrBroken says that it is not known whether a step took effect: opened again, the ledger tells.
+	ErrBroken = errors.New("ledger must be opened again")
 	// ErrFull says that the disk under the ledger has no room left. What was committed before is safe.
 	ErrFull = errors.New("disk is full")
 )
@@ -510,6 +512,15 @@ func (l *Ledger) BeginJob(ctx context.Context, j Job) (_ Job, resumed bool, err 
 
 // data is what the log keeps of a job beside its profile, grant and digest.
 func (j *Job) data() []byte { return append(appendBytes(nil, j.Operator), j.Out...) }
+
+// Job returns a job by its ID.
+func (l *Ledger) Job(ctx context.Context, id int64) (Job, error) {
+	j, err := l.jobWhere(ctx, `id = $1`, id)
+	if errors.Is(err, sql.ErrNoRows) {
+		return j, fmt.Errorf("job %d: %w", id, ErrNotFound)
+	}
+	return j, err
+}
 
 func clip(s string) string {
 	if len(s) > maxText {

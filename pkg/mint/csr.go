@@ -14,52 +14,53 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"strings"
-	"time"
 
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/fixture"
 )
 
-// Limits of a certificate signing request and of the program that prints it.
-const (
-	maxCSR      = 64 << 10
-	maxComplain = 2 << 10
-	csrPatience = time.Minute
-)
+// maxCSR bounds a certificate signing request.
+const maxCSR = 64 << 10
 
 // readCSR takes a device's public key from its certificate signing request: from a file, or from the program that prints it.
 // The request must be signed with the key that it holds (RFC 2986 §3), which shows that whoever made it has the private half.
 func (r *run) readCSR(ctx context.Context, u *unit) error {
-	words := make([]string, len(r.Profile.csr))
-	for i, w := range r.Profile.csr {
-		words[i] = expand(w, r.List.Columns, u.row.Fields)
-		if r.Profile.Key.CSRCommand != nil && len(w) > 0 && w[0].column != "" && strings.HasPrefix(words[i], "-") {
-			return fmt.Errorf("csr-command: column %q is %q, which the program would take for an option", w[0].column, words[i])
+	var raw []byte
+	var from string
+	var err error
+	if cmd := r.Profile.csrCommand; cmd != nil {
+		fields := make(map[string]string, len(r.List.Columns))
+		for i, c := range r.List.Columns {
+			fields[c] = u.row.Fields[i]
 		}
+		var res fixture.Result
+		res, err = cmd.Run(ctx, fixture.Input{Fields: fields})
+		raw, from = res.Stdout, strings.Join(res.Words, " ")
+		if err != nil {
+			err = fmt.Errorf("csr-command %w", err)
+		}
+	} else {
+		from = r.Profile.csr.Expand(r.List.values(u.row.Fields))
+		raw, err = readCSRFile(from)
 	}
-	read := readCSRFile
-	if r.Profile.Key.CSRCommand != nil {
-		read = runCSRCommand
-	}
-	raw, err := read(ctx, words)
 	if err != nil {
 		return err
 	}
 	csr, err := parseCSR(raw)
 	if err != nil {
-		return fmt.Errorf("certificate signing request %s: %w", strings.Join(words, " "), err)
+		return fmt.Errorf("certificate signing request %s: %w", from, err)
 	}
 	if cn := csr.Subject.CommonName; cn != "" && dps.Fold(cn) != dps.Fold(u.row.RegistrationID) {
-		return fmt.Errorf("certificate signing request %s is for %q, and the unit is %s: is it another device's?", strings.Join(words, " "), cn, u.row.RegistrationID)
+		return fmt.Errorf("certificate signing request %s is for %q, and the unit is %s: is it another device's?", from, cn, u.row.RegistrationID)
 	}
 	alg, err := algorithmOf(csr.PublicKey)
 	if err == nil && alg != r.alg {
 		err = fmt.Errorf("its key is %s, and the profile wants %s", alg, r.alg)
 	}
 	if err != nil {
-		return fmt.Errorf("certificate signing request %s: %w", strings.Join(words, " "), err)
+		return fmt.Errorf("certificate signing request %s: %w", from, err)
 	}
 	u.pub = csr.PublicKey
 	u.keyHash, err = publicKeyHash(u.pub)
@@ -79,8 +80,8 @@ func (r *run) sameCSR(ctx context.Context, u *unit) error {
 	return nil
 }
 
-func readCSRFile(_ context.Context, words []string) ([]byte, error) {
-	f, err := os.Open(words[0])
+func readCSRFile(name string) ([]byte, error) {
+	f, err := os.Open(name)
 	if err != nil {
 		return nil, fmt.Errorf("reading its certificate signing request: %w", err)
 	}
@@ -90,35 +91,6 @@ func readCSRFile(_ context.Context, words []string) ([]byte, error) {
 		return nil, fmt.Errorf("reading its certificate signing request: %w", err)
 	}
 	return b, nil
-}
-
-func runCSRCommand(ctx context.Context, words []string) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, csrPatience)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, words[0], words[1:]...)
-	cmd.WaitDelay = time.Second // for what its own children hold open
-	out, complaint := &limitedBuffer{room: maxCSR + 1}, &limitedBuffer{room: maxComplain}
-	cmd.Stdout, cmd.Stderr = out, complaint
-	if err := cmd.Run(); err != nil {
-		if ctx.Err() != nil {
-			err = fmt.Errorf("it was stopped: %w", ctx.Err())
-		}
-		return nil, fmt.Errorf("csr-command %s: %w: %s", strings.Join(words, " "), err, strings.TrimSpace(complaint.String()))
-	}
-	return out.Bytes(), nil
-}
-
-// limitedBuffer keeps what there is room for, and takes the rest without keeping it.
-type limitedBuffer struct {
-	bytes.Buffer
-	room int
-}
-
-func (b *limitedBuffer) Write(p []byte) (int, error) {
-	if n := min(len(p), b.room-b.Len()); n > 0 {
-		_, _ = b.Buffer.Write(p[:n])
-	}
-	return len(p), nil
 }
 
 // parseCSR parses a request, PEM or DER, and checks its proof of possession.

@@ -108,7 +108,16 @@ func (r *run) keyName(u *unit) string {
 	if r.Profile.Key.In == keyInTPM {
 		return strings.TrimSuffix(keyFile, ".pem")
 	}
-	return tokenKeyPrefix + dps.Fold(u.row.RegistrationID)
+	return tokenKeyName(u.row.RegistrationID, u.revision)
+}
+
+// tokenKeyName names a device's key in the line's token. Each revision has its own: the key of the one before is deleted, and
+// may still be there when a run that was to do that died.
+func tokenKeyName(registrationID string, revision int64) string {
+	if revision == 0 {
+		return tokenKeyPrefix + dps.Fold(registrationID)
+	}
+	return fmt.Sprintf("device-r%d:%s", revision, dps.Fold(registrationID))
 }
 
 const tokenKeyPrefix = "device:"
@@ -149,7 +158,7 @@ func (r *run) withKeys(ctx context.Context, u *unit, f func(hsm.Store) error) (e
 	if r.Profile.store == nil {
 		return f(r.Store)
 	}
-	uri := expandURI(r.Profile.store, r.List.Columns, u.row.Fields)
+	uri := r.Profile.store.ExpandURI(r.List.values(u.row.Fields))
 	if r.Profile.Key.In == keyInTPM && r.Profile.Attestation == AttestationX509 {
 		if uri, err = r.withBlobs(uri, u); err != nil {
 			return err
@@ -303,7 +312,7 @@ func splitCertificate(data []byte) (cert, evidence []byte, err error) {
 // keyInToken finds a key that an earlier run made. All of them are listed once: a search for each would cost the square of
 // their number.
 func (r *run) keyInToken(ctx context.Context, store hsm.Store, name string) (hsm.Key, error) {
-	if store != r.Store {
+	if store != r.Store || r.Shift != "" || !strings.HasPrefix(name, tokenKeyPrefix) {
 		return store.Open(ctx, name)
 	}
 	r.listOnce.Do(func() {
@@ -340,7 +349,7 @@ func (r *run) setTokenKey(u *unit, k hsm.Key) error {
 	u.pub, u.keyURI = signing.Public(), k.URI()
 	switch {
 	case r.Profile.uri != nil:
-		u.keyURI = expandURI(r.Profile.uri, r.List.Columns, u.row.Fields)
+		u.keyURI = r.Profile.uri.ExpandURI(r.List.values(u.row.Fields))
 	case r.Profile.Key.In == keyInTPM:
 		// As the device finds it: its own TPM, and the blob beside the stamp.
 		u.keyURI = hsm.URI{Scheme: hsm.SchemeTPM, Object: k.Name(), Keys: "."}.String()

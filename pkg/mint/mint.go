@@ -43,6 +43,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/evidence"
 	"github.com/touchmark/touchmark/pkg/ledger"
+	"github.com/touchmark/touchmark/pkg/order"
 	"github.com/touchmark/touchmark/pkg/stamp"
 	"github.com/touchmark/touchmark/templates"
 )
@@ -88,6 +89,14 @@ type Config struct {
 	// IDScope and GlobalEndpoint go into every stamp.
 	IDScope        string
 	GlobalEndpoint string
+	// Grant is the production order, or the lease, that the units are made on; the ledger has it already. Nil where the line
+	// works without orders.
+	Grant *order.Grant
+	// Shift makes the run a shift at a station, of that name: units come one by one by [Run.Unit], and the list has columns and
+	// no rows. Names of shifts are never used again.
+	Shift string
+	// Operator is who works; for the ledger.
+	Operator string
 	// Out is the directory that stamps go to. Empty means no stamps, which profiles whose keys are nowhere else refuse.
 	Out string
 	// Jobs is how many groups are worked on at once; 0 means one more than there are processors.
@@ -161,7 +170,8 @@ type run struct {
 	voids    atomic.Int64
 	absent   atomic.Int64
 
-	stampless bool // nothing is stamped: a minted unit is finished
+	stampless bool         // nothing is stamped: a minted unit is finished
+	stamped   ledger.State // what a unit is once its storage is written: Verified, or Stamped where a station goes on with it
 
 	identityOnce sync.Once // of the line's store
 	identityErr  error
@@ -177,7 +187,7 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 	if cfg.Rand == nil {
 		cfg.Rand = rand.Reader
 	}
-	r := &run{Config: cfg, jobs: cfg.Jobs, alg: hsm.Algorithm(p.Key.Algorithm), stampless: cfg.Out == "" && !p.Stamp.Token && p.nv == 0}
+	r := &run{Config: cfg, jobs: cfg.Jobs, alg: hsm.Algorithm(p.Key.Algorithm), stampless: cfg.Out == "" && !p.Stamp.Token && p.nv == 0, stamped: ledger.Verified}
 	if r.jobs <= 0 {
 		r.jobs = runtime.GOMAXPROCS(0) + 1
 	}
@@ -194,9 +204,22 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 	if cfg.Issuer != nil {
 		r.chain = cfg.Issuer.ChainPEM()
 	}
+	job := ledger.Job{Profile: p.Name, Out: cfg.Out, Operator: cfg.Operator}
 	digest := sha256.New()
-	fmt.Fprintf(digest, "touchmark job 1\n%s\n%x", p.Name, cfg.List.Digest)
-	job := ledger.Job{Digest: digest.Sum(nil), Profile: p.Name, Out: cfg.Out}
+	if cfg.Shift == "" {
+		fmt.Fprintf(digest, "touchmark job 1\n%s\n%x", p.Name, cfg.List.Digest)
+	} else {
+		fmt.Fprintf(digest, "touchmark shift 1\n%s\n%s", p.Name, cfg.Shift)
+		r.stamped = ledger.Stamped
+	}
+	if cfg.Grant != nil {
+		job.Grant = cfg.Grant.ID()
+		fmt.Fprintf(digest, "\n%s", job.Grant)
+		if err := admitted(cfg.Grant, cfg.List); err != nil {
+			return nil, err
+		}
+	}
+	job.Digest = digest.Sum(nil)
 	if cfg.Out != "" {
 		// Opened, and its space checked, before the job is written down.
 		if r.out, err = stamp.OpenFiles(cfg.Out, hex.EncodeToString(job.Digest[:6])); err != nil {
@@ -225,13 +248,35 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 			r.existing[u.Serial] = u
 		}
 	}
-	if err := r.checkSpace(len(cfg.List.Rows) - len(r.existing)); err != nil {
+	fresh := len(cfg.List.Rows) - len(r.existing)
+	if cfg.Grant != nil && fresh > 0 {
+		if _, err := cfg.Ledger.CheckGrant(ctx, job.Grant, int64(fresh)); err != nil {
+			return fail(err)
+		}
+	}
+	if err := r.checkSpace(fresh); err != nil {
 		return fail(err)
 	}
-	if err := r.discardStrays(); err != nil {
-		return fail(err)
+	if cfg.Shift == "" { // a shift finds out about each unit when it comes again
+		if err := r.discardStrays(); err != nil {
+			return fail(err)
+		}
 	}
 	return r, nil
+}
+
+// admitted refuses a list that has serials which the grant does not.
+func admitted(g *order.Grant, list *List) error {
+	faults := &ListError{}
+	for i := range list.Rows {
+		if err := g.Admits(list.Rows[i].Serial); err != nil {
+			faults.add("line %d: %s", list.Rows[i].Line, list.Rows[i].Serial)
+		}
+	}
+	if len(faults.Faults) > 0 {
+		return fmt.Errorf("%s: %w:\n%s", g.ID(), order.ErrSerial, faults) // a refusal, not a fault of the list
+	}
+	return nil
 }
 
 // checkSpace refuses to start what the disks cannot hold. It is an estimate: a disk that fills up in the middle is an
@@ -275,12 +320,14 @@ type unit struct {
 	row       *Row
 	id        int64
 	state     ledger.State // 0: not begun
-	found     bool         // an earlier run began it
+	revision  int64
+	found     bool // an earlier run began it
 	published bool
 	keyHash   []byte
 	plan      ca.Plan
 	signer    crypto.Signer // x509, key in memory
 	keyPEM    []byte        // secret
+	blob      []byte        // key in a TPM: what its stamp holds, where it is not on disk; see Golden
 	pub       crypto.PublicKey
 	keyURI    string // of a key in a store
 	cert      []byte // DER
@@ -392,7 +439,7 @@ func (r *run) emit(ctx context.Context, order <-chan *group, sink func(*bundle.E
 // work walks a group through its steps.
 func (r *run) work(ctx context.Context, units []unit) error {
 	if r.existing != nil {
-		if err := r.recover(ctx, units); err != nil {
+		if err := r.recover(ctx, units, r.existing); err != nil {
 			return err
 		}
 	}
@@ -445,6 +492,9 @@ func (r *run) commit(ctx context.Context, units []*unit, state ledger.State, fil
 		return err
 	}
 	for i, u := range units {
+		if u.id == 0 {
+			u.revision = events[i].Revision
+		}
 		u.id, u.state = events[i].Unit, state
 	}
 	return nil
@@ -472,10 +522,10 @@ func (r *run) unitOf(row *Row) ca.Unit {
 	return ca.Unit{RegistrationID: row.RegistrationID, Serial: row.Serial, Columns: r.fields(row)}
 }
 
-// Export writes down that the run's units left the factory in a bundle. It may be repeated.
-func Export(ctx context.Context, l *ledger.Ledger, s Summary, bundleID string) error {
+// Exported writes down that units left the factory in a bundle. It may be repeated.
+func Exported(ctx context.Context, l *ledger.Ledger, units []int64, bundleID string) error {
 	const step = 8192
-	for ids := s.Units; len(ids) > 0; {
+	for ids := units; len(ids) > 0; {
 		n := min(step, len(ids))
 		events := make([]ledger.Event, n)
 		for i, id := range ids[:n] {

@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -91,6 +92,13 @@ func (l *line) mint(t *testing.T, profile, csv string, store hsm.Store) (mint.Su
 	}
 	defer led.Close()
 	cfg := mint.Config{Ledger: led, Profile: p, List: list, Store: store, IDScope: "0ne1", GlobalEndpoint: "h.example", Out: l.out()}
+	for _, f := range p.Stamp.File {
+		parsed, err := templates.Parse(f.Template, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cfg.Templates = append(cfg.Templates, parsed)
+	}
 	if p.Attestation == mint.AttestationX509 {
 		text, err := templates.Certificate("device", nil)
 		if err != nil {
@@ -174,5 +182,48 @@ func TestAttributesReadBack(t *testing.T) {
 	}
 	if sum, err := l.mint(t, profile, "serial\nSN1\n", l.store); err != nil || sum.Before != 1 {
 		t.Errorf("an honest one: %+v, %v", sum, err)
+	}
+}
+
+// Invariant 5: a rendered file that would show the device's key, in whatever form, is secret or is not written.
+func TestRenderedSecrets(t *testing.T) {
+	for _, c := range []struct{ profile, template string }{
+		{"x509-group", "device.h"}, {"x509-group", "zephyr-settings.txt"}, {"symmetric-individual", "device.h"}, {"symmetric-individual", "zephyr-settings.txt"}, {"symmetric-individual", "node.env"},
+	} {
+		profile := templates.Profiles()[c.profile] + "\n[[stamp.file]]\nname = \"rendered\"\ntemplate = \"" + c.template + "\"\n"
+		l := newLine(t)
+		if _, err := l.mint(t, profile, "serial\nSN1\n", l.store); err == nil || !strings.Contains(err.Error(), "rendered would show the device's key") {
+			t.Errorf("%s with %s: %v", c.profile, c.template, err)
+		}
+		if _, err := os.Stat(filepath.Join(l.out(), "sn1")); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s with %s: a stamp is there: %v", c.profile, c.template, err)
+		}
+		if _, err := l.mint(t, profile+"secret = true\n", "serial\nSN1\n", l.store); err != nil {
+			t.Errorf("%s with %s, secret: %v", c.profile, c.template, err)
+		}
+		if st, err := os.Stat(filepath.Join(l.out(), "sn1", "rendered")); err != nil || st.Mode().Perm() != 0o600 {
+			t.Errorf("%s with %s, secret: %v, %v", c.profile, c.template, st, err)
+		}
+	}
+	// What a firmware is built with is what stands in the stamp's own files.
+	l := newLine(t)
+	profile := templates.Profiles()["x509-group"] + "\n[[stamp.file]]\nname = \"device.h\"\ntemplate = \"device.h\"\nsecret = true\n[[stamp.file]]\nname = \"node.env\"\ntemplate = \"node.env\"\n"
+	if _, err := l.mint(t, profile, "serial\nSN1\n", l.store); err != nil {
+		t.Fatal(err)
+	}
+	read := func(name string) string {
+		b, err := os.ReadFile(filepath.Join(l.out(), "sn1", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	header := read("device.h")
+	for _, name := range []string{"device-key.pem", "device-chain.pem"} {
+		for line := range strings.Lines(read(name)) {
+			if !strings.Contains(header, `"`+strings.TrimSuffix(line, "\n")+`\n"`) {
+				t.Errorf("device.h does not have %s whole", name)
+			}
+		}
 	}
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -14,6 +13,8 @@ import (
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/pkg/ca"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/fixture"
+	"github.com/touchmark/touchmark/pkg/pattern"
 	"github.com/touchmark/touchmark/pkg/settings"
 )
 
@@ -33,6 +34,9 @@ type Profile struct {
 	Enrollment string `toml:"enrollment"`
 	// group is the enrollment group's ID; required for group enrollment.
 	Group string `toml:"group"`
+	// closed makes the group admit only devices that a bundle named, with the keys that it named: a group's convenience, with
+	// control of each device. For group enrollment by certificates, whose group the bundle brings.
+	Closed bool `toml:"closed"`
 
 	Key struct {
 		// in says where the private key of an x509 device is made: "memory" (then stamped and forgotten), "token" (in the
@@ -43,7 +47,8 @@ type Profile struct {
 		// "requests/{serial}.csr". Relative paths count from the working directory. For in = "csr", unless csr-command is there.
 		CSR string `toml:"csr"`
 		// csr-command is a program and its arguments that prints the request, with columns in braces: ["ssh", "{host}",
-		// "make-csr"]. It is run without a shell, at most a minute.
+		// "make-csr"]. It is run without a shell, at most a minute, and sees PATH, HOME, LANG, TERM and SSH_AUTH_SOCK of
+		// touchmark's environment.
 		CSRCommand []string `toml:"csr-command"`
 		// store is the key URI of the device's own store, with columns in braces. Where in = "token" makes the key in that one
 		// and not in the line's: "pkcs11:token={serial}?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:pin"; where
@@ -99,20 +104,22 @@ type Profile struct {
 		Edge bool `toml:"edge"`
 	} `toml:"hubs"`
 
-	pattern []segment
-	csr     [][]segment // of the file's name, or of each word of the command
-	uri     []segment
-	store   []segment
-	nv      uint32
+	pattern    pattern.Pattern
+	csr        pattern.Pattern // of the file's name
+	csrCommand *fixture.Command
+	uri        pattern.Pattern
+	store      pattern.Pattern
+	nv         uint32
 }
 
 // A StampFile is one rendered file of a stamp.
 type StampFile struct {
 	// name of the file in the device's directory.
 	Name string `toml:"name"`
-	// template is a built-in one ("iot-identity-service.toml") or a file in the line's templates folder.
+	// template is a built-in one ("iot-identity-service.toml" for Azure IoT Edge too, "node.env", "node.json", "python.env",
+	// "device.h", "zephyr-settings.txt") or a file in the line's templates folder.
 	Template string `toml:"template"`
-	// secret files have mode 0600. Files that show a symmetric key must be.
+	// secret files have mode 0600. Files that show a private or symmetric key must be.
 	Secret bool `toml:"secret"`
 }
 
@@ -196,6 +203,8 @@ func (p *Profile) check(f *settings.Faults) {
 		if err := dps.CheckGroupID(p.Group); err != nil {
 			f.Key("group", "group: %v", err)
 		}
+	case p.Closed:
+		f.Key("closed", "closed goes with enrollment = \"group\" only")
 	case p.Group != "":
 		f.Key("group", "group goes with enrollment = \"group\" only")
 	}
@@ -289,30 +298,32 @@ func (p *Profile) checkCSR(f *settings.Faults) {
 		}
 		return
 	}
-	words, key := []string{p.Key.CSR}, "key.csr"
+	key, columns := "key.csr", []string(nil)
 	switch {
 	case command && p.Key.CSR != "":
-		f.Key("key.csr", "key.csr and key.csr-command exclude each other")
+		f.Key(key, "key.csr and key.csr-command exclude each other")
+		return
 	case command:
-		words, key = p.Key.CSRCommand, "key.csr-command"
-		if len(words) == 0 || words[0] == "" {
-			f.Key(key, "key.csr-command names no program")
-		} else if first, err := parseText(words[0]); err == nil && hasColumn(first) {
-			f.Key(key, "key.csr-command: the program itself cannot come from the list")
+		key = "key.csr-command"
+		cmd, err := fixture.Parse(p.Key.CSRCommand, fixture.Names{Any: true}) // the list's header is held against them
+		if err != nil {
+			f.Key(key, "key.csr-command: %v", err)
+			return
 		}
+		cmd.Env = []string{"SSH_AUTH_SOCK"}
+		p.csrCommand, columns = cmd, cmd.Fields()
 	case p.Key.CSR == "":
 		f.Key("key.in", "key.in = \"csr\" needs key.csr or key.csr-command")
-	}
-	columns := false
-	for _, w := range words {
-		segments, err := parseText(w)
-		if err != nil {
-			f.Key(key, "%s: %v", key, err)
+		return
+	default:
+		var err error
+		if p.csr, err = pattern.Parse(p.Key.CSR); err != nil {
+			f.Key(key, "key.csr: %v", err)
+			return
 		}
-		columns = columns || hasColumn(segments)
-		p.csr = append(p.csr, segments)
+		columns = p.csr.Fields()
 	}
-	if !columns && words[0] != "" {
+	if len(columns) == 0 {
 		f.Key(key, "%s has no column in braces, so every device would get the same request", key)
 	}
 }
@@ -327,10 +338,10 @@ func (p *Profile) checkTPM(f *settings.Faults, group bool) {
 	}
 	p.Key.In = keyInTPM
 	var err error
-	switch p.store, err = parseText(p.Key.Store); {
+	switch p.store, err = pattern.Parse(p.Key.Store); {
 	case err != nil:
 		f.Key("key.store", "key.store: %v", err)
-	case !hasColumn(p.store):
+	case p.store.Fixed():
 		f.Key("key.store", "key.store is the device's TPM, with columns in braces: \"tpm:?device=tcp:fixture-{head}:2321\"")
 	}
 }
@@ -338,19 +349,19 @@ func (p *Profile) checkTPM(f *settings.Faults, group bool) {
 // checkStore looks at where keys of devices are, for us and for them.
 func (p *Profile) checkStore(f *settings.Faults) {
 	var err error
-	if p.uri, err = parseText(p.Key.URI); err != nil {
+	if p.uri, err = pattern.Parse(p.Key.URI); err != nil {
 		f.Key("key.uri", "key.uri: %v", err)
 	}
 	if p.Key.URI != "" && p.Key.In == keyInMemory {
 		f.Key("key.uri", "key.uri does not go with key.in = \"memory\": the key is in the stamp")
 	}
-	if p.store, err = parseText(p.Key.Store); err != nil {
+	if p.store, err = pattern.Parse(p.Key.Store); err != nil {
 		f.Key("key.store", "key.store: %v", err)
 	} else if p.Key.Store != "" && p.Key.In != keyInToken && p.Key.In != keyInTPM {
 		f.Key("key.store", "key.store goes with key.in = \"token\" or \"tpm\" only")
 	} else if p.Key.Store == "" && p.Key.In == keyInTPM {
 		f.Key("key.in", "key.in = \"tpm\" needs key.store: the device's TPM, as the station reaches it")
-	} else if p.Key.Store != "" && !hasColumn(p.store) {
+	} else if p.Key.Store != "" && p.store.Fixed() {
 		f.Key("key.store", "key.store has no column in braces: name the line's own store in touchmark.toml")
 	}
 	if p.Stamp.Token && (p.Key.Store == "" || p.Key.In != keyInToken) {
@@ -401,75 +412,11 @@ func (p *Profile) enrollmentBase() (dps.Enrollment, error) {
 	return e, nil
 }
 
-// A segment is a piece of a registration ID pattern: literal text, or a column.
-type segment struct {
-	text, column string
-	lower        bool
-}
-
-func hasColumn(segments []segment) bool {
-	return slices.ContainsFunc(segments, func(g segment) bool { return g.column != "" })
-}
-
-// expand puts a row's columns into a pattern.
-func expand(segments []segment, columns, fields []string) string {
-	var b strings.Builder
-	for _, g := range segments {
-		text := g.text
-		if g.column != "" {
-			text = fields[slices.Index(columns, g.column)]
-		}
-		if g.lower {
-			text = strings.ToLower(text)
-		}
-		b.WriteString(text)
-	}
-	return b.String()
-}
-
-// expandURI puts a row's columns into the pattern of a key URI. What a list says is one value there, whatever characters it
-// has: it cannot add attributes, and name a module to load for instance.
-func expandURI(segments []segment, columns, fields []string) string {
-	escaped := make([]string, len(fields))
-	for i, f := range fields {
-		escaped[i] = strings.ReplaceAll(url.QueryEscape(f), "+", "%20")
-	}
-	return expand(segments, columns, escaped)
-}
-
 // parsePattern parses the pattern of a registration ID.
-func parsePattern(s string) ([]segment, error) {
-	out, err := parseText(s)
-	if err == nil && !hasColumn(out) {
+func parsePattern(s string) (pattern.Pattern, error) {
+	out, err := pattern.Parse(s)
+	if err == nil && out.Fixed() {
 		err = errors.New("the pattern has no column, so every device would get the same ID")
 	}
 	return out, err
-}
-
-// parseText parses text with columns in braces.
-func parseText(s string) ([]segment, error) {
-	var out []segment
-	for s != "" {
-		text, rest, brace := strings.Cut(s, "{")
-		if strings.Contains(text, "}") {
-			return nil, errors.New("} without {")
-		}
-		if text != "" {
-			out = append(out, segment{text: text})
-		}
-		if !brace {
-			break
-		}
-		column, after, closed := strings.Cut(rest, "}")
-		if !closed || column == "" || strings.Contains(column, "{") {
-			return nil, errors.New("{ without a column name and }")
-		}
-		column, lower := strings.CutSuffix(column, "|lower")
-		if strings.Contains(column, "|") {
-			return nil, fmt.Errorf("{%s}: the only change of a column is |lower", column)
-		}
-		out = append(out, segment{column: column, lower: lower})
-		s = after
-	}
-	return out, nil
 }

@@ -44,11 +44,11 @@ func (r *run) discardStrays() error {
 var errNoKey = errors.New("key is gone")
 
 // recover finds out how far an earlier run brought each unit, and what of it can still be proven.
-func (r *run) recover(ctx context.Context, units []unit) error {
+func (r *run) recover(ctx context.Context, units []unit, existing map[string]ledger.Unit) error {
 	var known []*ledger.Unit
 	var at []*unit
 	for i := range units {
-		if have, ok := r.existing[units[i].row.Serial]; ok {
+		if have, ok := existing[units[i].row.Serial]; ok {
 			known, at = append(known, &have), append(at, &units[i])
 		}
 	}
@@ -95,7 +95,7 @@ func (r *run) recover(ctx context.Context, units []unit) error {
 
 // prove loads what the unit's state promises, or says errNoKey.
 func (r *run) prove(ctx context.Context, u *unit, have *ledger.Unit) error {
-	u.found, u.id, u.state, u.keyHash, u.ekHash = true, have.ID, have.State, have.KeyHash, have.EKHash
+	u.found, u.id, u.state, u.revision, u.keyHash, u.ekHash = true, have.ID, have.State, have.Revision, have.KeyHash, have.EKHash
 	u.published = r.out != nil && r.out.Published(u.row.RegistrationID)
 	done := u.state >= ledger.Verified || u.state == ledger.Minted && r.stampless
 	if done && r.out != nil && !u.published {

@@ -130,7 +130,7 @@ func ReadList(name string, r io.Reader, p *Profile) (*List, error) {
 			list.Rows = append(list.Rows, row)
 			continue
 		}
-		row.RegistrationID = expand(p.pattern, list.Columns, record)
+		row.RegistrationID = p.pattern.Expand(list.values(record))
 		if err := dps.CheckRegistrationID(row.RegistrationID); err != nil {
 			faults.add("%s, line %d: serial %s: %v", name, line, row.Serial, err)
 			continue
@@ -186,14 +186,19 @@ func checkHeader(name string, columns []string, p *Profile) error {
 // columns returns the columns that the profile needs.
 func (p *Profile) columns() []string {
 	need := []string{"serial"}
-	for _, segments := range append([][]segment{p.pattern, p.uri, p.store}, p.csr...) {
-		for _, g := range segments {
-			if g.column != "" && !slices.Contains(need, g.column) {
-				need = append(need, g.column)
+	for _, fields := range [][]string{p.pattern.Fields(), p.uri.Fields(), p.store.Fields(), p.csr.Fields(), p.csrCommand.Fields()} {
+		for _, f := range fields {
+			if !slices.Contains(need, f) {
+				need = append(need, f)
 			}
 		}
 	}
 	return need
+}
+
+// values returns what patterns ask: a row's field by its column's name.
+func (l *List) values(fields []string) func(column string) string {
+	return func(column string) string { return fields[slices.Index(l.Columns, column)] }
 }
 
 func checkSerial(s string) error {

@@ -1,12 +1,12 @@
 package mint
 
 import (
-	"bytes"
 	"context"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 
 	"github.com/touchmark/touchmark/hsm"
@@ -44,7 +44,7 @@ func (r *run) stamp(ctx context.Context, units []unit) error {
 			return err
 		}
 	}
-	return r.commit(ctx, minted, ledger.Verified, nil)
+	return r.commit(ctx, minted, r.stamped, nil)
 }
 
 // stampNV puts the part of a unit's stamp that every device needs into its TPM's non-volatile memory.
@@ -148,6 +148,7 @@ func (r *run) render(u *unit) error {
 	}
 	doc := provisioning{IDScope: r.IDScope, GlobalEndpoint: r.GlobalEndpoint, RegistrationID: u.row.RegistrationID}
 	files := make([]stamp.File, 0, 3+len(r.Templates))
+	var chain []byte
 	if r.Profile.Attestation == AttestationX509 {
 		doc.Attestation, doc.CertificateChain = "x509", chainFile
 		if r.Profile.Key.In == keyInMemory {
@@ -155,18 +156,21 @@ func (r *run) render(u *unit) error {
 			files = append(files, stamp.File{Name: keyFile, Data: u.keyPEM, Secret: true})
 		} else if r.Profile.Key.In == keyInTPM {
 			doc.KeyURI = u.keyURI
-			blob, err := r.onDisk(u, keyFile)
-			if err != nil {
-				return fmt.Errorf("serial %s: its key: %w", u.row.Serial, err)
+			blob := u.blob
+			if blob == nil {
+				var err error
+				if blob, err = r.onDisk(u, keyFile); err != nil {
+					return fmt.Errorf("serial %s: its key: %w", u.row.Serial, err)
+				}
 			}
 			files = append(files, stamp.File{Name: keyFile, Data: blob, Secret: true})
 		} else if r.Profile.Key.In == keyInCSR {
-			doc.KeyURI = expandURI(r.Profile.uri, r.List.Columns, u.row.Fields)
+			doc.KeyURI = r.Profile.uri.ExpandURI(r.List.values(u.row.Fields))
 		} else {
 			doc.KeyURI = u.keyURI
 		}
-		leaf := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: u.cert})
-		files = append(files, stamp.File{Name: chainFile, Data: append(leaf, r.chain...)})
+		chain = append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: u.cert}), r.chain...)
+		files = append(files, stamp.File{Name: chainFile, Data: chain})
 	} else if r.Profile.Attestation == AttestationTPM {
 		doc.Attestation = "tpm"
 	} else {
@@ -179,16 +183,21 @@ func (r *run) render(u *unit) error {
 	files = append(files, stamp.File{Name: stampFile, Data: append(b, '\n'), Secret: doc.SymmetricKey != ""})
 	for i, t := range r.Templates {
 		s := r.Profile.Stamp.File[i]
-		out, err := t.Render(nil, templates.Device{
+		device := templates.Device{
 			IDScope: doc.IDScope, GlobalEndpoint: doc.GlobalEndpoint, RegistrationID: doc.RegistrationID, Serial: u.row.Serial,
 			Attestation: doc.Attestation, CertificateChainFile: doc.CertificateChain, PrivateKeyFile: doc.PrivateKey,
-			KeyURI: doc.KeyURI, SymmetricKey: doc.SymmetricKey, Columns: r.fields(u.row),
-		})
+			KeyURI: doc.KeyURI, CertificateChain: string(chain), PrivateKey: string(u.keyPEM),
+			SymmetricKey: doc.SymmetricKey, Columns: r.fields(u.row),
+		}
+		out, err := t.Render(nil, device)
 		if err != nil {
 			return fmt.Errorf("serial %s: %s: %w", u.row.Serial, s.Name, err)
 		}
-		if doc.SymmetricKey != "" && !s.Secret && bytes.Contains(out, []byte(doc.SymmetricKey)) {
-			return fmt.Errorf("serial %s: %s would show the device's key to everybody: set secret = true for it in profile %s", u.row.Serial, s.Name, r.Profile.Name)
+		if !s.Secret {
+			shows, err := t.ShowsSecret(out, device)
+			if shows || err != nil {
+				return errors.Join(err, fmt.Errorf("serial %s: %s would show the device's key to everybody: set secret = true for it in profile %s", u.row.Serial, s.Name, r.Profile.Name))
+			}
 		}
 		files = append(files, stamp.File{Name: s.Name, Data: out, Secret: s.Secret})
 	}

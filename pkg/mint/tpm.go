@@ -54,7 +54,7 @@ func (r *run) identifyTPM(ctx context.Context, u *unit) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	uri, err := hsm.ParseURI(expandURI(r.Profile.store, r.List.Columns, u.row.Fields))
+	uri, err := hsm.ParseURI(r.Profile.store.ExpandURI(r.List.values(u.row.Fields)))
 	if err != nil {
 		return err
 	}

@@ -120,6 +120,8 @@ func typeName(t string) string {
 		return "true or false"
 	case strings.HasPrefix(t, "int"), strings.HasPrefix(t, "uint"):
 		return "a whole number"
+	case strings.HasPrefix(t, "float"):
+		return "a number"
 	case strings.HasPrefix(t, "[]struct"):
 		return "tables, as in [[name]]"
 	case strings.HasPrefix(t, "[]"):

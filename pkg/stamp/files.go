@@ -232,6 +232,22 @@ func (f *Files) Discard(device string) error {
 	return os.RemoveAll(filepath.Join(f.root, f.hidden, device))
 }
 
+// Remove takes a device's directory away: renamed out of sight first, so that it is never there in part. One that is not there is
+// no error.
+func (f *Files) Remove(device string) error {
+	if err := f.Discard(device); err != nil {
+		return err
+	}
+	err := renameNoReplace(int(f.rootDir.Fd()), device, int(f.stage.Fd()), device)
+	if err == unix.ENOENT {
+		return nil
+	}
+	if err != nil {
+		return f.fail("taking away", device, err)
+	}
+	return f.Discard(device)
+}
+
 // Sync makes everything staged and published so far durable. Callers that come while a flush is under way share the
 // next one.
 func (f *Files) Sync() error { return full(f.syncer.sync()) }

@@ -1,0 +1,735 @@
+package station
+
+import (
+	"context"
+	"crypto/hmac"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/hsm/tpm/residency"
+	"github.com/touchmark/touchmark/pkg/fixture"
+	"github.com/touchmark/touchmark/pkg/label"
+	"github.com/touchmark/touchmark/pkg/ledger"
+	"github.com/touchmark/touchmark/pkg/mint"
+	"github.com/touchmark/touchmark/pkg/order"
+	"github.com/touchmark/touchmark/pkg/stamp"
+	"github.com/touchmark/touchmark/pkg/yield"
+)
+
+// A failure is why a unit did not pass.
+type failure struct {
+	code   Code
+	fields map[string]string
+	err    error
+}
+
+func (f *failure) Error() string { return string(f.code) + ": " + f.err.Error() }
+func (f *failure) Unwrap() error { return f.err }
+
+func fail(code Code, fields map[string]string, err error) error {
+	if err == nil {
+		err = errors.New(string(code))
+	}
+	return &failure{code, fields, err}
+}
+
+// making is one unit on its way.
+type making struct {
+	s      *Station
+	h      *headState
+	serial string
+	fields map[string]string
+	row    mint.Row
+	unit   *mint.Unit
+	gen    int // of the Work that unit belongs to
+	steps  []yield.Step
+}
+
+// Make makes the unit of a serial on a head, 0 for the first that is free, and returns once its verdict is final. The fields add
+// to those of the configuration, the head and the probe. It blocks for as long as that takes; heads work side by side.
+func (s *Station) Make(ctx context.Context, number int, serial string, given map[string]string) Verdict {
+	return s.make(ctx, number, serial, given, func() {})
+}
+
+// make calls started once it has a head, or none.
+func (s *Station) make(ctx context.Context, number int, serial string, given map[string]string, started func()) Verdict {
+	serial = strings.TrimSpace(serial)
+	h, refused := s.freeHead(number, serial)
+	started()
+	if refused != nil {
+		return s.decide(nil, *refused, nil)
+	}
+	s.notify()
+	m := &making{s: s, h: h, serial: serial, fields: map[string]string{}}
+	maps.Copy(m.fields, s.cfg.Fields)
+	maps.Copy(m.fields, s.cfg.heads[h.Number-1].fields)
+	maps.Copy(m.fields, given)
+	m.fields["serial"], m.fields["head"], m.fields["product"], m.fields["order"] = serial, strconv.Itoa(h.Number), s.setup.Product, s.setup.Order
+	err := m.walk(ctx)
+	v := Verdict{Pass: err == nil, Serial: serial}
+	if m.unit != nil {
+		v.RegistrationID, v.Revision = m.unit.RegistrationID(), int(m.unit.Revision())
+	}
+	if err != nil {
+		v = m.failed(ctx, v, err)
+	}
+	if m.unit != nil {
+		// Once the device has its key the station does not keep it; before, the next try needs it.
+		onlyTransit := s.cfg.flash != nil && !s.cfg.KeepStamps
+		if ferr := m.unit.Forget(v.Pass && onlyTransit); ferr != nil && v.Pass {
+			v.Detail = "the stamp could not be taken away: " + ferr.Error()
+		}
+	}
+	return s.decide(h, v, m.steps)
+}
+
+// failed completes the verdict of a unit that did not pass, and writes it down.
+func (m *making) failed(ctx context.Context, v Verdict, err error) Verdict {
+	s := m.s
+	s.mu.Lock()
+	v.Step = m.h.Step
+	v.Attempt = s.tries[m.serial] + 1
+	s.mu.Unlock()
+	v.Code, v.Detail = codeOf(v.Step, err), err.Error()
+	v.Fields = map[string]string{"serial": m.serial, "order": s.setup.Order, "scan": m.serial}
+	var f *failure
+	if errors.As(err, &f) {
+		maps.Copy(v.Fields, f.fields)
+	}
+	m.explain(ctx, &v, err)
+	ctx = context.WithoutCancel(ctx)
+	_ = s.with(ctx, nil, func(w *Work, _ int) error {
+		if refusable(v.Code) {
+			w.Refuse(ctx, m.serial, err)
+		}
+		if m.unit == nil || s.setup.DryRun {
+			return nil
+		}
+		note, _ := json.Marshal(map[string]any{"code": v.Code, "step": v.Step, "head": m.h.Number, "operator": s.operator})
+		_, err := w.Ledger.AddNote(ctx, ledger.Note{Unit: m.unit.ID(), Kind: failNote, Data: note})
+		return err
+	})
+	return v
+}
+
+// refusable reports whether a code is about what the order does not allow.
+func refusable(c Code) bool {
+	return c[:3] == "E-2" || slices.Contains([]Code{CodeMade, CodeNotInOrder, CodeProduct, CodeScrapped, CodeElsewhere, CodeTwice, CodeAnchor}, c)
+}
+
+// explain fills in what the sentence of a code shows.
+func (m *making) explain(ctx context.Context, v *Verdict, err error) {
+	var dup *ledger.DuplicateError
+	var granted *ledger.GrantError
+	switch {
+	case errors.As(err, &dup):
+		v.Fields["serial"], v.Fields["when"] = dup.Unit.Serial, dup.Unit.At.Local().Format("2006-01-02 15:04")
+		v.Fields["operator"], v.Fields["station"] = orDash(dup.Job.Operator), m.s.setup.Name
+	case errors.As(err, &granted):
+		v.Fields["quantity"] = strconv.FormatInt(granted.Grant.Quantity, 10)
+		v.Fields["from"], v.Fields["until"] = granted.Grant.Opens.Format("2006-01-02 15:04"), granted.Grant.Ends.Format("2006-01-02 15:04")
+	case v.Code == CodeScrapped:
+		_ = m.s.with(ctx, nil, func(w *Work, _ int) error {
+			for u, err := range w.Ledger.Retired(ctx, m.serial) {
+				if err != nil {
+					return err
+				}
+				v.Fields["when"], v.Fields["operator"] = u.Ended.Local().Format("2006-01-02 15:04"), orDash(u.Ending.Operator)
+			}
+			return nil
+		})
+	}
+}
+
+func orDash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+// step shows that the next step begins, and measures the last one.
+func (m *making) step(step Step) {
+	now := m.s.setup.Now()
+	m.s.setHead(m.h, func(h *Head) {
+		if h.Step != "" {
+			m.steps = append(m.steps, yield.Step{Name: string(h.Step), Duration: now.Sub(h.Stepped)})
+		}
+		h.State, h.Step, h.Stepped, h.Waiting = HeadWorking, step, now, ""
+		h.Index, h.Of = slices.Index(m.s.steps, step)+1, len(m.s.steps)
+	})
+}
+
+// walk takes the unit through its steps. What cannot be undone comes last.
+func (m *making) walk(ctx context.Context) error {
+	s := m.s
+	if err := m.interlocks(ctx); err != nil {
+		return err
+	}
+	if s.cfg.probe != nil {
+		m.step(StepProbe)
+		if err := m.probe(ctx); err != nil {
+			return err
+		}
+	}
+	m.step(StepMint)
+	if err := m.mint(ctx); err != nil {
+		return err
+	}
+	if s.setup.DryRun {
+		return m.renderLabel(nil)
+	}
+	if m.unit.State() < ledger.Verified {
+		if err := m.write(ctx); err != nil {
+			return err
+		}
+		if err := m.onUnit(ctx, m.unitVerified); err != nil {
+			return err
+		}
+	}
+	if s.setup.Label != nil {
+		if err := m.label(ctx); err != nil {
+			return err
+		}
+	}
+	m.step(StepSeal)
+	err := m.onUnit(ctx, func(u *mint.Unit) error { return u.Sealed(ctx) })
+	var dup *ledger.DuplicateError
+	if errors.As(err, &dup) && dup.Unit.ID == m.unit.ID() {
+		err = nil // the line went away after the seal was durable
+	}
+	m.step("")
+	return err
+}
+
+func (m *making) unitVerified(u *mint.Unit) error { return u.Verified(context.Background()) }
+
+// interlocks looks at what must be right before anything is done.
+func (m *making) interlocks(ctx context.Context) error {
+	s := m.s
+	s.mu.Lock()
+	tries := s.tries[m.serial]
+	s.mu.Unlock()
+	if tries >= s.cfg.Tries {
+		return fail(CodeTries, map[string]string{"tries": strconv.Itoa(tries)}, nil)
+	}
+	if err := s.checkDisk(); err != nil {
+		return err
+	}
+	return s.with(ctx, m.h, func(w *Work, _ int) error {
+		if err := w.Ledger.CheckClock(); err != nil {
+			return err
+		}
+		have, err := w.Ledger.Find(ctx, m.serial)
+		if err == nil && have.State < ledger.Sealed {
+			// A unit that is taken up. What it failed before counts, whoever restarted the station.
+			fails, err := w.Ledger.Notes(ctx, have.ID, failNote)
+			if err == nil && len(fails) >= s.cfg.Tries {
+				err = fail(CodeTries, map[string]string{"tries": strconv.Itoa(len(fails))}, nil)
+			}
+			return err
+		}
+		if !errors.Is(err, ledger.ErrNotFound) {
+			return err // nil: a unit that is made, which mint tells about
+		}
+		if err := w.Run.Admits(m.serial); err != nil {
+			return err
+		}
+		for i := range w.Leased {
+			if w.Leased[i].Has(m.serial) {
+				return fmt.Errorf("%w: %s is leased to another station", order.ErrSerial, m.serial)
+			}
+		}
+		if w.Grant == "" {
+			return nil
+		}
+		_, err = w.Ledger.CheckGrant(ctx, w.Grant, 1)
+		return err
+	})
+}
+
+func (s *Station) checkDisk() error {
+	places := []string{s.setup.Out}
+	s.workMu.RLock()
+	if s.work != nil {
+		places = append(places, filepath.Dir(s.work.Ledger.Path()))
+	}
+	s.workMu.RUnlock()
+	for _, dir := range places {
+		free, _, err := stamp.Free(dir)
+		if err != nil {
+			return fail(CodeDisk, map[string]string{"where": dir}, err)
+		}
+		if free < uint64(s.cfg.DiskFree)<<20 {
+			return fail(CodeDisk, map[string]string{"where": dir}, fmt.Errorf("%d MiB are free in %s, %d are wanted", free>>20, dir, s.cfg.DiskFree))
+		}
+	}
+	return nil
+}
+
+// probe asks the board what it is. What it answers are fields from then on, but for those that are set already.
+func (m *making) probe(ctx context.Context) error {
+	answer, _, err := m.command(m.s.cfg.probe).Probe(ctx, m.input(nil))
+	if err != nil {
+		return err
+	}
+	for key, want := range m.s.cfg.Probe.Expect {
+		if want == "{product}" {
+			want = m.s.setup.Product
+		}
+		if got := answer[key]; got != want {
+			return fail(CodeProduct, map[string]string{"want": want, "found": orDash(got)}, fmt.Errorf("the board's %s is %q, want %q", key, got, want))
+		}
+	}
+	for k, v := range answer {
+		if _, set := m.fields[k]; !set {
+			m.fields[k] = v
+		}
+	}
+	return nil
+}
+
+// mint makes the unit's identity and its stamp, or finds what an earlier try left.
+func (m *making) mint(ctx context.Context) error {
+	return m.s.with(ctx, m.h, func(w *Work, gen int) (err error) {
+		if m.row, err = w.Run.Row(m.serial, m.fields); err != nil {
+			return fail(CodeNotSerial, nil, err)
+		}
+		if m.s.setup.DryRun {
+			return w.Run.Admits(m.serial)
+		}
+		return m.again(ctx, w, gen)
+	})
+}
+
+func (m *making) again(ctx context.Context, w *Work, gen int) error {
+	u, err := w.Run.Unit(ctx, m.row)
+	if err != nil {
+		return err
+	}
+	m.unit, m.gen = u, gen
+	m.s.countLeft(ctx, w)
+	return nil
+}
+
+// onUnit calls f with the unit as the open line has it.
+func (m *making) onUnit(ctx context.Context, f func(*mint.Unit) error) error {
+	return m.s.with(ctx, m.h, func(w *Work, gen int) error {
+		if gen != m.gen {
+			if err := m.again(ctx, w, gen); err != nil {
+				return err
+			}
+		}
+		return f(m.unit)
+	})
+}
+
+// command returns a command with the head's environment.
+func (m *making) command(c *fixture.Command) *fixture.Command {
+	env := m.s.cfg.heads[m.h.Number-1].env
+	if len(env) == 0 {
+		return c
+	}
+	mine := *c
+	mine.Env = append(slices.Clone(c.Env), env...)
+	return &mine
+}
+
+func (m *making) input(u *mint.Unit) fixture.Input {
+	in := fixture.Input{Fields: m.fields}
+	if u == nil {
+		return in
+	}
+	in.Fields = maps.Clone(m.fields)
+	in.Fields["registration-id"], in.Fields["dir"], in.Fields["revision"] = u.RegistrationID(), u.Dir(), strconv.FormatInt(u.Revision(), 10)
+	for _, secret := range u.Secrets() {
+		in.Secrets = append(in.Secrets, secret)
+	}
+	return in
+}
+
+// write flashes the device, reads it back and has it prove that it has its key.
+func (m *making) write(ctx context.Context) error {
+	s := m.s
+	if s.cfg.flash != nil {
+		m.step(StepFlash)
+		for _, c := range s.cfg.flash {
+			if _, err := m.command(c).Run(ctx, m.input(m.unit)); err != nil {
+				return err
+			}
+		}
+	}
+	if s.cfg.back != nil {
+		m.step(StepReadBack)
+		for i, c := range s.cfg.back {
+			want, err := os.ReadFile(filepath.Join(m.unit.Dir(), s.cfg.ReadBack[i].Compare))
+			if err != nil {
+				return fmt.Errorf("reading what was flashed: %w", err)
+			}
+			if _, err := m.command(c).ReadBack(ctx, m.input(m.unit), want); err != nil {
+				return err
+			}
+		}
+	}
+	if s.cfg.prove != nil {
+		m.step(StepChallenge)
+		if _, err := m.command(s.cfg.prove).Prove(ctx, m.input(m.unit), m.unit.RegistrationID(), m.judge(ctx)); err != nil {
+			return err
+		}
+	}
+	if s.setup.Register != nil {
+		m.step(StepRegister)
+		if err := s.setup.Register(ctx, m.unit.Dir()); err != nil {
+			return fail(CodeRegister, nil, err)
+		}
+	}
+	return nil
+}
+
+// judge returns what verifies the device's answer: its public key, or its symmetric one.
+func (m *making) judge(ctx context.Context) func(msg, sig []byte) error {
+	return func(msg, sig []byte) error {
+		pub, err := m.unit.Public()
+		if err == nil {
+			return fixture.Verify(pub, msg, sig)
+		}
+		if !errors.Is(err, hsm.ErrUnsupported) {
+			return err
+		}
+		want, err := m.unit.MAC(ctx, msg)
+		if err != nil {
+			return err
+		}
+		if !hmac.Equal(want, sig) {
+			return fixture.ErrSignature
+		}
+		return nil
+	}
+}
+
+// labelOf is what the label of a unit shows.
+func (s *Station) labelOf(u *mint.Unit, serial string, columns map[string]string, copy int) (label.Label, error) {
+	l := label.Label{Serial: serial, Product: s.setup.Product, Copy: copy, Date: s.setup.Now(), Columns: columns}
+	if u == nil {
+		return l, nil
+	}
+	l.RegistrationID, l.Revision = u.RegistrationID(), strconv.FormatInt(u.Revision(), 10)
+	pub, err := u.Public()
+	if errors.Is(err, hsm.ErrUnsupported) {
+		return l, nil
+	}
+	if err != nil {
+		return l, err
+	}
+	l.Fingerprint, err = label.Fingerprint(pub)
+	return l, err
+}
+
+func (m *making) renderLabel(u *mint.Unit) error {
+	if m.s.setup.Label == nil {
+		return nil
+	}
+	l, err := m.s.labelOf(u, m.serial, m.fields, 0)
+	if err != nil {
+		return err
+	}
+	_, err = m.s.setup.Label.Render(label.Format(m.s.cfg.Label.Format), l)
+	return err
+}
+
+// label prints the unit's label, and has it scanned. A printer that is away is waited for; a label of which nobody knows whether it
+// came out is not printed again by itself.
+func (m *making) label(ctx context.Context) error {
+	s := m.s
+	l, err := s.labelOf(m.unit, m.serial, m.fields, 0)
+	if err != nil {
+		return err
+	}
+	m.step(StepLabel)
+	printed, err := s.printed(ctx, m.unit.ID())
+	if err != nil {
+		return err
+	}
+	if !printed {
+		if err := m.print(ctx, l); err != nil {
+			return err
+		}
+		if err := s.with(ctx, m.h, func(w *Work, _ int) error {
+			_, err := w.Ledger.AddNote(ctx, ledger.Note{Unit: m.unit.ID(), Kind: labelNote})
+			return err
+		}); err != nil {
+			return err
+		}
+	}
+	if !s.cfg.Label.ScanBack {
+		return nil
+	}
+	m.step(StepScan)
+	return m.scanBack(ctx, l)
+}
+
+// The kinds of notes that a station keeps of a unit: a try that failed, its label printed, and printed again.
+const (
+	failNote    = "fail"
+	labelNote   = "label"
+	reprintNote = "reprint"
+)
+
+// printed reports whether the unit's label came out of the printer in an earlier try. One whose note a crash lost is printed
+// again: two labels of one unit say the same.
+func (s *Station) printed(ctx context.Context, unit int64) (was bool, err error) {
+	err = s.with(ctx, nil, func(w *Work, _ int) error {
+		notes, err := w.Ledger.Notes(ctx, unit, labelNote)
+		was = len(notes) > 0
+		return err
+	})
+	return was, err
+}
+
+func (m *making) print(ctx context.Context, l label.Label) error {
+	s := m.s
+	job, err := s.setup.Label.Render(label.Format(s.cfg.Label.Format), l)
+	if err != nil {
+		return fail(CodePrint, nil, err)
+	}
+	for {
+		err := s.cfg.heads[m.h.Number-1].printer.Print(ctx, job)
+		away := errors.Is(err, label.ErrPrinter) || errors.Is(err, label.ErrPaper)
+		if errors.Is(err, label.ErrUncertain) && s.cfg.Label.ScanBack {
+			return nil // the scan will tell
+		}
+		if err == nil || !away || errors.Is(err, label.ErrUncertain) {
+			return err
+		}
+		// Not the unit's fault: somebody loads paper or switches the printer on, and it goes on by itself. A scan of anything gives up.
+		s.setHead(m.h, func(h *Head) { h.State, h.Waiting = HeadWaiting, codeOf(StepLabel, err) })
+		select {
+		case <-time.After(s.setup.Retry):
+		case <-m.h.scans:
+			return err
+		case <-ctx.Done():
+			return errors.Join(ctx.Err(), err)
+		}
+		s.setHead(m.h, func(h *Head) { h.State, h.Waiting = HeadWorking, "" })
+	}
+}
+
+// scanBack waits for the label to be scanned.
+func (m *making) scanBack(ctx context.Context, l label.Label) error {
+	s := m.s
+	select {
+	case <-m.h.scans: // left from before
+	default:
+	}
+	s.setHead(m.h, func(h *Head) { h.State = HeadAsking })
+	timeout := time.NewTimer(time.Duration(s.cfg.Label.ScanSeconds) * time.Second)
+	defer timeout.Stop()
+	select {
+	case text := <-m.h.scans:
+		scan, err := label.ParseScan(text)
+		if err != nil || !scan.Matches(l.Serial, l.Fingerprint) {
+			return fail(CodeOtherLabel, map[string]string{"scan": text}, err)
+		}
+		return nil
+	case <-timeout.C:
+		return fail(CodeNoScan, nil, nil)
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// Asking returns the heads that ask for a label, and their serials.
+func (s *Station) asking() []*headState {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []*headState
+	for _, h := range s.heads {
+		if h.State == HeadAsking {
+			out = append(out, h)
+		}
+	}
+	slices.SortStableFunc(out, func(a, b *headState) int { return a.Stepped.Compare(b.Stepped) })
+	return out
+}
+
+// Scan hands a scanned label to the head that asks for it. It reports whether one took it.
+func (s *Station) Scan(text string) bool {
+	heads := s.asking()
+	if len(heads) == 0 {
+		return false
+	}
+	scan, err := label.ParseScan(text)
+	h := heads[0]
+	matched := false
+	for _, c := range heads {
+		if err == nil && c.Serial == scan.Serial {
+			h, matched = c, true
+			break
+		}
+	}
+	if !matched && err == nil && scan.Bare {
+		if s.hasFreeHead() {
+			return false // the next unit, most likely
+		}
+	}
+	select {
+	case h.scans <- text:
+	default:
+	}
+	return true
+}
+
+func (s *Station) hasFreeHead() bool {
+	for _, h := range s.Heads() {
+		if h.State == HeadIdle || h.State == HeadPassed || h.State == HeadFailed {
+			return true
+		}
+	}
+	return false
+}
+
+// Reprint prints the label of a finished unit again. It is counted and written down first.
+func (s *Station) Reprint(ctx context.Context, serial string) (copies int64, err error) {
+	if s.setup.Label == nil {
+		return 0, fail(CodePrint, nil, errors.New("the station prints no labels"))
+	}
+	var u *mint.Unit
+	err = s.with(ctx, nil, func(w *Work, _ int) error {
+		if u, err = w.Run.Finished(ctx, serial); err != nil || s.setup.DryRun {
+			return err
+		}
+		copies, err = w.Ledger.AddNote(ctx, ledger.Note{Unit: u.ID(), Kind: reprintNote, Data: []byte(s.operator)})
+		return err
+	})
+	if errors.Is(err, ledger.ErrNotFound) {
+		return 0, fail(CodeNotMade, map[string]string{"serial": serial}, err)
+	}
+	if errors.Is(err, mint.ErrUnfinished) {
+		return 0, fail(CodeNotFinished, map[string]string{"serial": serial}, err)
+	}
+	if err != nil {
+		return 0, err
+	}
+	l, err := s.labelOf(u, serial, s.cfg.Fields, int(copies))
+	if err != nil {
+		return 0, err
+	}
+	job, err := s.setup.Label.Render(label.Format(s.cfg.Label.Format), l)
+	if err != nil || s.setup.DryRun {
+		return copies, err
+	}
+	if err := s.cfg.heads[0].printer.Print(ctx, job); err != nil {
+		return copies, err
+	}
+	s.mu.Lock()
+	s.reprints++
+	s.mu.Unlock()
+	s.event("reprint", map[string]string{"serial": serial, "copy": strconv.FormatInt(copies, 10), "operator": s.operator})
+	return copies, nil
+}
+
+// Retire ends a unit: reworked or scrapped.
+func (s *Station) Retire(ctx context.Context, serial string, state ledger.State, reason, operator string) error {
+	s.mu.Lock()
+	n, busy := s.inWork[serial]
+	s.mu.Unlock()
+	if busy {
+		return fail(CodeInWork, map[string]string{"serial": serial, "head": strconv.Itoa(n)}, nil)
+	}
+	if s.setup.DryRun {
+		return nil
+	}
+	err := s.with(ctx, nil, func(w *Work, _ int) error {
+		err := w.Retire(ctx, serial, state, ledger.Ending{Reason: reason, Operator: operator})
+		s.countLeft(ctx, w)
+		return err
+	})
+	if errors.Is(err, ledger.ErrNotFound) {
+		return fail(CodeNotMade, map[string]string{"serial": serial}, err)
+	}
+	if err != nil {
+		return err
+	}
+	kind := string(Rework)
+	s.mu.Lock()
+	delete(s.tries, serial)
+	if state == ledger.Scrapped {
+		kind = string(Scrap)
+		s.tally.Scrap(s.standing[serial])
+		delete(s.standing, serial)
+	} else {
+		s.tally.Rework()
+	}
+	s.mu.Unlock()
+	s.event(kind, map[string]string{"serial": serial, "reason": reason, "operator": operator})
+	return nil
+}
+
+// codeOf names an error of a step.
+func codeOf(step Step, err error) Code {
+	var f *failure
+	if errors.As(err, &f) {
+		return f.code
+	}
+	var dup *ledger.DuplicateError
+	if errors.As(err, &dup) {
+		if dup.Field == "serial" || dup.Field == "registration ID" {
+			return CodeMade
+		}
+		return CodeTwice
+	}
+	for _, c := range []struct {
+		is   error
+		code Code
+	}{
+		{ledger.ErrSpent, CodeOrderSpent}, {ledger.ErrNotOpen, CodeOrderEarly}, {ledger.ErrExpired, CodeOrderExpired}, {ledger.ErrClosed, CodeOrderClosed},
+		{ledger.ErrNoGrant, CodeNoOrder}, {ledger.ErrOtherGrant, CodeOrderProfile}, {order.ErrSerial, CodeNotInOrder}, {order.ErrStation, CodeOrderStation},
+		{order.ErrProduct, CodeOrderProfile}, {ledger.ErrScrapped, CodeScrapped}, {mint.ErrElsewhere, CodeElsewhere},
+		{ledger.ErrClock, CodeClock}, {ledger.ErrRolledBack, CodeAnchor}, {hsm.ErrClaimed, CodeAnchor}, {ledger.ErrAnchor, CodeAnchor},
+		{ledger.ErrFull, CodeDisk}, {stamp.ErrFull, CodeDisk}, {mint.ErrNoSpace, CodeDisk},
+		{hsm.ErrPINIncorrect, CodeTokenPIN}, {hsm.ErrPINLocked, CodeTokenPIN}, {hsm.ErrLost, CodeToken}, {ledger.ErrBroken, CodeLedger}, {ledger.ErrDamaged, CodeLedger},
+		{residency.ErrNotProven, CodeGenuine},
+		{fixture.ErrMismatch, CodeReadBack}, {fixture.ErrSignature, CodeChallenge},
+		{label.ErrPaper, CodePaper}, {label.ErrPrinter, CodePrinter},
+		{stamp.ErrMismatch, CodeStamp}, {stamp.ErrExists, CodeStamp},
+	} {
+		if errors.Is(err, c.is) {
+			return c.code
+		}
+	}
+	timeout := errors.Is(err, fixture.ErrTimeout)
+	switch step {
+	case StepProbe:
+		if timeout {
+			return CodeProbeTimeout
+		}
+		return CodeProbe
+	case StepFlash:
+		if timeout {
+			return CodeFlashTimeout
+		}
+		return CodeFlash
+	case StepReadBack:
+		return CodeReadBackFailed
+	case StepChallenge:
+		return CodeNoChallenge
+	case StepLabel:
+		return CodePrint
+	case StepMint, StepSeal:
+		if errors.Is(err, fs.ErrPermission) {
+			return CodeStamp
+		}
+		return CodeMint
+	}
+	return CodeInternal
+}
