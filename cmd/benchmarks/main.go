@@ -78,8 +78,8 @@ func main() {
 		{"tpm-create", b.tpmCreate}, {"tpm-sign", b.tpmSign},
 		{"register-https", func() { b.register("https") }}, {"register-mqtt", func() { b.register("mqtt") }}, {"import", b.importBundle},
 		{"ledger-append", func() { b.ledgerAppend("ledger-append", temp) }}, {"ledger-append-disk", func() { b.ledgerAppend("ledger-append-disk", disk) }},
-		{"ledger-verify", b.ledgerVerify}, {"ledger-verify-million ledger-resume-million", b.ledgerMillion},
-		{"nvs-images", b.nvsImages},
+		{"ledger-verify", b.ledgerVerify}, {"ledger-verify-million ledger-resume-million station-resume-million", b.ledgerMillion},
+		{"station-unit", b.stationUnit}, {"nvs-images", b.nvsImages},
 	} {
 		if strings.Contains(x.name, *only) {
 			x.run()
