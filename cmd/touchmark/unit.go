@@ -144,7 +144,7 @@ func (a *app) runUnitShow(ctx context.Context, dir, serial string) (err error) {
 		if err != nil {
 			return err
 		}
-		notes, err := led.Notes(ctx, u.ID, reprintNote)
+		notes, err := led.Notes(ctx, u.ID, station.ReprintNote)
 		all = append(all, unitLine{Unit: u, KeyHash: hex.EncodeToString(u.KeyHash), Profile: job.Profile, Order: job.Grant, Operator: job.Operator, Ended: ended, Ending: why, Reprints: len(notes)})
 		return err
 	}
@@ -185,9 +185,6 @@ func (a *app) runUnitShow(ctx context.Context, dir, serial string) (err error) {
 	}
 	return a.table([]string{"REVISION", "REGISTRATION ID", "STATE", "BEGUN", "BY", "ORDER", "KEY", "ENDED"}, rows)
 }
-
-// reprintNote is the kind of the notes that count labels printed again.
-const reprintNote = "reprint"
 
 func newUnitReturn(a *app) *cobra.Command {
 	var dir, permit, operator string

@@ -465,7 +465,7 @@ func (m *making) label(ctx context.Context) error {
 			return err
 		}
 		if err := s.with(ctx, m.h, func(w *Work, _ int) error {
-			_, err := w.Ledger.AddNote(ctx, ledger.Note{Unit: m.unit.ID(), Kind: labelNote})
+			_, err := w.Ledger.AddNote(ctx, ledger.Note{Unit: m.unit.ID(), Kind: LabelNote})
 			return err
 		}); err != nil {
 			return err
@@ -481,15 +481,15 @@ func (m *making) label(ctx context.Context) error {
 // The kinds of notes that a station keeps of a unit: a try that failed, its label printed, and printed again.
 const (
 	failNote    = "fail"
-	labelNote   = "label"
-	reprintNote = "reprint"
+	LabelNote   = "label"
+	ReprintNote = "reprint"
 )
 
 // printed reports whether the unit's label came out of the printer in an earlier try. One whose note a crash lost is printed
 // again: two labels of one unit say the same.
 func (s *Station) printed(ctx context.Context, unit int64) (was bool, err error) {
 	err = s.with(ctx, nil, func(w *Work, _ int) error {
-		notes, err := w.Ledger.Notes(ctx, unit, labelNote)
+		notes, err := w.Ledger.Notes(ctx, unit, LabelNote)
 		was = len(notes) > 0
 		return err
 	})
@@ -627,7 +627,7 @@ func (s *Station) Reprint(ctx context.Context, serial string) (copies int64, err
 		if u, err = w.Run.Finished(ctx, serial); err != nil || s.setup.DryRun {
 			return err
 		}
-		copies, err = w.Ledger.AddNote(ctx, ledger.Note{Unit: u.ID(), Kind: reprintNote, Data: []byte(s.operator)})
+		copies, err = w.Ledger.AddNote(ctx, ledger.Note{Unit: u.ID(), Kind: ReprintNote, Data: []byte(s.operator)})
 		return err
 	})
 	if errors.Is(err, ledger.ErrNotFound) {
