@@ -89,6 +89,9 @@ func (f *floor) closeLedger() error {
 
 // noteAnchor writes down that a ledger was refused for what its counter says.
 func (l *line) noteAnchor(err error) {
+	if errors.Is(err, hsm.ErrLost) {
+		return // it said nothing
+	}
 	if errors.Is(err, ledger.ErrAnchor) || errors.Is(err, ledger.ErrRolledBack) || errors.Is(err, hsm.ErrClaimed) {
 		l.keepRefusal(newRefusal(nil, "", err))
 	}

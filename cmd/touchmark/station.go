@@ -11,9 +11,11 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -391,6 +393,8 @@ func (a *app) stationJSON(ctx context.Context, o *stationOptions, st *station.St
 	if o.operator == "" {
 		return usageError{errors.New("--json asks nobody for a badge: say who works with --operator")}
 	}
+	// Whoever reads the answers may go away: their units go on.
+	signal.Ignore(syscall.SIGPIPE)
 	if err := st.Ready(ctx, o.operator); err != nil {
 		return err
 	}
@@ -469,15 +473,12 @@ func (a *app) stationScreen(ctx context.Context, b *bench, st *station.Station) 
 		return err
 	}
 	locale := strings.ToUpper(firstOf(a.getenv("LC_ALL"), a.getenv("LC_CTYPE"), a.getenv("LANG")))
-	// The shift goes on to its end when the terminal is taken away, but takes nothing new.
 	desk := station.NewDesk(context.WithoutCancel(ctx), st, operators, golden)
-	defer context.AfterFunc(ctx, func() { desk.Function(station.End); desk.Input("") })()
 	err = screen.Run(ctx, screen.Config{
 		Station: desk, Texts: words, In: in, Out: a.out, Term: a.getenv("TERM"), Color: a.colored(a.out),
 		ASCII: b.o.ascii || !strings.Contains(locale, "UTF-8") && !strings.Contains(locale, "UTF8"),
 	})
-	desk.Finish()
-	return err
+	return errors.Join(err, desk.Finish())
 }
 
 func firstOf(words ...string) string {

@@ -130,7 +130,7 @@ type lockout struct {
 
 const (
 	pinTries = 3
-	pinWait  = 30 * time.Second
+	pinWait  = 2 * time.Minute
 )
 
 func (l *lockout) locked(now time.Time) bool { return now.Before(l.until) }

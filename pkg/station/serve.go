@@ -54,7 +54,8 @@ const (
 	maxQueue   = 1000 // units that wait for a head
 )
 
-// Serve answers requests until the input ends, an "end" comes, or the context is over; units in work then come to their verdicts first.
+// Serve answers requests until the input ends or an "end" comes; units in work then come to their verdicts first. When the context
+// is over they are stopped where they are, to be taken up later.
 // The shift must have begun. Several may serve one station at once; each is told of its own requests, and of the steps of all heads.
 func (s *Station) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 	c := &conversation{s: s, answers: make(chan Answer, 256), shown: make([]Head, len(s.heads))}
@@ -146,7 +147,11 @@ func (c *conversation) dispatch(ctx context.Context) {
 		go func() {
 			defer c.work.Done()
 			v := c.s.make(ctx, r.Head, r.Serial, r.Fields, func() { close(started) })
-			c.say(Answer{ID: r.ID, Event: "verdict", Head: v.Head, Serial: v.Serial, Verdict: &v})
+			if v.Stopped() {
+				c.say(Answer{ID: r.ID, Event: "error", Head: v.Head, Serial: v.Serial, Error: v.Detail})
+			} else {
+				c.say(Answer{ID: r.ID, Event: "verdict", Head: v.Head, Serial: v.Serial, Verdict: &v})
+			}
 			select {
 			case c.freed <- struct{}{}:
 			default:
