@@ -222,7 +222,11 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 	job.Digest = digest.Sum(nil)
 	if cfg.Out != "" {
 		// Opened, and its space checked, before the job is written down.
-		if r.out, err = stamp.OpenFiles(cfg.Out, hex.EncodeToString(job.Digest[:6])); err != nil {
+		tag := hex.EncodeToString(job.Digest[:6])
+		if cfg.Shift != "" {
+			tag = "shift" // the next one finds what this one staged; the ledger's lock sees to it that there is one at a time
+		}
+		if r.out, err = stamp.OpenFiles(cfg.Out, tag); err != nil {
 			return nil, err
 		}
 	}
@@ -239,7 +243,7 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 		return fail(fmt.Errorf("this list was begun with profile %s on %s with --out %q: take that again, or another list", p.Name,
 			r.summary.Job.Started.Format("2006-01-02 15:04"), was))
 	}
-	if r.summary.Resumed {
+	if r.summary.Resumed && cfg.Shift == "" { // a shift asks the ledger for each unit when it comes
 		r.existing = make(map[string]ledger.Unit)
 		for u, err := range cfg.Ledger.Units(ctx, r.summary.Job.ID) {
 			if err != nil {
