@@ -79,7 +79,7 @@ func (l *Ledger) update(ctx context.Context, f func(*tx) error) error {
 	if t.anchored {
 		// The counter moves once the step is durable, and before the caller goes on to what cannot be undone. A crash in between
 		// leaves the ledger one ahead of its counter, which checkAnchor makes good.
-		if l.anchor, err = l.cfg.Anchor.Increment(ctx, l.anchor); err != nil {
+		if l.anchor, err = l.increment(ctx, l.anchor); err != nil {
 			l.broken = fmt.Errorf("%w: the ledger's counter could not be moved: %w", ErrAnchor, err)
 		}
 	}
