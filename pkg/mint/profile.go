@@ -83,6 +83,8 @@ type Profile struct {
 		NV string `toml:"nv"`
 		// file lists further files to render into each device's directory.
 		File []StampFile `toml:"file"`
+		// image lists images of device storage to make of them: [[stamp.image]], each with [[stamp.image.entry]].
+		Image []StampImage `toml:"image"`
 	} `toml:"stamp"`
 
 	// device-information is free-form and never sent to the hub; individual enrollments only.
@@ -107,6 +109,7 @@ type Profile struct {
 	uri        pattern.Pattern
 	store      pattern.Pattern
 	nv         uint32
+	images     []*StampImage // with the key partitions that follow from others, each after what it is made from
 }
 
 // A StampFile is one rendered file of a stamp.
@@ -259,18 +262,21 @@ func (p *Profile) check(f *settings.Faults) {
 	if b := *p.Certificate.BackdateMinutes; b < 0 || b > 7*24*60 {
 		f.Key("certificate.backdate-minutes", "certificate.backdate-minutes is %d: want 0 to 10080", b)
 	}
-	seen := map[string]bool{chainFile: true, keyFile: true, stampFile: true, "assignment.json": true}
+	keyThere := x509 && (p.Key.In == keyInMemory || p.Key.In == keyInTPM)
+	seen := map[string]bool{chainFile: x509, keyFile: keyThere, stampFile: true, "assignment.json": false} // whether it is one of the stamp
 	for _, s := range p.Stamp.File {
+		_, taken := seen[s.Name]
 		switch {
 		case s.Name == "" || s.Template == "":
 			f.Key("stamp.file", "each stamp.file needs a name and a template")
 		case !hsm.ValidName(s.Name):
 			f.Key("stamp.file", "stamp.file name %q: want letters, digits and -._ without separators", s.Name)
-		case seen[s.Name]:
+		case taken:
 			f.Key("stamp.file", "stamp.file name %q is taken", s.Name)
 		}
 		seen[s.Name] = true
 	}
+	p.checkImages(f, seen)
 	if p.Hubs.Allocation != "" {
 		oneOf("hubs.allocation", p.Hubs.Allocation, "hashed", "geoLatency", "static")
 	} else if len(p.Hubs.Names) > 0 {
