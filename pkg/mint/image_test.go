@@ -162,7 +162,7 @@ func (l *line) checkImages(t *testing.T, id, serial, color string, batch uint16)
 	}
 	image := l.stampFile(t, id, "nvs.bin", 0o600)
 	entries, err := nvs.Parse(image, keys)
-	want := []nvs.Entry{{"dps", "id_scope", "0ne1"}, {"dps", "batch", batch}, {"dps", "offset", -int32(batch)}, {"tls", "key", key}}
+	want := []nvs.Entry{{Namespace: "dps", Key: "id_scope", Value: "0ne1"}, {Namespace: "dps", Key: "batch", Value: batch}, {Namespace: "dps", Key: "offset", Value: -int32(batch)}, {Namespace: "tls", Key: "key", Value: key}}
 	if err != nil || !sameEntries(entries, want) {
 		t.Errorf("%s: nvs.bin has %v, %v", id, entries, err)
 	}
@@ -170,7 +170,7 @@ func (l *line) checkImages(t *testing.T, id, serial, color string, batch uint16)
 		t.Errorf("%s: nvs.bin is not encrypted", id)
 	}
 	entries, err = nvs.Parse(l.stampFile(t, id, "public.nvs", 0o644), keys)
-	if err != nil || !sameEntries(entries, []nvs.Entry{{"tls", "leaf", chain[0]}}) {
+	if err != nil || !sameEntries(entries, []nvs.Entry{{Namespace: "tls", Key: "leaf", Value: chain[0]}}) {
 		t.Errorf("%s: public.nvs has %v, %v", id, entries, err)
 	}
 	env := l.stampFile(t, id, "env.bin", 0o644)
