@@ -226,7 +226,7 @@ func (f *factory) mintRun(profile string, n int, stamps bool) float64 {
 	sum := must(run.Mint(ctx, w.Add))
 	w.SetCheckpoint(must(led.Checkpoint(ctx)))
 	bs := must(w.Close())
-	check(mint.Export(ctx, led, sum, bs.ID))
+	check(mint.Exported(ctx, led, sum.Units, bs.ID))
 	seconds := time.Since(start).Seconds()
 	check(run.Close())
 	if sum.Minted != n {

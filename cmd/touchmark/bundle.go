@@ -41,7 +41,7 @@ func newBundle(a *app) *cobra.Command {
 		RunE:    func(_ *cobra.Command, args []string) error { return a.runBundleEntries(args[0], trustEntries) },
 	}
 	trust(entries, &trustEntries)
-	return parent("bundle", "Look into bundles, and verify them", show, verify, entries)
+	return parent("bundle", "Look into bundles, and verify them", show, verify, entries, newBundleExport(a))
 }
 
 // residencyFlag adds --require-residency to a command.

@@ -184,7 +184,7 @@ func classify(ctx context.Context, err error) (code int, help string) {
 		suggest("what was made since the copy was taken is not in it: bring the newest ledger back, and ask the line's engineer where the copy came from")
 		return exitUnverified, help
 	case errors.Is(err, hsm.ErrClaimed):
-		suggest("another touchmark, or one with a copy of this ledger, is at work: stop it; touchmark token counter show tells who holds it")
+		suggest("another touchmark, or one with a copy of this ledger, is at work: stop it; touchmark token counter show tells who holds it, and token counter takeover frees it from one that is gone for good")
 		return exitRefused, help
 	case errors.Is(err, order.ErrInvalid):
 		return exitUnverified, help

@@ -77,5 +77,13 @@ TPMS
      ok   endorsement certificate  none, and none asked for: --makers was not given
 
   tpm ek shows the registration ID that device SDKs derive, tpm nv what is in its memory, tpm lockout how many tries are left.
-  A profile with attestation = "tpm" writes down the TPM itself, for a service that challenges it.`,
+  A profile with attestation = "tpm" writes down the TPM itself, for a service that challenges it.
+
+COUNTERS
+    touchmark token counter list --line line-3
+
+  A token or a TPM can hold counters that only go up. A ledger that is copied, or set back, shows: the counter did not go back
+  with it. One process at a time holds a counter. After a power cut its claim may be left behind: token counter show says whose
+  it is, token counter takeover ends it. A TPM's counter never goes back; a token's does for whoever has the PIN and writes a
+  program for it.`,
 }

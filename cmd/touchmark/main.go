@@ -101,8 +101,8 @@ The journey:  init → mint → (bundle) → serve → import → register`,
 		return usageError{fmt.Errorf("%w\nusage: %s", err, cmd.UseLine())}
 	})
 	root.AddGroup(&cobra.Group{ID: "journey", Title: "The journey:"}, &cobra.Group{ID: "tools", Title: "The toolkit:"})
-	journey := []*cobra.Command{newInit(a), newMint(a), newServe(a), newImport(a), newRegister(a)}
-	tools := []*cobra.Command{newKey(a), newToken(a), newTPM(a), newCert(a), newData(a), newCA(a), newOrder(a), newUnit(a), newStamp(a), newLedger(a), newBundle(a), newGroup(a)}
+	journey := []*cobra.Command{newInit(a), newMint(a), newStation(a), newServe(a), newImport(a), newRegister(a)}
+	tools := []*cobra.Command{newKey(a), newToken(a), newTPM(a), newCert(a), newData(a), newCA(a), newOrder(a), newUnit(a), newOperator(a), newStamp(a), newLedger(a), newBundle(a), newGroup(a)}
 	for _, c := range journey {
 		c.GroupID = "journey"
 		root.AddCommand(c)

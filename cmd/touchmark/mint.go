@@ -176,6 +176,9 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 			return err
 		}
 		defer w.Abort()
+		if g != nil {
+			w.SetGrant(g.Document)
+		}
 		sink = w.Add
 	}
 	summary, err := run.Mint(ctx, sink)
@@ -199,7 +202,7 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 			return partialError{error: err}
 		}
 		res.Bundle, res.Path = &sum, o.bundle
-		if err := mint.Export(ctx, led, summary, sum.ID); err != nil {
+		if err := mint.Exported(ctx, led, summary.Units, sum.ID); err != nil {
 			return partialError{error: err}
 		}
 	}

@@ -41,50 +41,10 @@ assigned in assignment.json beside the stamp.`,
 	return c
 }
 
-func (a *app) runRegister(ctx context.Context, o *registerOptions) (err error) {
-	if o.protocol != "https" && o.protocol != "mqtt" {
-		return usageError{fmt.Errorf("--protocol %s: want https or mqtt", o.protocol)}
-	}
-	if o.endpoint != "" {
-		if _, _, err := net.SplitHostPort(o.endpoint); err != nil {
-			return usageError{fmt.Errorf("--endpoint %s: want HOST:PORT", o.endpoint)}
-		}
-	}
-	roots, err := loadRoots(o.ca)
+func (a *app) runRegister(ctx context.Context, o *registerOptions) error {
+	state, err := a.registerStamp(ctx, o)
 	if err != nil {
 		return err
-	}
-	stamp, err := device.LoadStamp(o.stamp)
-	if errors.Is(err, fs.ErrNotExist) {
-		return usageError{err}
-	}
-	if err != nil {
-		return err
-	}
-	cfg := device.Config{Stamp: stamp, Endpoint: o.endpoint, Protocol: o.protocol, RootCAs: roots}
-	if stamp.KeyURI != "" {
-		var key hsm.Key
-		var closeStore func() error
-		if key, closeStore, err = a.openKeyURI(ctx, stamp.KeyURI, o.stamp); err != nil {
-			return err
-		}
-		defer func() { err = errors.Join(err, closeStore()) }()
-		if stamp.Symmetric {
-			cfg.MAC, err = hsm.MACKeyOf(key)
-		} else {
-			cfg.Signer, err = hsm.SigningKeyOf(key)
-		}
-		if err != nil {
-			return err
-		}
-	}
-	state, err := device.Register(ctx, cfg)
-	var refused *device.RefusedError
-	if errors.As(err, &refused) {
-		return hint(err, "the service does not know the device with this proof: was its bundle imported there, and is the stamp that of the last minting?")
-	}
-	if err != nil {
-		return connectHint(err)
 	}
 	if state.Status == dps.Assigned {
 		if err := device.SaveAssignment(o.stamp, state); err != nil {
@@ -103,10 +63,63 @@ func (a *app) runRegister(ctx context.Context, o *registerOptions) (err error) {
 	}); err != nil {
 		return err
 	}
+	return notAssigned(state)
+}
+
+func notAssigned(state *dps.RegistrationState) error {
 	if state.Status != dps.Assigned {
 		return refusedError{fmt.Errorf("the registration is %s: %d %s", state.Status, state.ErrorCode, state.ErrorMessage)}
 	}
 	return nil
+}
+
+// registerStamp registers the device of a stamp, as it would itself.
+func (a *app) registerStamp(ctx context.Context, o *registerOptions) (_ *dps.RegistrationState, err error) {
+	if o.protocol != "https" && o.protocol != "mqtt" {
+		return nil, usageError{fmt.Errorf("--protocol %s: want https or mqtt", o.protocol)}
+	}
+	if o.endpoint != "" {
+		if _, _, err := net.SplitHostPort(o.endpoint); err != nil {
+			return nil, usageError{fmt.Errorf("--endpoint %s: want HOST:PORT", o.endpoint)}
+		}
+	}
+	roots, err := loadRoots(o.ca)
+	if err != nil {
+		return nil, err
+	}
+	stamp, err := device.LoadStamp(o.stamp)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, usageError{err}
+	}
+	if err != nil {
+		return nil, err
+	}
+	cfg := device.Config{Stamp: stamp, Endpoint: o.endpoint, Protocol: o.protocol, RootCAs: roots}
+	if stamp.KeyURI != "" {
+		var key hsm.Key
+		var closeStore func() error
+		if key, closeStore, err = a.openKeyURI(ctx, stamp.KeyURI, o.stamp); err != nil {
+			return nil, err
+		}
+		defer func() { err = errors.Join(err, closeStore()) }()
+		if stamp.Symmetric {
+			cfg.MAC, err = hsm.MACKeyOf(key)
+		} else {
+			cfg.Signer, err = hsm.SigningKeyOf(key)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	state, err := device.Register(ctx, cfg)
+	var refused *device.RefusedError
+	if errors.As(err, &refused) {
+		return nil, hint(err, "the service does not know the device with this proof: was its bundle imported there, and is the stamp that of the last minting?")
+	}
+	if err != nil {
+		return nil, connectHint(err)
+	}
+	return state, nil
 }
 
 // openKeyURI opens the one key that a URI names.

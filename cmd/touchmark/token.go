@@ -74,7 +74,7 @@ several. Nothing is left on the token.`,
 	lineFlag(benchCmd, &bench.line)
 	benchCmd.Flags().Float64Var(&bench.seconds, "seconds", 2, "how long each measurement takes")
 	benchCmd.Flags().IntSliceVar(&bench.sessions, "sessions", []int{1, 2, 4, 8}, "numbers of sessions to measure with")
-	return parent("token", "PKCS#11 tokens", listCmd, showCmd, initCmd, doctorCmd, benchCmd)
+	return parent("token", "PKCS#11 tokens", listCmd, showCmd, initCmd, doctorCmd, benchCmd, newCounter(a))
 }
 
 // at takes the URI that stands behind a command.

@@ -5,7 +5,7 @@
 // of the document is authenticated with it. A passphrase is stretched once, when the store is opened.
 //
 // A key-file store cannot vouch for what a token can: whoever has the passphrase can copy its keys, so no key is Local or
-// NeverExtractable here.
+// NeverExtractable here. For the same reason there are no counters: they could be copied together with what is anchored in them.
 //
 // Files are written whole, flushed, and linked into place without replacing anything, so two processes that make one name
 // at once get one key and one hsm.ErrExists. A Store may be used by many goroutines.

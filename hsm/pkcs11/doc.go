@@ -19,6 +19,10 @@
 // with the sessions that there are, and one that is out of memory is made to let go by logging in anew. [Explain] tells what
 // a token's answer means here.
 //
+// Counters ([hsm.CounterStore]) are private data objects that follow one another, "counter:NAME". They want a token that keeps such
+// objects, which NSS's does not, and a module that shows one process what another did, which tpm2-pkcs11 does not. Whoever has the
+// user PIN and a program of his own can set them back.
+//
 // A module-path that begins with "p11-kit:" has the module loaded in a process of its own, through p11-kit (its programs and
 // client module must be installed). A module that crashes or hangs there costs the operation, which is repeated, and not the
 // station: the process is killed, started again, and logged in to. It serves one call after the other, carries only what

@@ -89,6 +89,8 @@ type module struct {
 	// turn is for p11-kit's client module, which serves one caller after the other anyway: when its connection ends, 0.24 tells
 	// one of those that wait, and the others wait for ever. So only one is inside. Nil for other modules.
 	turn *sync.Mutex
+
+	counting sync.Mutex // held by whoever works on a counter
 }
 
 var (

@@ -81,7 +81,7 @@ func (s *Store) DeleteCertificate(ctx context.Context, name string) error {
 
 // PutData implements [hsm.DataStore].
 func (s *Store) PutData(ctx context.Context, d hsm.Data) error {
-	if err := checkObject(d.Name, len(d.Value)); err != nil {
+	if err := errors.Join(checkObject(d.Name, len(d.Value)), notCounter(d.Name)); err != nil {
 		return fmt.Errorf("data %q: %w", d.Name, err)
 	}
 	err := s.with(ctx, false, func(h pkcs11.SessionHandle) error {
@@ -130,7 +130,17 @@ func (s *Store) Data(ctx context.Context, prefix string) ([]hsm.Data, error) {
 
 // DeleteData implements [hsm.DataStore].
 func (s *Store) DeleteData(ctx context.Context, name string) error {
+	if err := notCounter(name); err != nil {
+		return fmt.Errorf("data %q: %w", name, err)
+	}
 	return s.deleteObject(ctx, pkcs11.CKO_DATA, "data", name)
+}
+
+func notCounter(name string) error {
+	if strings.HasPrefix(name, counterLabel) {
+		return errors.New("names with " + counterLabel + " are those of counters")
+	}
+	return nil
 }
 
 func checkObject(name string, size int) error {

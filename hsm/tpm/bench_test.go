@@ -161,3 +161,25 @@ func BenchmarkBareMAC(b *testing.B) {
 		}
 	}
 }
+
+func BenchmarkBareIncrement(b *testing.B) {
+	t, _ := bare(b)
+	public := tpm2.TPMSNVPublic{
+		NVIndex: 0x01800001, NameAlg: tpm2.TPMAlgSHA256, DataSize: 8,
+		Attributes: tpm2.TPMANV{OwnerWrite: true, OwnerRead: true, NoDA: true, NT: tpm2.TPMNTCounter},
+	}
+	owner := tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)}
+	if _, err := (tpm2.NVDefineSpace{AuthHandle: owner, PublicInfo: tpm2.New2B(public)}).Execute(t); err != nil {
+		b.Fatal(err)
+	}
+	for i := 0; b.Loop(); i++ {
+		public.Attributes.Written = i > 0 // part of its name
+		name, err := tpm2.NVName(&public)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if _, err := (tpm2.NVIncrement{AuthHandle: owner, NVIndex: tpm2.NamedHandle{Handle: public.NVIndex, Name: *name}}).Execute(t); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

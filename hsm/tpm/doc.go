@@ -11,6 +11,10 @@
 // state the TPM is in ([Store.State]) and has an attestation key vouch for a device key ([Store.Attest]); the subpackage
 // residency judges certificates and proofs with no TPM at hand.
 //
+// Counters ([hsm.CounterStore]) are NV counter indices, of 0x01b70000 to 0x01b7003f the first that is free; 0x100 above each is who
+// holds it. A TPM's memory wears: its makers have some hundred thousand increments in mind, or answer TPM_RC_NV_RATE for a while, so
+// a counter is for batches and checkpoints rather than for each signature.
+//
 // # Sharing a TPM
 //
 // A TPM does one thing at a time. Stores of one process on one TPM share one connection and take turns. A device without a

@@ -115,14 +115,18 @@ func (s *Store) DefineNV(ctx context.Context, index uint32, size int) error {
 				return nil // before the connection broke
 			}
 		}
-		owner, err := s.hierarchy(b, tpm2.TPMRHOwner)
-		if err != nil {
-			return err
-		}
 		tried = true
-		_, err = tpm2.NVDefineSpace{AuthHandle: owner, PublicInfo: tpm2.New2B(public)}.Execute(b)
-		return err
+		return s.define(b, public)
 	})
+}
+
+func (s *Store) define(b *bus, public tpm2.TPMSNVPublic) error {
+	owner, err := s.hierarchy(b, tpm2.TPMRHOwner)
+	if err != nil {
+		return err
+	}
+	_, err = tpm2.NVDefineSpace{AuthHandle: owner, PublicInfo: tpm2.New2B(public)}.Execute(b)
+	return err
 }
 
 // withNV runs f with an NV index and what authorizes the owner for it.

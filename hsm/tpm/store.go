@@ -206,16 +206,20 @@ func (s *Store) hierarchy(b *bus, h tpm2.TPMHandle) (tpm2.AuthHandle, error) {
 	case tpm2.TPMRHLockout:
 		auth = s.cfg.Lockout
 	}
-	a := tpm2.AuthHandle{Handle: h, Auth: tpm2.PasswordAuth(nil)}
 	if len(auth) == 0 {
-		return a, nil
+		return tpm2.AuthHandle{Handle: h, Auth: tpm2.PasswordAuth(nil)}, nil
 	}
+	return s.authorize(b, h, auth)
+}
+
+// authorize authorizes in a salted session, be the authorization value empty or not: its HMAC covers the command with the names of
+// what it works on.
+func (s *Store) authorize(b *bus, h tpm2.TPMHandle, auth hsm.Secret) (tpm2.AuthHandle, error) {
 	salt, public, err := b.salt(s)
 	if err != nil {
-		return a, err
+		return tpm2.AuthHandle{}, err
 	}
-	a.Auth = tpm2.HMAC(tpm2.TPMAlgSHA256, nonceSize, tpm2.Auth(auth), tpm2.Salted(salt, public))
-	return a, nil
+	return tpm2.AuthHandle{Handle: h, Auth: tpm2.HMAC(tpm2.TPMAlgSHA256, nonceSize, tpm2.Auth(auth), tpm2.Salted(salt, public))}, nil
 }
 
 const nonceSize = 16

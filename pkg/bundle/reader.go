@@ -44,6 +44,7 @@ type Reader struct {
 	zstd     *zstd.Decoder
 	started  bool
 	check    []byte
+	grant    []byte
 }
 
 // Open verifies the manifest's signature. The error is signed.ErrUntrusted or ErrCorrupt. The caller closes the reader.
@@ -59,6 +60,18 @@ func Open(r io.Reader, cfg OpenConfig) (*Reader, error) {
 	if err := parseManifest(raw, &b.manifest); err != nil {
 		return nil, err
 	}
+	if g := b.manifest.Grant; g != nil {
+		if b.grant, err = b.chunk(g.Chunk, maxGrant); err != nil {
+			return nil, err
+		}
+		id, err := grantID(b.grant)
+		if err != nil {
+			return nil, corrupt("%w", err)
+		}
+		if id != g.ID {
+			return nil, corrupt("its grant is %.130q, and not %.130q as its manifest says", id, g.ID)
+		}
+	}
 	b.zstd, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxPlain), zstd.WithDecoderMaxWindow(8<<20))
 	return b, err
 }
@@ -71,6 +84,10 @@ func (b *Reader) Manifest() Manifest { return b.manifest }
 
 // KeyID names the trusted key that signed.
 func (b *Reader) KeyID() string { return b.keyID }
+
+// Grant returns the order or lease that the bundle's units were made on, as it came; nil if the bundle has none. It is what the
+// station put there: whether it is an owner's, and for this station, package order tells.
+func (b *Reader) Grant() []byte { return b.grant }
 
 // Checkpoint returns the ledger's signed checkpoint once Entries came to its end; nil if the bundle has none.
 func (b *Reader) Checkpoint() []byte { return b.check }
@@ -100,8 +117,7 @@ func Verify(r io.Reader, cfg OpenConfig) (Summary, error) {
 			return Summary{}, err
 		}
 	}
-	m := &b.manifest
-	return Summary{ID: m.ID, IDScope: m.IDScope, Created: m.Created, Entries: m.Counts.Total(), Counts: m.Counts, KeyID: b.keyID}, nil
+	return b.manifest.summary(b.keyID), nil
 }
 
 // errNoBundle says that a file is something else altogether. It counts as ErrCorrupt.
@@ -256,6 +272,9 @@ func parseManifest(raw []byte, m *Manifest) error {
 	if m.Checkpoint != nil && m.Checkpoint.Name != checkpointName {
 		return corrupt("manifest: checkpoint")
 	}
+	if m.Grant != nil && (m.Grant.Name != grantName || m.Grant.Size < 1) {
+		return corrupt("manifest: grant")
+	}
 	if entries != m.Counts.Total() || sealed != m.Counts.Sealed {
 		return corrupt("manifest: its counts contradict each other")
 	}
@@ -333,21 +352,13 @@ func (b *Reader) read(yield func(Entry) bool) error {
 					return fmt.Errorf("%s, line %d: %s: %w", c.Name, lines, e.name(), err)
 				}
 			}
-			if e.Evidence != nil {
-				counts.Evidence++
-				if b.cfg.Makers != nil && e.Evidence.Kind == evidence.TPM {
-					if _, err := e.Evidence.Genuine(b.cfg.Makers); err != nil {
-						return fmt.Errorf("%s, line %d: %s: %w", c.Name, lines, e.name(), err)
-					}
+			if e.Evidence != nil && b.cfg.Makers != nil && e.Evidence.Kind == evidence.TPM {
+				if _, err := e.Evidence.Genuine(b.cfg.Makers); err != nil {
+					return fmt.Errorf("%s, line %d: %s: %w", c.Name, lines, e.name(), err)
 				}
 			}
-			switch {
-			case e.Group != nil:
-				counts.Group++
-			case e.Device != nil:
-				counts.Device++
-			default:
-				counts.Individual++
+			counts.add(&e)
+			if e.Individual != nil {
 				if a := e.Individual.Attestation; a.Type == dps.AttestationSymmetricKey {
 					if a.SymmetricKey != nil {
 						return corrupt("%s, line %d: it has a key in the clear", c.Name, lines)

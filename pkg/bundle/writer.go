@@ -13,6 +13,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"filippo.io/age"
@@ -52,6 +53,7 @@ type Writer struct {
 	packed   []byte
 	content  [sha256.Size]byte // hash over all lines so far: the bundle's ID
 	check    []byte
+	grant    []byte
 	order    []Chunk // as they are in the spool
 	done     bool
 }
@@ -108,15 +110,10 @@ func (w *Writer) Add(e *Entry) error {
 	if err := e.Check(); err != nil {
 		return fmt.Errorf("bundle entry: %w", err)
 	}
-	if e.Evidence != nil {
-		w.manifest.Counts.Evidence++
-	}
 	switch {
 	case e.Device != nil && e.Evidence == nil:
-		w.manifest.Counts.Device++
 		w.plain = appendDevice(w.plain, e)
-	case e.Device != nil:
-		w.manifest.Counts.Device++
+	case e.Device != nil, e.Retired != nil:
 		if err := w.appendJSON(e); err != nil {
 			return err
 		}
@@ -124,12 +121,10 @@ func (w *Writer) Add(e *Entry) error {
 		if e.Group.Attestation.SymmetricKey != nil {
 			return fmt.Errorf("bundle entry: group %q carries its key: group keys never leave the service but sealed to a line", e.Group.EnrollmentGroupID)
 		}
-		w.manifest.Counts.Group++
 		if err := w.appendJSON(e); err != nil {
 			return err
 		}
 	default:
-		w.manifest.Counts.Individual++
 		open := *e
 		if k := e.Individual.Attestation.SymmetricKey; k != nil {
 			if len(w.cfg.Recipients) == 0 {
@@ -150,6 +145,7 @@ func (w *Writer) Add(e *Entry) error {
 			return err
 		}
 	}
+	w.manifest.Counts.add(e)
 	w.lines++
 	if w.lines >= chunkEntries || len(w.plain) >= chunkPlain {
 		return w.flush()
@@ -176,6 +172,9 @@ func appendDevice(b []byte, e *Entry) []byte {
 		b = append(b, `"serial":`...)
 		s, _ := json.Marshal(e.Serial) // a string always marshals
 		b = append(append(b, s...), ',')
+	}
+	if e.Revision != 0 {
+		b = append(strconv.AppendInt(append(b, `"revision":`...), e.Revision, 10), ',')
 	}
 	b = append(b, `"device":{"registrationId":"`...)
 	b = append(b, e.Device.RegistrationID...) // Check let only letters, digits and -._: through
@@ -239,6 +238,11 @@ func (w *Writer) put(list *[]Chunk, name string, b []byte, count int64) error {
 // SetCheckpoint puts the ledger's signed checkpoint into the bundle.
 func (w *Writer) SetCheckpoint(signed []byte) { w.check = bytes.Clone(signed) }
 
+// SetGrant puts the signed order or lease that all units of the bundle were made on into it.
+func (w *Writer) SetGrant(document []byte) {
+	w.grant = bytes.Clone(bytes.TrimSuffix(document, []byte("\n")))
+}
+
 // Abort gives the bundle up. After Close it does nothing.
 func (w *Writer) Abort() {
 	if !w.done {
@@ -267,6 +271,17 @@ func (w *Writer) Close() (_ Summary, err error) {
 		}
 		sum := sha256.Sum256(w.check)
 		m.Checkpoint = &Chunk{Name: checkpointName, Size: int64(len(w.check)), SHA256: hex.EncodeToString(sum[:]), Count: 1}
+	}
+	if len(w.grant) > 0 {
+		id, err := grantID(w.grant)
+		if err != nil {
+			return none, err
+		}
+		if len(w.grant) > maxGrant {
+			return none, fmt.Errorf("grant %s has %d octets", id, len(w.grant))
+		}
+		sum := sha256.Sum256(w.grant)
+		m.Grant = &Grant{id, Chunk{Name: grantName, Size: int64(len(w.grant)), SHA256: hex.EncodeToString(sum[:]), Count: 1}}
 	}
 	m.ID = hex.EncodeToString(w.content[:])
 	raw, err := json.Marshal(m)
@@ -321,7 +336,9 @@ func (w *Writer) Close() (_ Summary, err error) {
 		return none, err
 	}
 	id, err := signed.KeyID(w.cfg.Signer.Public())
-	return Summary{ID: m.ID, IDScope: m.IDScope, Created: m.Created, Entries: m.Counts.Total(), Counts: m.Counts, KeyID: id, Size: size}, err
+	sum := m.summary(id)
+	sum.Size = size
+	return sum, err
 }
 
 func (w *Writer) assemble(out io.Writer, manifest, signature []byte) error {
@@ -339,6 +356,11 @@ func (w *Writer) assemble(out io.Writer, manifest, signature []byte) error {
 	}
 	if err := member(signatureName, int64(len(signature)), bytes.NewReader(signature)); err != nil {
 		return err
+	}
+	if w.manifest.Grant != nil {
+		if err := member(grantName, int64(len(w.grant)), bytes.NewReader(w.grant)); err != nil {
+			return err
+		}
 	}
 	var offset int64
 	for _, c := range w.order {

@@ -5,10 +5,12 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"time"
 
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/evidence"
+	"github.com/touchmark/touchmark/pkg/ledger"
 )
 
 // groupEntry tells the service of the issuing CA that vouches for the devices.
@@ -19,7 +21,7 @@ func (r *run) groupEntry() *bundle.Entry {
 			Certificate: base64.StdEncoding.EncodeToString(r.Issuer.Certificate().Raw),
 		}},
 	}}
-	return &bundle.Entry{Group: &dps.EnrollmentGroup{EnrollmentGroupID: r.Profile.Group, Enrollment: e}}
+	return &bundle.Entry{Closed: r.Profile.Closed, Group: &dps.EnrollmentGroup{EnrollmentGroupID: r.Profile.Group, Enrollment: e}}
 }
 
 func (r *run) entry(u *unit) (*bundle.Entry, error) {
@@ -34,7 +36,7 @@ func (r *run) entry(u *unit) (*bundle.Entry, error) {
 		if r.Profile.Attestation == AttestationX509 {
 			d.KeyHash = hex.EncodeToString(u.keyHash)
 		}
-		return &bundle.Entry{Serial: u.row.Serial, Device: d, Evidence: proof}, nil
+		return &bundle.Entry{Serial: u.row.Serial, Revision: u.revision, Device: d, Evidence: proof}, nil
 	}
 	e := r.base
 	if r.Profile.Attestation == AttestationX509 {
@@ -54,5 +56,13 @@ func (r *run) entry(u *unit) (*bundle.Entry, error) {
 	if r.Profile.DeviceInformation != nil {
 		in.OptionalDeviceInformation, _ = json.Marshal(r.Profile.DeviceInformation) // maps from TOML always marshal
 	}
-	return &bundle.Entry{Serial: u.row.Serial, Individual: in, Evidence: proof}, nil
+	return &bundle.Entry{Serial: u.row.Serial, Revision: u.revision, Individual: in, Evidence: proof}, nil
+}
+
+// ending tells the service of an identity that ended.
+func (r *run) ending(u *ledger.RetiredUnit) *bundle.Entry {
+	return &bundle.Entry{Serial: u.Serial, Revision: u.Revision, Retired: &bundle.RetiredDevice{
+		RegistrationID: u.RegistrationID, Group: r.Profile.Group, KeyHash: hex.EncodeToString(u.KeyHash), State: bundle.State(u.State.String()),
+		Reason: u.Ending.Reason, At: u.Ended.UTC().Truncate(time.Second),
+	}}
 }

@@ -531,10 +531,10 @@ func (r *run) unitOf(row *Row) ca.Unit {
 	return ca.Unit{RegistrationID: row.RegistrationID, Serial: row.Serial, Columns: r.fields(row)}
 }
 
-// Export writes down that the run's units left the factory in a bundle. It may be repeated.
-func Export(ctx context.Context, l *ledger.Ledger, s Summary, bundleID string) error {
+// Exported writes down that units left the factory in a bundle. It may be repeated.
+func Exported(ctx context.Context, l *ledger.Ledger, units []int64, bundleID string) error {
 	const step = 8192
-	for ids := s.Units; len(ids) > 0; {
+	for ids := units; len(ids) > 0; {
 		n := min(step, len(ids))
 		events := make([]ledger.Event, n)
 		for i, id := range ids[:n] {

@@ -34,6 +34,9 @@ type Profile struct {
 	Enrollment string `toml:"enrollment"`
 	// group is the enrollment group's ID; required for group enrollment.
 	Group string `toml:"group"`
+	// closed makes the group admit only devices that a bundle named, with the keys that it named: a group's convenience, with
+	// control of each device. For group enrollment by certificates, whose group the bundle brings.
+	Closed bool `toml:"closed"`
 
 	Key struct {
 		// in says where the private key of an x509 device is made: "memory" (then stamped and forgotten), "token" (in the
@@ -203,6 +206,8 @@ func (p *Profile) check(f *settings.Faults) {
 		if err := dps.CheckGroupID(p.Group); err != nil {
 			f.Key("group", "group: %v", err)
 		}
+	case p.Closed:
+		f.Key("closed", "closed goes with enrollment = \"group\" only")
 	case p.Group != "":
 		f.Key("group", "group goes with enrollment = \"group\" only")
 	}

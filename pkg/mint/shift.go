@@ -12,7 +12,6 @@ import (
 	"slices"
 
 	"github.com/touchmark/touchmark/hsm"
-	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/ledger"
 )
@@ -256,71 +255,6 @@ func (u *Unit) Forget(disk bool) error {
 		return nil
 	}
 	return u.r.out.Remove(u.u.row.RegistrationID)
-}
-
-// Entries calls sink with an entry for each unit of the run's grant, or of all jobs of its profile where it has none, that
-// stands in one of the states, in the order in which they were begun; and for each that ended. It returns the units' IDs.
-func (r *Run) Entries(ctx context.Context, states []ledger.State, sink func(*bundle.Entry) error) ([]int64, error) {
-	if r.r.Profile.Enrollment == "group" && r.r.Issuer != nil {
-		if err := sink(r.r.groupEntry()); err != nil {
-			return nil, err
-		}
-	}
-	jobs := make(map[int64]bool)
-	all, err := r.r.Ledger.Jobs(ctx)
-	if err != nil {
-		return nil, err
-	}
-	for _, j := range all {
-		jobs[j.ID] = j.Profile == r.r.Profile.Name && j.Grant == r.Job().Grant
-	}
-	var ids []int64
-	var page []ledger.Unit
-	flush := func() error {
-		err := r.emitPage(ctx, page, sink)
-		for i := range page {
-			ids = append(ids, page[i].ID)
-		}
-		page = page[:0]
-		return err
-	}
-	for u, err := range r.r.Ledger.Units(ctx, 0) {
-		if err != nil {
-			return ids, err
-		}
-		if !jobs[u.Job] || !slices.Contains(states, u.State) {
-			continue
-		}
-		if page = append(page, u); len(page) == stampGroup {
-			if err := flush(); err != nil {
-				return ids, err
-			}
-		}
-	}
-	return ids, flush()
-}
-
-func (r *Run) emitPage(ctx context.Context, page []ledger.Unit, sink func(*bundle.Entry) error) error {
-	units := make([]unit, len(page))
-	existing := make(map[string]ledger.Unit, len(page))
-	for i, have := range page {
-		units[i].row = &Row{Serial: have.Serial, RegistrationID: have.RegistrationID}
-		existing[have.Serial] = have
-	}
-	if err := r.r.recover(ctx, units, existing); err != nil {
-		return err
-	}
-	for i := range units {
-		e, err := r.r.entry(&units[i])
-		if err != nil {
-			return err
-		}
-		if err := sink(e); err != nil {
-			return err
-		}
-		units[i].wipe()
-	}
-	return nil
 }
 
 // Retire ends a living unit: voided, scrapped or reworked. The ending is completed with the certificate that it revokes, and comes

@@ -14,6 +14,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/label"
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/mint"
+	"github.com/touchmark/touchmark/pkg/order"
 	"github.com/touchmark/touchmark/pkg/yield"
 )
 
@@ -24,6 +25,8 @@ type Work struct {
 	Ledger *ledger.Ledger
 	// Grant is the order or lease that is worked on; empty without one.
 	Grant string
+	// Leased are serials of the order that other stations have on leases.
+	Leased []order.Serials
 	// Retire ends a unit; see mint.Retire.
 	Retire func(ctx context.Context, serial string, state ledger.State, why ledger.Ending) error
 	// Refuse writes down an attempt to make what the order does not allow.
@@ -60,7 +63,7 @@ type Station struct {
 	cfg    *Config
 	setup  Setup
 	steps  []Step
-	yield  *yield.Shift
+	tally  *yield.Tally
 	notify func()
 
 	workMu sync.RWMutex // held for reading while the line is worked with, for writing while it is opened
@@ -73,11 +76,13 @@ type Station struct {
 	heads    []*headState
 	inWork   map[string]int // head by serial
 	tries    map[string]int // failures by serial, in this shift
-	first    map[string]bool // serials that had a verdict
-	failed   map[string]bool // serials whose last verdict is FAIL
+	standing map[string]yield.Standing
 	last     []Verdict
-	counts   Counts
+	reprints int64
 	lamps    map[Code]map[string]string
+
+	watchers    map[int]func([]Head)
+	nextWatcher int
 }
 
 type headState struct {
@@ -95,17 +100,16 @@ func New(cfg *Config, setup Setup) *Station {
 		setup.Retry = 2 * time.Second
 	}
 	s := &Station{cfg: cfg, setup: setup, steps: cfg.Steps(), operator: setup.Operator, notify: func() {},
-		inWork: make(map[string]int), tries: make(map[string]int), first: make(map[string]bool), failed: make(map[string]bool), lamps: make(map[Code]map[string]string)}
+		inWork: make(map[string]int), tries: make(map[string]int), standing: make(map[string]yield.Standing), lamps: make(map[Code]map[string]string)}
 	for i := range cfg.heads {
 		s.heads = append(s.heads, &headState{Head: Head{Number: i + 1, State: HeadIdle}, scans: make(chan string, 1)})
 	}
-	s.counts.Left = -1
-	s.yield = yield.New(yield.Config{Now: setup.Now, Station: setup.Name, Order: setup.Order, Product: setup.Product})
+	s.tally = yield.New(yield.Config{Now: setup.Now, Station: setup.Name, Order: setup.Order, Product: setup.Product})
 	return s
 }
 
-// Yield returns the shift's numbers.
-func (s *Station) Yield() *yield.Shift { return s.yield }
+// Tally returns what counts the shift.
+func (s *Station) Tally() *yield.Tally { return s.tally }
 
 // Begin opens the line for a shift of an operator.
 func (s *Station) Begin(ctx context.Context, operator string) error {
@@ -216,6 +220,10 @@ func sleep(ctx context.Context, d time.Duration) error {
 func (s *Station) setHead(h *headState, edit func(*Head)) {
 	s.mu.Lock()
 	edit(&h.Head)
+	heads := s.headsLocked()
+	for _, f := range s.watchers {
+		f(heads)
+	}
 	s.mu.Unlock()
 	s.notify()
 }
@@ -240,15 +248,18 @@ func (s *Station) countLeft(ctx context.Context, w *Work) {
 		return
 	}
 	left := g.Left()
-	s.mu.Lock()
-	s.counts.Left = left
-	s.mu.Unlock()
-	s.yield.SetLeft(left)
+	s.tally.SetLeft(left)
 	s.setLamp(LampQuota, left < s.cfg.WarnLeft, map[string]string{"left": strconv.FormatInt(left, 10)})
 	s.setLamp(LampExpiry, g.Ends.Sub(s.setup.Now()) < 24*time.Hour, map[string]string{"until": g.Ends.Format("2006-01-02 15:04")})
 	if anchored, err := w.Ledger.Anchored(ctx); err == nil {
 		s.setLamp(LampAnchor, !anchored, nil)
 	}
+}
+
+// WithRun calls f with the shift that is open.
+func (s *Station) WithRun(f func(*mint.Run) error) error {
+	_, err := s.try(func(w *Work, _ int) error { return f(w.Run) })
+	return err
 }
 
 // freeHead takes a head for a serial: the one of that number, or with 0 the first that is free. The reason why not is a code.
@@ -274,6 +285,10 @@ func (s *Station) freeHead(number int, serial string) (*headState, *Verdict) {
 func (s *Station) Heads() []Head {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.headsLocked()
+}
+
+func (s *Station) headsLocked() []Head {
 	out := make([]Head, len(s.heads))
 	for i, h := range s.heads {
 		out[i] = h.Head
@@ -283,11 +298,11 @@ func (s *Station) Heads() []Head {
 
 // Counts returns the numbers of the shift.
 func (s *Station) Counts() Counts {
+	r := s.tally.Report()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	c := s.counts
-	c.PerHour = s.yield.PerHour()
-	return c
+	return Counts{Passed: r.Passed, Failed: r.Failed, Reworked: r.Reworked, Scrapped: r.Scrapped, Reprinted: s.reprints,
+		FirstPass: r.FirstPasses, FirstTried: r.FirstTries, PerHour: r.PerHour, Left: r.Left}
 }
 
 // Busy reports whether a head is at work.
@@ -298,7 +313,7 @@ func (s *Station) Busy() bool {
 }
 
 // decide writes down a verdict: for the screen, the numbers, and whoever wants to be told.
-func (s *Station) decide(h *headState, v Verdict) Verdict {
+func (s *Station) decide(h *headState, v Verdict, steps []yield.Step) Verdict {
 	now := s.setup.Now()
 	v.At, v.DryRun = now.UTC().Truncate(time.Second), s.setup.DryRun
 	s.mu.Lock()
@@ -312,30 +327,14 @@ func (s *Station) decide(h *headState, v Verdict) Verdict {
 		}
 		shown := v
 		h.Verdict = &shown
-		tried := s.first[v.Serial]
-		if countable(v.Code) {
-			if !tried {
-				s.counts.FirstTried++
-				s.first[v.Serial] = true
-				if v.Pass {
-					s.counts.FirstPass++
-				}
-			}
+		if countable(v.Code) && !s.setup.DryRun {
+			s.tally.Try(yield.Try{Was: s.standing[v.Serial], Pass: v.Pass, Code: string(v.Code), Steps: steps})
+			s.standing[v.Serial] = yield.Failed
+			s.tries[v.Serial]++
 			if v.Pass {
-				s.counts.Passed++
-				if s.failed[v.Serial] {
-					s.counts.Failed--
-					delete(s.failed, v.Serial)
-				}
+				s.standing[v.Serial] = yield.Passed
 				delete(s.tries, v.Serial)
-			} else {
-				s.tries[v.Serial]++
-				if !s.failed[v.Serial] {
-					s.counts.Failed++
-					s.failed[v.Serial] = true
-				}
 			}
-			s.yield.Verdict(v.Serial, v.Pass, string(v.Code))
 		}
 		s.last = append([]Verdict{v}, s.last[:min(len(s.last), 9)]...)
 	}

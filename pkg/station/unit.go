@@ -2,8 +2,7 @@ package station
 
 import (
 	"context"
-	"crypto"
-	"encoding/hex"
+	"crypto/hmac"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -24,6 +23,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/mint"
 	"github.com/touchmark/touchmark/pkg/order"
 	"github.com/touchmark/touchmark/pkg/stamp"
+	"github.com/touchmark/touchmark/pkg/yield"
 )
 
 // A failure is why a unit did not pass.
@@ -52,15 +52,22 @@ type making struct {
 	row    mint.Row
 	unit   *mint.Unit
 	gen    int // of the Work that unit belongs to
+	steps  []yield.Step
 }
 
 // Make makes the unit of a serial on a head, 0 for the first that is free, and returns once its verdict is final. The fields add
 // to those of the configuration, the head and the probe. It blocks for as long as that takes; heads work side by side.
 func (s *Station) Make(ctx context.Context, number int, serial string, given map[string]string) Verdict {
+	return s.make(ctx, number, serial, given, func() {})
+}
+
+// make calls started once it has a head, or none.
+func (s *Station) make(ctx context.Context, number int, serial string, given map[string]string, started func()) Verdict {
 	serial = strings.TrimSpace(serial)
 	h, refused := s.freeHead(number, serial)
+	started()
 	if refused != nil {
-		return s.decide(nil, *refused)
+		return s.decide(nil, *refused, nil)
 	}
 	s.notify()
 	m := &making{s: s, h: h, serial: serial, fields: map[string]string{}}
@@ -83,7 +90,7 @@ func (s *Station) Make(ctx context.Context, number int, serial string, given map
 			v.Detail = "the stamp could not be taken away: " + ferr.Error()
 		}
 	}
-	return s.decide(h, v)
+	return s.decide(h, v, m.steps)
 }
 
 // failed completes the verdict of a unit that did not pass, and writes it down.
@@ -109,7 +116,7 @@ func (m *making) failed(ctx context.Context, v Verdict, err error) Verdict {
 			return nil
 		}
 		note, _ := json.Marshal(map[string]any{"code": v.Code, "step": v.Step, "head": m.h.Number, "operator": s.operator})
-		_, err := w.Ledger.AddNote(ctx, ledger.Note{Unit: m.unit.ID(), Kind: "fail", Data: note})
+		_, err := w.Ledger.AddNote(ctx, ledger.Note{Unit: m.unit.ID(), Kind: failNote, Data: note})
 		return err
 	})
 	return v
@@ -156,7 +163,7 @@ func (m *making) step(step Step) {
 	now := m.s.setup.Now()
 	m.s.setHead(m.h, func(h *Head) {
 		if h.Step != "" {
-			m.s.yield.Step(string(h.Step), now.Sub(h.Stepped))
+			m.steps = append(m.steps, yield.Step{Name: string(h.Step), Duration: now.Sub(h.Stepped)})
 		}
 		h.State, h.Step, h.Stepped, h.Waiting = HeadWorking, step, now, ""
 		h.Index, h.Of = slices.Index(m.s.steps, step)+1, len(m.s.steps)
@@ -223,16 +230,30 @@ func (m *making) interlocks(ctx context.Context) error {
 		if err := w.Ledger.CheckClock(); err != nil {
 			return err
 		}
-		if _, err := w.Ledger.Find(ctx, m.serial); !errors.Is(err, ledger.ErrNotFound) {
-			return err // nil: a unit that is taken up, or made, which mint tells apart
+		have, err := w.Ledger.Find(ctx, m.serial)
+		if err == nil && have.State < ledger.Sealed {
+			// A unit that is taken up. What it failed before counts, whoever restarted the station.
+			fails, err := w.Ledger.Notes(ctx, have.ID, failNote)
+			if err == nil && len(fails) >= s.cfg.Tries {
+				err = fail(CodeTries, map[string]string{"tries": strconv.Itoa(len(fails))}, nil)
+			}
+			return err
+		}
+		if !errors.Is(err, ledger.ErrNotFound) {
+			return err // nil: a unit that is made, which mint tells about
 		}
 		if err := w.Run.Admits(m.serial); err != nil {
 			return err
 		}
+		for i := range w.Leased {
+			if w.Leased[i].Has(m.serial) {
+				return fmt.Errorf("%w: %s is leased to another station", order.ErrSerial, m.serial)
+			}
+		}
 		if w.Grant == "" {
 			return nil
 		}
-		_, err := w.Ledger.CheckGrant(ctx, w.Grant, 1)
+		_, err = w.Ledger.CheckGrant(ctx, w.Grant, 1)
 		return err
 	})
 }
@@ -389,7 +410,7 @@ func (m *making) judge(ctx context.Context) func(msg, sig []byte) error {
 		if err != nil {
 			return err
 		}
-		if !hmacEqual(want, sig) {
+		if !hmac.Equal(want, sig) {
 			return fixture.ErrSignature
 		}
 		return nil
@@ -410,11 +431,9 @@ func (s *Station) labelOf(u *mint.Unit, serial string, columns map[string]string
 	if err != nil {
 		return l, err
 	}
-	l.Fingerprint, err = fingerprint(pub)
+	l.Fingerprint, err = label.Fingerprint(pub)
 	return l, err
 }
-
-func fingerprint(pub crypto.PublicKey) (string, error) { return label.Fingerprint(pub) }
 
 func (m *making) renderLabel(u *mint.Unit) error {
 	if m.s.setup.Label == nil {
@@ -459,8 +478,9 @@ func (m *making) label(ctx context.Context) error {
 	return m.scanBack(ctx, l)
 }
 
-// labelNote says that a unit's label was printed; reprintNote that it was printed again.
+// The kinds of notes that a station keeps of a unit: a try that failed, its label printed, and printed again.
 const (
+	failNote    = "fail"
 	labelNote   = "label"
 	reprintNote = "reprint"
 )
@@ -612,9 +632,8 @@ func (s *Station) Reprint(ctx context.Context, serial string) (copies int64, err
 		return copies, err
 	}
 	s.mu.Lock()
-	s.counts.Reprinted++
+	s.reprints++
 	s.mu.Unlock()
-	s.yield.Reprinted()
 	s.event("reprint", map[string]string{"serial": serial, "copy": strconv.FormatInt(copies, 10), "operator": s.operator})
 	return copies, nil
 }
@@ -641,17 +660,17 @@ func (s *Station) Retire(ctx context.Context, serial string, state ledger.State,
 	if err != nil {
 		return err
 	}
+	kind := string(Rework)
 	s.mu.Lock()
 	delete(s.tries, serial)
-	kind := string(Rework)
 	if state == ledger.Scrapped {
 		kind = string(Scrap)
-		s.counts.Scrapped++
+		s.tally.Scrap(s.standing[serial])
+		delete(s.standing, serial)
 	} else {
-		s.counts.Reworked++
+		s.tally.Rework()
 	}
 	s.mu.Unlock()
-	s.yield.Ended(kind)
 	s.event(kind, map[string]string{"serial": serial, "reason": reason, "operator": operator})
 	return nil
 }
@@ -714,5 +733,3 @@ func codeOf(step Step, err error) Code {
 	}
 	return CodeInternal
 }
-
-var _ = hex.EncodeToString

@@ -160,6 +160,7 @@ type View struct {
 	Notice   Code              `json:"notice,omitempty"` // about the last input, when it was not taken: "E-103"
 	Fields   map[string]string `json:"fields,omitempty"` // of Notice
 	Help     bool              `json:"help,omitempty"`   // the help page is open
-	// Lamps are lasting troubles that do not stop the work: codes of group 8.
-	Lamps []Code `json:"lamps,omitempty"`
+	// Lamps are lasting troubles that do not stop the work: codes of group 8. LampFields are what their sentences show, by lamp.
+	Lamps      []Code                     `json:"lamps,omitempty"`
+	LampFields map[Code]map[string]string `json:"lampFields,omitempty"`
 }
