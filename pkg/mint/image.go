@@ -12,6 +12,7 @@ import (
 	"math"
 	"reflect"
 	"slices"
+	"sort"
 	"strconv"
 	"strings"
 
@@ -207,22 +208,27 @@ func (p *Profile) checkImages(f *settings.Faults, files map[string]bool) {
 				fault("address", "%d octets at 0x%x reach beyond 32 bits of address", of.size, m.Address)
 			}
 		}
+		sound := good
 		for j := range m.Entry {
 			p.checkEntry(m, j, files, fault)
 		}
-		p.checkDevice(m, fault)
-		if good {
-			p.tryImage(m, files, fault)
+		if entries := m.Entry; sound {
+			if !good {
+				entries = nil
+			}
+			p.tryImage(m, entries, files, fault)
 		}
+		p.checkDevice(m, fault)
 		files[m.Name] = true
 		p.images = append(p.images, m)
 	}
 }
 
-// tryImage builds an image with contents that are as short as they ever are: what is wrong with it then always is.
-func (p *Profile) tryImage(m *StampImage, files map[string]bool, fault faultFunc) {
-	s := p.shortest(files)
-	file, err := m.build(s)
+// tryImage builds an image with entries that are as short as they ever are: what is wrong with it then always is.
+func (p *Profile) tryImage(m *StampImage, entries []ImageEntry, files map[string]bool, fault faultFunc) {
+	s, part := p.shortest(files), *m
+	part.Entry = entries
+	file, err := part.build(s)
 	if m.Format == formatHex {
 		m.size = int64(len(file.Data))
 	}
@@ -233,15 +239,17 @@ func (p *Profile) tryImage(m *StampImage, files map[string]bool, fault faultFunc
 	if m.Format == formatHex {
 		at = "of"
 	}
-	for n := range len(m.Entry) + 1 { // the first entry that makes the difference
-		part := *m
-		part.Entry = m.Entry[:n]
-		if _, err = part.build(s); err != nil {
-			if n > 0 && !isFull(err) {
-				at = fmt.Sprintf("entry[%d].key", n-1)
-			}
-			break
+	// The first entry that makes the difference.
+	n := sort.Search(len(entries), func(n int) bool {
+		part.Entry = entries[:n]
+		_, partErr := part.build(s)
+		if partErr != nil {
+			err = partErr
 		}
+		return partErr != nil
+	})
+	if n > 0 && !isFull(err) {
+		at = fmt.Sprintf("entry[%d].key", n-1)
 	}
 	fault(at, "%v", err)
 }
