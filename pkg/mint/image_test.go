@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -216,6 +217,50 @@ func TestImages(t *testing.T) {
 	}
 	if sum, err := l.mint(t, images, imagesList, l.store); err != nil || sum.Before != 2 {
 		t.Errorf("again: %+v, %v", sum, err)
+	}
+}
+
+// At a station units come one by one, and the same unit again after a crash; the golden sample is the same every time.
+func TestShiftImages(t *testing.T) {
+	l := newLine(t)
+	var golden []map[string]string
+	var keys [][]byte
+	for n := range 2 {
+		err := l.run(t, images, "", l.store, fmt.Sprint("shift-", n), func(r *mint.Run) error {
+			sums, err := r.Golden(t.Context(), nil)
+			if err != nil {
+				return err
+			}
+			golden = append(golden, sums)
+			row, err := r.Row("SN1", map[string]string{"color": "Rot", "batch": "7"})
+			if err != nil {
+				return err
+			}
+			u, err := r.Unit(t.Context(), row)
+			if err != nil {
+				return err
+			}
+			if u.Found() != (n == 1) || u.State() != ledger.Stamped {
+				t.Errorf("shift %d: found %v, %v", n, u.Found(), u.State())
+			}
+			keys = append(keys, l.checkImages(t, "sn1", "SN1", "Rot", 7).Image())
+			if row, err = r.Row("SN2", map[string]string{"color": "Rot", "batch": "many"}); err != nil {
+				return err
+			}
+			if _, err := r.Unit(t.Context(), row); err == nil || !strings.Contains(err.Error(), "serial SN2: image nvs.bin: entry \"batch\"") {
+				t.Errorf("a value that is no number: %v", err)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !maps.Equal(golden[0], golden[1]) || golden[0]["nvs.bin"] == "" || golden[0]["nvs.hex"] == "" {
+		t.Errorf("golden samples: %v, %v", golden[0], golden[1])
+	}
+	if !bytes.Equal(keys[0], keys[1]) || l.units(t) != 1 {
+		t.Errorf("%d units, keys %v", l.units(t), bytes.Equal(keys[0], keys[1]))
 	}
 }
 
