@@ -58,7 +58,8 @@ type StampImage struct {
 	Address int64  `toml:"address"`
 	// device is storage that the image is written to as well, in place, before the unit counts as stamped: a block device, the
 	// node of an EEPROM, or an image file, with fields in braces as in values: "/dev/disk/by-path/{head}". Their values are parts of
-	// names, without "/" or "..". It must be there when its unit is begun. Of raw the older slot is written.
+	// names, without "/" or "..". It must be there when its unit is begun. Of raw the older slot is written, and the other stays whole
+	// until then; any other image takes the place of what was there, and one that is cut off in between is none.
 	Device string `toml:"device"`
 	// offset is where in the device the image begins; default 0.
 	Offset string `toml:"offset"`

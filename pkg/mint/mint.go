@@ -13,6 +13,10 @@
 //	symmetric, derived    derived → minted → stamped as above, where there is anything to stamp
 //	symmetric, random     key staged on disk → minted → published → read back → verified
 //
+// Images of device storage ([StampImage]) are files of the stamp like others. What is random in them, the keys of an encrypted
+// partition, lives in one of those files and is taken from there again. Storage that a profile names is written once all files are
+// in place and read back, and before the unit is verified.
+//
 // A run that was killed is taken up by running it again: the same profile and list are the same job. What can be proven is
 // rolled forward with the same key and the same certificate plan; where a key is gone, its unit is voided and the serial
 // begins anew. A certificate is never signed for a serial under two plans, and a key in the token that no unit has a use

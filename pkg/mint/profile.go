@@ -78,7 +78,7 @@ type Profile struct {
 
 	Stamp struct {
 		// token puts the stamp into the device's own token as well (key.store): the certificate beside the key, and each file of
-		// the stamp as a data object of its name, application "touchmark".
+		// the stamp that is no image as a data object of its name, application "touchmark".
 		Token bool `toml:"token"`
 		// nv is an index of the TPM's non-volatile memory (key.store) that gets the ID scope, global endpoint and registration ID
 		// as well, as a JSON document, and is locked against writing: "0x01800001", one of the owner's. For keys in TPMs and
@@ -281,7 +281,9 @@ func (p *Profile) check(f *settings.Faults) {
 		}
 		seen[s.Name] = true
 	}
-	p.checkImages(f, seen)
+	if known {
+		p.checkImages(f, seen)
+	}
 	if p.Hubs.Allocation != "" {
 		oneOf("hubs.allocation", p.Hubs.Allocation, "hashed", "geoLatency", "static")
 	} else if len(p.Hubs.Names) > 0 {
