@@ -28,7 +28,7 @@ import (
 	"text/template"
 )
 
-//go:embed c certificates files labels profiles
+//go:embed c certificates files labels profiles station.toml
 var embedded embed.FS
 
 // Limits of a template and of what it renders, in octets.
@@ -108,6 +108,12 @@ func Profiles() map[string]string {
 		all[name] = string(b)
 	}
 	return all
+}
+
+// Station returns the station.toml that a line starts with.
+func Station() string {
+	b, _ := embedded.ReadFile("station.toml") // embedded: it is there
+	return string(b)
 }
 
 // CHeader returns touchmark_tlv.h, the C99 reader of what pkg/stamp/raw writes.

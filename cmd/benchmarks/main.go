@@ -43,6 +43,10 @@ func main() {
 		return
 	}
 	debug.SetGCPercent(200) // as the command does
+	if len(os.Args) == 4 && os.Args[1] == ledgerChild {
+		check(runLedgerChild(os.Args[2], os.Args[3]))
+		return
+	}
 	asJSON := flag.Bool("json", false, "print JSON only")
 	short := flag.Bool("short", false, "a tenth of the work")
 	only := flag.String("only", "", "run the benchmarks whose name has this in it")
@@ -73,7 +77,9 @@ func main() {
 		{"token-sign", b.tokenSign}, {"token-hmac", b.tokenHMAC}, {"token-keygen", b.tokenKeygen}, {"token-crowded", b.tokenCrowded},
 		{"tpm-create", b.tpmCreate}, {"tpm-sign", b.tpmSign},
 		{"register-https", func() { b.register("https") }}, {"register-mqtt", func() { b.register("mqtt") }}, {"import", b.importBundle},
-		{"nvs-images", b.nvsImages},
+		{"ledger-append", func() { b.ledgerAppend("ledger-append", temp) }}, {"ledger-append-disk", func() { b.ledgerAppend("ledger-append-disk", disk) }},
+		{"ledger-verify", b.ledgerVerify}, {"ledger-verify-million ledger-resume-million station-resume-million", b.ledgerMillion},
+		{"station-unit", b.stationUnit}, {"nvs-images", b.nvsImages},
 	} {
 		if strings.Contains(x.name, *only) {
 			x.run()

@@ -21,6 +21,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/mint"
 	"github.com/touchmark/touchmark/pkg/order"
+	"github.com/touchmark/touchmark/pkg/registration"
 	"github.com/touchmark/touchmark/pkg/settings"
 	"github.com/touchmark/touchmark/pkg/stamp"
 )
@@ -161,8 +162,12 @@ func classify(ctx context.Context, err error) (code int, help string) {
 		return exitInterrupted, help
 	case errors.Is(err, fs.ErrPermission):
 		return exitRefused, help
+	case errors.Is(err, registration.ErrOrder):
+		suggest("the bundle must hold an order that an owner signed whom the service knows (serve --owner), for the station that made the bundle; a lease needs its holder's key too (--holder)")
+		return exitUnverified, help
 	case errors.As(err, &usage), errors.As(err, &faults), errors.As(err, &list), errors.Is(err, mint.ErrNeedsOut), errors.Is(err, hsm.ErrNoPIN),
-		errors.Is(err, hsm.ErrNoModule), strings.HasPrefix(err.Error(), "if any flags in the group"):
+		errors.Is(err, hsm.ErrNoModule), strings.HasPrefix(err.Error(), "if any flags in the group"),
+		strings.HasPrefix(err.Error(), "at least one of the flags in the group"):
 		return exitUsage, help
 	case strings.HasPrefix(err.Error(), "unknown command"), strings.HasPrefix(err.Error(), "required flag"):
 		suggest("touchmark --help shows the commands")
@@ -199,7 +204,16 @@ func classify(ctx context.Context, err error) (code int, help string) {
 	case errors.Is(err, ledger.ErrStation):
 		suggest("name the public key of the station that keeps this ledger with --trust")
 		return exitUnverified, help
-	case errors.Is(err, bundle.ErrCorrupt), errors.Is(err, ledger.ErrDamaged), errors.Is(err, residency.ErrNotProven):
+	case errors.Is(err, ledger.ErrForked):
+		suggest("two copies of it were worked with, or it was made up: stop the line and keep both; touchmark ledger export shows what each has from that entry on")
+		return exitUnverified, help
+	case errors.Is(err, ledger.ErrDamaged):
+		suggest("keep the file as it is for whoever looks into it; go on with a backup only if touchmark ledger verify and ledger compare find nothing missing in it")
+		return exitUnverified, help
+	case errors.Is(err, ledger.ErrUnseen):
+		suggest("give it what touchmark ledger checkpoint --since wrote, from the last checkpoint that this witness cosigned; --first is for a ledger that is new to the witness")
+		return exitUnverified, help
+	case errors.Is(err, bundle.ErrCorrupt), errors.Is(err, ledger.ErrProof), errors.Is(err, ledger.ErrOrigin), errors.Is(err, residency.ErrNotProven):
 		return exitUnverified, help
 	case errors.Is(err, ledger.ErrFull), errors.Is(err, stamp.ErrFull), errors.Is(err, mint.ErrNoSpace):
 		suggest("make room on the disk and run the same command again")

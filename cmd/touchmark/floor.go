@@ -23,18 +23,29 @@ type floor struct {
 	a       *app
 	store   hsm.Store
 	station hsm.SigningKey
+	counter hsm.Counter // nil without one
 	ledger  *ledger.Ledger
 	closers []func() error
 }
 
 // openFloor opens a line for work. The caller closes it.
-func (a *app) openFloor(ctx context.Context, l *line) (_ *floor, err error) {
+func (a *app) openFloor(ctx context.Context, l *line) (*floor, error) {
+	f, err := a.openKeys(ctx, l)
+	if err != nil {
+		return nil, err
+	}
+	if err := f.openLedger(ctx); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+// openKeys opens a line's store, and takes its ledger's counter, for a floor whose ledger is opened next.
+func (a *app) openKeys(ctx context.Context, l *line) (_ *floor, err error) {
 	f := &floor{line: l, a: a}
 	defer func() {
 		if err != nil {
-			if errors.Is(err, ledger.ErrAnchor) || errors.Is(err, ledger.ErrRolledBack) || errors.Is(err, hsm.ErrClaimed) {
-				l.keepRefusal(newRefusal(nil, "", err))
-			}
+			l.noteAnchor(err)
 			err = errors.Join(err, f.Close())
 		}
 	}()
@@ -45,22 +56,47 @@ func (a *app) openFloor(ctx context.Context, l *line) (_ *floor, err error) {
 	if f.station, err = openSigner(ctx, f.store, l.Keys.Station); err != nil {
 		return nil, err
 	}
-	cfg := ledger.Config{Path: l.path(ledgerFile), Origin: l.origin(), Signer: f.station}
 	if l.Orders.Counter != "" {
-		if cfg.Anchor, err = f.openCounter(ctx); err != nil {
-			return nil, err
-		}
+		f.counter, err = f.openCounter(ctx)
+	}
+	return f, err
+}
+
+// openLedger opens the line's ledger, or opens it again.
+func (f *floor) openLedger(ctx context.Context) (err error) {
+	if err := f.closeLedger(); err != nil {
+		return err
+	}
+	cfg := ledger.Config{Path: f.path(ledgerFile), Origin: f.origin(), Signer: f.station}
+	if f.counter != nil {
+		cfg.Anchor = f.counter // and not a nil that is no nil interface
 	}
 	if f.ledger, err = ledger.Open(ctx, cfg); err != nil {
-		return nil, err
+		f.noteAnchor(err)
+		return err
 	}
-	f.closers = append(f.closers, f.ledger.Close)
-	return f, f.absorbRefusals(ctx)
+	return f.absorbRefusals(ctx)
+}
+
+func (f *floor) closeLedger() error {
+	if f.ledger == nil {
+		return nil
+	}
+	err := f.ledger.Close()
+	f.ledger = nil
+	return err
+}
+
+// noteAnchor writes down that a ledger was refused for what its counter says.
+func (l *line) noteAnchor(err error) {
+	if errors.Is(err, ledger.ErrAnchor) || errors.Is(err, ledger.ErrRolledBack) || errors.Is(err, hsm.ErrClaimed) {
+		l.keepRefusal(newRefusal(nil, "", err))
+	}
 }
 
 // Close gives everything back, the last first.
 func (f *floor) Close() error {
-	var errs []error
+	errs := []error{f.closeLedger()}
 	for i := len(f.closers) - 1; i >= 0; i-- {
 		errs = append(errs, f.closers[i]())
 	}
@@ -97,11 +133,25 @@ func (f *floor) openCounter(ctx context.Context) (hsm.Counter, error) {
 		return nil, hint(fmt.Errorf("the ledger's counter %q: %w", f.Orders.Counter, err), "touchmark ledger anchor --line %s makes it, once", f.dir)
 	}
 	release, err := c.Claim(ctx, f.Name)
+	var held *hsm.ClaimedError
+	if errors.As(err, &held) && switchedOff(held.Claim, f.Name) {
+		if err := c.TakeOver(ctx, held.Claim); err != nil {
+			return nil, fmt.Errorf("the ledger's counter: %w", err)
+		}
+		release, err = c.Claim(ctx, f.Name)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("the ledger's counter: %w", err)
 	}
 	f.closers = append(f.closers, release)
 	return c, nil
+}
+
+// switchedOff reports whether a claim is of this line and of this machine before it was started: then its process is gone with the
+// power. Should it be of another machine with this one's name, the counter itself still tells the two ledgers apart.
+func switchedOff(c hsm.Claim, owner string) bool {
+	here, err := hsm.NewClaim(owner)
+	return err == nil && c.Owner == owner && c.Host == here.Host && c.Boot != "" && here.Boot != "" && c.Boot != here.Boot
 }
 
 // owners reads whose orders count.

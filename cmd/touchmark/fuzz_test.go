@@ -55,10 +55,3 @@ func FuzzOpenImage(f *testing.F) {
 		}
 	})
 }
-
-func must[T any](v T, err error) T {
-	if err != nil {
-		panic(err)
-	}
-	return v
-}

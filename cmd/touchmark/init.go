@@ -154,6 +154,9 @@ func (a *app) runInit(ctx context.Context, o *initOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	if len(o.owners) > 0 && o.counter == "" {
+		a.note("warning: nothing tells the line's ledger from a copy of it, and two copies make an order twice before the service notices: say --counter NAME, which needs a token")
+	}
 	if err := made.copyOwners(o.owners); err != nil {
 		return err
 	}
@@ -193,8 +196,9 @@ func (a *app) runInit(ctx context.Context, o *initOptions) (err error) {
 		return err
 	}
 	for name, content := range map[string][]byte{
-		stationFile: pub,
-		lineFile:    append([]byte("# A touchmark line. Relative paths count from this file's directory.\n\n"), config...),
+		stationFile:       pub,
+		stationConfigFile: []byte(templates.Station()),
+		lineFile:          append([]byte("# A touchmark line. Relative paths count from this file's directory.\n\n"), config...),
 	} {
 		if err := writeFile(made.path(name), content, 0o644, false); err != nil {
 			return err

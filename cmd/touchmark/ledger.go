@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime/debug"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -39,7 +40,7 @@ against them. It ends with exit code 5 when anything does not fit.`,
 	}
 	lineFlag(verifyCmd, &verify.line)
 	verifyCmd.Flags().StringVar(&verify.trust, "trust", "", "PEM file with the station's public key (default: the line's station.pem)")
-	return parent("ledger", "Look into a line's journal, and verify it", showCmd, verifyCmd, newLedgerAnchor(a))
+	return parent("ledger", "Look into a line's journal, verify it, and prove what is in it", append(a.ledgerProofs(), showCmd, verifyCmd, newLedgerAnchor(a))...)
 }
 
 func (a *app) runLedgerShow(ctx context.Context, o *ledgerOptions) (err error) {
@@ -98,40 +99,26 @@ func (a *app) runLedgerShow(ctx context.Context, o *ledgerOptions) (err error) {
 	return a.table([]string{"SERIAL", "REGISTRATION ID", "STATE", "PROFILE", "SINCE", "KEY"}, rows)
 }
 
-func (a *app) runLedgerVerify(ctx context.Context, o *ledgerOptions) (err error) {
-	l, err := a.loadLine(o.line)
-	if err != nil {
-		return err
-	}
-	var pub crypto.PublicKey
-	if o.trust != "" {
-		pub, err = readPublicKey(o.trust)
-	} else {
-		pub, err = l.stationPublic()
-	}
-	if err != nil {
-		return err
-	}
-	led, err := ledger.View(ctx, l.path(ledgerFile))
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, led.Close()) }()
-	report, err := led.Verify(ctx, pub)
-	if err != nil {
-		return err
-	}
-	if a.json {
-		return a.printJSON(report)
-	}
-	return a.table(nil, [][]string{
-		{"Ledger", l.path(ledgerFile), a.paint(a.out, "32", "verifies")},
-		{"  entries", fmt.Sprint(report.Entries)},
-		{"  units", fmt.Sprint(report.Units)},
-		{"  voided", fmt.Sprint(report.Voided)},
-		{"  scrapped", fmt.Sprint(report.Scrapped)},
-		{"  reworked", fmt.Sprint(report.Reworked)},
-		{"  root", report.Checkpoint.Root},
+func (a *app) runLedgerVerify(ctx context.Context, o *ledgerOptions) error {
+	return a.withLedger(ctx, o.line, o.trust, func(led *ledger.Ledger, station crypto.PublicKey) error {
+		// What stays is one block of memory without pointers, a line a unit, which costs nothing to look through for garbage.
+		debug.SetGCPercent(30)
+		report, err := led.Verify(ctx, station)
+		if err != nil {
+			return err
+		}
+		if a.json {
+			return a.printJSON(report)
+		}
+		return a.table(nil, [][]string{
+			{"Ledger", led.Path(), a.paint(a.out, "32", "verifies")},
+			{"  entries", fmt.Sprint(report.Entries)},
+			{"  units", fmt.Sprint(report.Units)},
+			{"  voided", fmt.Sprint(report.Voided)},
+			{"  scrapped", fmt.Sprint(report.Scrapped)},
+			{"  reworked", fmt.Sprint(report.Reworked)},
+			{"  root", report.Checkpoint.Root},
+		})
 	})
 }
 

@@ -26,6 +26,7 @@ func TestMain(m *testing.M) {
 			keyfile.TestWorkFactor(10)
 			os.Exit(run(context.Background(), os.Args[1:], stdio{in: os.Stdin, out: os.Stdout, err: os.Stderr, env: os.LookupEnv}))
 		},
+		"factory": factoryMain,
 	})
 }
 

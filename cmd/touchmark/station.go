@@ -97,6 +97,7 @@ type bench struct {
 	profile *mint.Profile
 	hash    string
 	setup   station.Setup
+	floor   *floor // its keys are held for as long as the station runs, its ledger while a shift is open
 	closers []func() error
 }
 
@@ -216,13 +217,20 @@ func (b *bench) describeOrder(ctx context.Context) (err error) {
 
 // open opens the line for a shift.
 func (b *bench) open(ctx context.Context, shift, operator string) (_ *station.Work, err error) {
-	f, err := b.a.openFloor(ctx, b.line)
-	if err != nil {
+	if b.floor == nil {
+		if b.floor, err = b.a.openKeys(ctx, b.line); err != nil {
+			b.floor = nil
+			return nil, err
+		}
+		b.closers = append(b.closers, b.floor.Close)
+	}
+	f := b.floor
+	if err := f.openLedger(ctx); err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, f.Close())
+			err = errors.Join(err, f.closeLedger())
 		}
 	}()
 	g, err := f.grant(ctx, b.o.order)
@@ -249,7 +257,7 @@ func (b *bench) open(ctx context.Context, shift, operator string) (_ *station.Wo
 			return err
 		},
 		Refuse: func(ctx context.Context, serial string, why error) { f.refuse(ctx, g, serial, why) },
-		Close:  func() error { return errors.Join(run.Close(), f.Close()) },
+		Close:  func() error { return errors.Join(run.Close(), f.closeLedger()) },
 	}
 	if g != nil {
 		w.Grant = g.ID()
@@ -266,7 +274,7 @@ func (b *bench) openHooks() error {
 		if words == nil {
 			return nil
 		}
-		cmd, err := fixture.Parse(words, fixture.Names{Known: hook.ProgramFields(), Any: true})
+		cmd, err := fixture.Parse(words, fixture.Names{Known: append(hook.ProgramFields(), station.EventFields...)})
 		if err != nil {
 			return usageError{fmt.Errorf("hooks.%s: %w", name, err)}
 		}
@@ -290,7 +298,15 @@ func (b *bench) openHooks() error {
 	if to == nil || b.o.dryRun {
 		return nil
 	}
-	spool, err := hook.Open(hook.Config{Dir: b.line.path(hooksDir), Destinations: to, Log: slog.New(slog.DiscardHandler)})
+	if err := os.MkdirAll(b.line.path(hooksDir), 0o700); err != nil {
+		return err
+	}
+	log, err := os.OpenFile(filepath.Join(b.line.path(hooksDir), "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	b.closers = append(b.closers, log.Close)
+	spool, err := hook.Open(hook.Config{Dir: b.line.path(hooksDir), Destinations: to, Log: slog.New(slog.NewTextHandler(log, nil))})
 	if err != nil {
 		return fmt.Errorf("opening the spool of hooks: %w", err)
 	}
@@ -358,7 +374,14 @@ func (b *bench) serveNumbers(ctx context.Context, eg *errgroup.Group, t *yield.T
 	if err != nil {
 		return fmt.Errorf("metrics.listen: %w", err)
 	}
-	srv := &http.Server{Handler: t.Handler(), ReadHeaderTimeout: 5 * time.Second, MaxHeaderBytes: 16 << 10}
+	mux := http.NewServeMux()
+	mux.Handle("/metrics", t.Handler())
+	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/html; charset=utf-8")
+		w.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")
+		_ = t.Report().WriteHTML(w) // the other side went away
+	})
+	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, MaxHeaderBytes: 16 << 10}
 	eg.Go(func() error {
 		if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
 			return err

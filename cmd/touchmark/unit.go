@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -243,6 +244,12 @@ func (f *floor) giveUnitsBack(ctx context.Context, serials []string, permit, ope
 			return fmt.Errorf("%w: %s was made on %q, the permit is for %s", order.ErrProduct, serial, job.Grant, p.Order)
 		}
 		events = append(events, ledger.Event{State: ledger.Returned, Unit: last.ID, Data: why.Encode()})
+	}
+	// The permit first: the service asks for it, and one that nothing was returned on does no harm.
+	for _, e := range events {
+		if _, err := f.ledger.AddNote(ctx, ledger.Note{Unit: e.Unit, Kind: mint.PermitNote, Data: bytes.TrimSuffix(b, []byte("\n"))}); err != nil {
+			return err
+		}
 	}
 	if err := f.ledger.Commit(ctx, events); err != nil {
 		return err

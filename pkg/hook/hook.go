@@ -31,7 +31,6 @@ import (
 	"time"
 	"unicode/utf8"
 
-	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/touchmark/touchmark/internal/durable"
@@ -266,7 +265,7 @@ func Open(cfg Config) (_ *Spool, err error) {
 			cfg.Log.Warn("events may wait for a destination that is no longer there", "destination", e.Name(), "directory", cfg.Dir)
 		}
 	}
-	return s, durable.SyncDir(cfg.Dir)
+	return s, errors.Join(durable.SyncDir(cfg.Dir), durable.SyncDir(filepath.Dir(filepath.Clean(cfg.Dir))))
 }
 
 // list returns the files of a folder, oldest first, and removes what a crash left half written.
@@ -384,13 +383,14 @@ func (s *Spool) Status() []Status {
 	return all
 }
 
-// Run delivers what waits until the context ends. It is called once.
+// Run delivers what waits until the context ends, and returns nil once no delivery is under way. It is called once.
 func (s *Spool) Run(ctx context.Context) error {
-	var g errgroup.Group
+	var wg sync.WaitGroup
 	for _, q := range s.queues {
-		g.Go(func() error { q.run(ctx); return nil })
+		wg.Go(func() { q.run(ctx) })
 	}
-	return g.Wait()
+	wg.Wait()
+	return nil
 }
 
 func (q *queue) run(ctx context.Context) {

@@ -84,13 +84,11 @@ func enqueue(t *testing.T, s *hook.Spool, ids ...string) {
 func inBubble(t *testing.T, s *hook.Spool, f func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	go func() { done <- s.Run(ctx) }()
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = s.Run(ctx) })
 	f()
 	cancel()
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
+	wg.Wait()
 }
 
 // A destination that is away gets everything once it is back, in order, and is asked less and less often until then.
@@ -114,7 +112,7 @@ func TestBackoff(t *testing.T) {
 			time.Sleep(time.Hour)
 		})
 		if want := append(slices.Repeat([]string{"a"}, 13), "b", "c"); !slices.Equal(d.asked, want) {
-			t.Errorf("was asked %v", d.asked)
+			t.Fatalf("was asked %v", d.asked)
 		}
 		for i, want := range []float64{1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300} {
 			if got := d.at[i+1].Sub(d.at[i]).Seconds(); got != want*0.75 {
@@ -452,13 +450,11 @@ func TestKilled(t *testing.T) {
 	enqueue(t, s, "end")
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	done := make(chan error, 1)
-	go func() { done <- s.Run(ctx) }()
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = s.Run(ctx) })
 	arrived := mes.until(ctx, t, "end")
 	cancel()
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
+	wg.Wait()
 	first := map[string]int{}
 	for i, id := range arrived {
 		if _, again := first[id]; !again {

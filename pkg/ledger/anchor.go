@@ -19,9 +19,9 @@ type Counter interface {
 
 // Errors of anchors.
 var (
-	// ErrRolledBack says that the ledger is older than its counter: it is a copy, or was restored from a backup, and what was
-	// made since is not in it.
-	ErrRolledBack = errors.New("ledger is older than its counter")
+	// ErrRolledBack says that the ledger is older than its counter, or than a checkpoint or another copy of it: it was restored
+	// from a backup or cut off, and what was made since is not in it.
+	ErrRolledBack = errors.New("ledger was rolled back")
 	// ErrAnchor says that the counter could not be asked or moved, or is another ledger's.
 	ErrAnchor = errors.New("the ledger's anchor")
 )

@@ -12,6 +12,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -37,37 +38,80 @@ type Checkpoint struct {
 	Root   string `json:"root"` // base64
 }
 
-// OpenCheckpoint verifies a signed checkpoint against a station's public key and returns what it says.
+// maxNote bounds a signed checkpoint, its witnesses' lines included.
+const maxNote = 1 << 14
+
+// OpenCheckpoint verifies a signed checkpoint against a station's public key and returns what it says. Lines of other signers, such
+// as witnesses, are let be.
 func OpenCheckpoint(signed []byte, pub crypto.PublicKey) (Checkpoint, error) {
-	var c Checkpoint
-	if len(signed) > 4096 {
-		return c, errors.New("checkpoint is longer than 4096 octets")
+	n, err := openNote(signed, pub)
+	if err != nil {
+		return Checkpoint{}, err
+	}
+	c, _, err := parseCheckpoint(n.Text)
+	return c, err
+}
+
+func openNote(signed []byte, pub crypto.PublicKey) (*note.Note, error) {
+	if len(signed) > maxNote {
+		return nil, fmt.Errorf("checkpoint is longer than %d octets", maxNote)
 	}
 	origin, _, _ := strings.Cut(string(signed), "\n")
 	v, err := newVerifier(origin, pub)
 	if err != nil {
-		return c, err
+		return nil, err
 	}
 	n, err := note.Open(signed, note.VerifierList(v))
-	if err != nil {
-		var other *note.UnverifiedNoteError
-		if errors.As(err, &other) {
-			return c, ErrStation
-		}
-		return c, fmt.Errorf("checkpoint: %w", err)
+	var other *note.UnverifiedNoteError
+	if errors.As(err, &other) {
+		return nil, ErrStation
 	}
-	lines := strings.Split(n.Text, "\n")
+	if err != nil {
+		return nil, fmt.Errorf("checkpoint: %w", err)
+	}
+	// note.Open takes signatures in any base64 there is of them, and lines more than once.
+	for _, s := range slices.Concat(n.Sigs, n.UnverifiedSigs) {
+		if _, err := base64.StdEncoding.Strict().DecodeString(s.Base64); err != nil {
+			return nil, errors.New("checkpoint has a signature that is not in the one form of base64")
+		}
+	}
+	if again, err := note.Sign(n); err != nil || len(again) != len(signed) {
+		return nil, errors.New("checkpoint has a line twice")
+	}
+	return n, nil
+}
+
+// unverified returns what a checkpoint says, whoever signed it.
+func unverified(signed []byte) (Checkpoint, tlog.Hash, error) {
+	_, err := note.Open(signed, nil)
+	var n *note.UnverifiedNoteError
+	if !errors.As(err, &n) {
+		return Checkpoint{}, tlog.Hash{}, fmt.Errorf("checkpoint: %w", err)
+	}
+	return parseCheckpoint(n.Note.Text)
+}
+
+func parseCheckpoint(text string) (Checkpoint, tlog.Hash, error) {
+	lines := strings.Split(text, "\n")
 	if len(lines) != 4 || lines[3] != "" {
-		return c, errors.New("checkpoint has not three lines")
+		return Checkpoint{}, tlog.Hash{}, errors.New("checkpoint has not three lines")
 	}
 	size, err := strconv.ParseInt(lines[1], 10, 64)
-	if err != nil || size < 0 || strconv.FormatInt(size, 10) != lines[1] {
-		return c, errors.New("checkpoint's size is not a number")
+	if err != nil || size < 1 || strconv.FormatInt(size, 10) != lines[1] {
+		return Checkpoint{}, tlog.Hash{}, errors.New("checkpoint's size is not a number")
 	}
-	if root, err := base64.StdEncoding.Strict().DecodeString(lines[2]); err != nil || len(root) != tlog.HashSize {
-		return c, errors.New("checkpoint's root is not a hash")
+	c := Checkpoint{Origin: lines[0], Size: size, Root: lines[2]}
+	root, err := c.root()
+	return c, root, err
+}
+
+func (c *Checkpoint) root() (h tlog.Hash, err error) {
+	b, err := base64.StdEncoding.Strict().DecodeString(c.Root)
+	if err != nil || len(b) != tlog.HashSize {
+		return h, errors.New("checkpoint's root is not a hash")
 	}
-	return Checkpoint{Origin: lines[0], Size: size, Root: lines[2]}, nil
+	copy(h[:], b)
+	return h, nil
 }
 
 type noteKey struct {

@@ -21,30 +21,15 @@ import (
 // tx is one commit being built: the leaves and hashes that it adds.
 type tx struct {
 	*sql.Tx
-	l         *Ledger
-	at        time.Time
-	first     int64
-	count     int64
-	leaves    []byte
-	hashes    []byte
-	newHashes map[int64]tlog.Hash
-	buf       []byte
-	anchored  bool // this step moves the counter
-}
-
-// ReadHashes implements tlog.HashReader over the right edge.
-func (t *tx) ReadHashes(indexes []int64) ([]tlog.Hash, error) {
-	out := make([]tlog.Hash, len(indexes))
-	for i, idx := range indexes {
-		h, ok := t.newHashes[idx]
-		if !ok {
-			if h, ok = t.l.frontier[idx]; !ok {
-				return nil, fmt.Errorf("%w: hash %d is not on the right edge", ErrDamaged, idx)
-			}
-		}
-		out[i] = h
-	}
-	return out, nil
+	l        *Ledger
+	at       time.Time
+	first    int64
+	count    int64
+	leaves   []byte
+	hashes   []byte
+	edge     edge
+	buf      []byte
+	anchored bool // this step moves the counter
 }
 
 // add appends a leaf and returns its index.
@@ -54,28 +39,10 @@ func (t *tx) add(f leaf) (int64, error) {
 		return 0, fmt.Errorf("ledger entry for serial %.40q is too long", f.serial)
 	}
 	t.buf = f.append(t.buf[:0])
-	idx, err := t.addRaw(t.buf)
-	if err != nil {
-		return 0, err
-	}
+	t.hashes = t.edge.add(tlog.RecordHash(t.buf), t.hashes)
 	t.leaves = appendBytes(t.leaves, t.buf)
-	return idx, nil
-}
-
-// addRaw hashes an entry as it stands.
-func (t *tx) addRaw(b []byte) (int64, error) {
-	idx := t.first + t.count
-	hs, err := tlog.StoredHashesForRecordHash(idx, tlog.RecordHash(b), t)
-	if err != nil {
-		return 0, err
-	}
-	at := tlog.StoredHashIndex(0, idx)
-	for i, h := range hs {
-		t.newHashes[at+int64(i)] = h
-		t.hashes = append(t.hashes, h[:]...)
-	}
 	t.count++
-	return idx, nil
+	return t.first + t.count - 1, nil
 }
 
 // update runs f in one transaction and closes it with the log row and a fresh checkpoint. The transaction is the only
@@ -93,7 +60,8 @@ func (l *Ledger) update(ctx context.Context, f func(*tx) error) error {
 	if err != nil {
 		return full(err)
 	}
-	t := &tx{Tx: stx, l: l, at: at, first: l.size, newHashes: make(map[int64]tlog.Hash)}
+	t := &tx{Tx: stx, l: l, at: at, first: l.size, edge: l.edge, leaves: l.leaves[:0], hashes: l.hashes[:0]}
+	defer func() { l.leaves, l.hashes = t.leaves, t.hashes }()
 	nextUnit := l.nextUnit
 	if err = f(t); err == nil {
 		err = t.close(ctx)
@@ -107,7 +75,7 @@ func (l *Ledger) update(ctx context.Context, f func(*tx) error) error {
 		l.broken = fmt.Errorf("%w after a failed commit: %w", ErrBroken, full(err))
 		return l.broken
 	}
-	l.size, l.lastTime = t.first+t.count, at
+	l.size, l.lastTime, l.edge = t.first+t.count, at, t.edge
 	if t.anchored {
 		// The counter moves once the step is durable, and before the caller goes on to what cannot be undone. A crash in between
 		// leaves the ledger one ahead of its counter, which checkAnchor makes good.
@@ -115,15 +83,6 @@ func (l *Ledger) update(ctx context.Context, f func(*tx) error) error {
 			l.broken = fmt.Errorf("%w: the ledger's counter could not be moved: %w", ErrAnchor, err)
 		}
 	}
-	edge := make(map[int64]tlog.Hash)
-	for _, idx := range frontierIndexes(l.size) {
-		if h, ok := t.newHashes[idx]; ok {
-			edge[idx] = h
-		} else {
-			edge[idx] = l.frontier[idx]
-		}
-	}
-	l.frontier = edge
 	return l.broken
 }
 
@@ -147,11 +106,7 @@ func (t *tx) close(ctx context.Context) error {
 		t.l.nextUnit); err != nil {
 		return err
 	}
-	root, err := tlog.TreeHash(size, t)
-	if err != nil {
-		return err
-	}
-	signed, err := note.Sign(&note.Note{Text: checkpointText(t.l.cfg.Origin, size, root)}, t.l.signer)
+	signed, err := note.Sign(&note.Note{Text: checkpointText(t.l.cfg.Origin, size, t.edge.root())}, t.l.signer)
 	if err != nil {
 		return fmt.Errorf("signing the checkpoint with the station key: %w", err)
 	}
@@ -168,6 +123,13 @@ func (l *Ledger) Commit(ctx context.Context, events []Event) error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if len(events) >= maxRun && l.insertMost == nil && l.broken == nil {
+		// Before the transaction, which has the one connection.
+		var err error
+		if l.insertMost, err = l.db.PrepareContext(ctx, insertSQL(maxRun)); err != nil {
+			return err
+		}
+	}
 	var made []int
 	err := l.update(ctx, func(t *tx) error {
 		made = made[:0]
@@ -284,7 +246,13 @@ func (t *tx) insert(ctx context.Context, events []Event) error {
 	if err := t.neverRetired(ctx, events); err != nil {
 		return err
 	}
-	if _, err := t.ExecContext(ctx, insertSQL(len(events)), args...); err != nil {
+	var err error
+	if len(events) == maxRun {
+		_, err = t.StmtContext(ctx, t.l.insertMost).ExecContext(ctx, args...)
+	} else {
+		_, err = t.ExecContext(ctx, insertSQL(len(events)), args...)
+	}
+	if err != nil {
 		return err
 	}
 	return t.endorse(ctx, events)

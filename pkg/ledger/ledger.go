@@ -27,6 +27,10 @@
 // begins a unit, so it cannot be overdrawn, and a window of time is held against the journal's own. A [Counter] outside the
 // file, in a token or a TPM, tells a ledger that was copied or restored from the one that went on.
 //
+// To others a ledger is shown by signed checkpoints and by proofs under them, for which the station's public key is enough:
+// [Ledger.Prove] that something is in it, [Ledger.Consistency] that it only grew. A [Witness] in other hands cosigns checkpoints and
+// so keeps a station from telling two stories. What went wrong has a name: [ErrDamaged], [ErrRolledBack], [ErrForked].
+//
 // Callers pass slices of [Event]; one call of [Ledger.Commit] is one transaction with one flush to disk, so a caller with
 // many units commits them in groups. Secrets never enter a ledger.
 //
@@ -43,12 +47,11 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
 
-	"golang.org/x/mod/sumdb/tlog"
 	"modernc.org/sqlite" // also registers the driver
 	sqlite3 "modernc.org/sqlite/lib"
 
@@ -114,14 +117,17 @@ type Ledger struct {
 	lock   *os.File
 	signer *noteKey
 
-	mu       sync.Mutex // serializes commits; guards the fields below
-	size     int64      // leaves in the log
-	lastTime time.Time
-	nextUnit int64
-	frontier map[int64]tlog.Hash // stored-hash index → hash, of the complete subtrees on the right edge
-	grants   map[int64]string    // by job, as far as asked for
-	anchor   uint64              // where the counter stands; only with an anchor
-	broken   error               // set when memory and disk may disagree: reopen
+	mu             sync.Mutex // serializes commits; guards the fields below
+	size           int64      // leaves in the log
+	lastTime       time.Time
+	nextUnit       int64
+	edge           edge
+	grants         map[int64]string // by job, as far as asked for
+	anchor         uint64           // where the counter stands; only with an anchor
+	leaves, hashes []byte           // room that commits use in turn: growing it anew each time took a tenth of minting
+	// insertMost inserts maxRun units. That is a long statement: parsing it each time took another. Nil until it is needed.
+	insertMost *sql.Stmt
+	broken     error // set when memory and disk may disagree: reopen
 }
 
 // A Unit is one identity.
@@ -218,11 +224,11 @@ func (c *Config) check() error {
 	return nil
 }
 
-func open(path string, readOnly bool) (*sql.DB, error) {
+func open(path string, readOnly bool, cacheMiB int) (*sql.DB, error) {
 	// synchronous=FULL with a write-ahead log: one flush per commit, and what was committed survives power loss. Key hashes
 	// fall anywhere in their index: room for it in memory, and a log that is folded back every 32 MiB, spare most rereading and
 	// rewriting of its pages.
-	dsn := "file:" + (&pathEscaper).Replace(path) + "?_pragma=busy_timeout(10000)&_pragma=synchronous(FULL)&_pragma=cache_size(-65536)"
+	dsn := "file:" + (&pathEscaper).Replace(path) + "?_pragma=busy_timeout(10000)&_pragma=synchronous(FULL)&_pragma=cache_size(" + strconv.Itoa(-1024*cacheMiB) + ")"
 	if readOnly {
 		dsn += "&mode=ro"
 	} else {
@@ -250,7 +256,7 @@ func Create(ctx context.Context, cfg Config) (err error) {
 	if err := f.Close(); err != nil {
 		return err
 	}
-	db, err := open(cfg.Path, false)
+	db, err := open(cfg.Path, false, 64)
 	if err != nil {
 		return err
 	}
@@ -275,7 +281,7 @@ func Open(ctx context.Context, cfg Config) (*Ledger, error) {
 		return nil, fmt.Errorf("opening ledger %s: %w", cfg.Path, err)
 	}
 	l := &Ledger{cfg: cfg, lock: lock, grants: make(map[int64]string)}
-	if l.db, err = open(cfg.Path, false); err == nil {
+	if l.db, err = open(cfg.Path, false, 64); err == nil {
 		err = l.load(ctx)
 	}
 	if err == nil {
@@ -295,13 +301,12 @@ func View(ctx context.Context, path string) (*Ledger, error) {
 	if _, err := os.Stat(path); err != nil {
 		return nil, fmt.Errorf("opening ledger: %w", err)
 	}
-	db, err := open(path, true)
+	db, err := open(path, true, 8)
 	if err != nil {
 		return nil, err
 	}
 	l := &Ledger{cfg: Config{Path: path, Now: time.Now}, db: db, broken: errors.New("ledger is open for reading only")}
-	err = l.db.QueryRowContext(ctx, `SELECT CAST(value AS TEXT) FROM meta WHERE name = 'origin'`).Scan(&l.cfg.Origin)
-	if err == nil {
+	if l.cfg.Origin, err = l.origin(ctx); err == nil {
 		err = l.loadLast(ctx)
 	}
 	if err != nil {
@@ -313,6 +318,9 @@ func View(ctx context.Context, path string) (*Ledger, error) {
 // Close closes the ledger and gives its lock back. Everything committed is on disk already.
 func (l *Ledger) Close() error {
 	var errs []error
+	if l.insertMost != nil {
+		errs = append(errs, l.insertMost.Close())
+	}
 	if l.db != nil {
 		errs = append(errs, l.db.Close())
 	}
@@ -327,14 +335,8 @@ func (l *Ledger) Path() string { return l.cfg.Path }
 
 // load reads the right edge of the log and the last unit ID into memory.
 func (l *Ledger) load(ctx context.Context) error {
-	var version, origin string
-	if err := l.db.QueryRowContext(ctx, `SELECT CAST(value AS TEXT) FROM meta WHERE name = 'version'`).Scan(&version); err != nil {
-		return err
-	}
-	if version != formatVersion {
-		return fmt.Errorf("ledger format %q: this version of touchmark keeps format %s only", version, formatVersion)
-	}
-	if err := l.db.QueryRowContext(ctx, `SELECT CAST(value AS TEXT) FROM meta WHERE name = 'origin'`).Scan(&origin); err != nil {
+	origin, err := l.origin(ctx)
+	if err != nil {
 		return err
 	}
 	if origin != l.cfg.Origin {
@@ -348,21 +350,35 @@ func (l *Ledger) load(ctx context.Context) error {
 	}
 	// A voided unit's row is gone, but its ID is never given out again: the highest one is also in meta.
 	var top int64
-	err := l.db.QueryRowContext(ctx, `SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'units'`).Scan(&top)
+	err = l.db.QueryRowContext(ctx, `SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'units'`).Scan(&top)
 	if err == nil {
 		l.nextUnit = max(l.nextUnit, top)
 	} else if !errors.Is(err, sql.ErrNoRows) {
 		return err
 	}
-	l.frontier = make(map[int64]tlog.Hash)
-	for _, idx := range frontierIndexes(l.size) {
-		h, err := l.storedHash(ctx, idx)
-		if err != nil {
-			return err
+	l.edge.size = l.size
+	for level := 0; l.size>>level > 0; level++ {
+		if l.size>>level&1 == 1 {
+			if l.edge.at[level], err = (hashReader{ctx, l.db}).at(level, l.size>>level-1); err != nil {
+				return err
+			}
 		}
-		l.frontier[idx] = h
 	}
 	return nil
+}
+
+// origin reads whose ledger it is, once it is one that this package knows.
+func (l *Ledger) origin(ctx context.Context) (origin string, err error) {
+	var version string
+	err = l.db.QueryRowContext(ctx, `SELECT CAST(v.value AS TEXT), CAST(o.value AS TEXT) FROM meta v, meta o WHERE v.name = 'version' AND o.name = 'origin'`).
+		Scan(&version, &origin)
+	if errors.Is(err, sql.ErrNoRows) {
+		return "", fmt.Errorf("%w: it does not say whose it is", ErrDamaged)
+	}
+	if err == nil && version != formatVersion {
+		err = fmt.Errorf("ledger format %q: this version of touchmark keeps format %s only", version, formatVersion)
+	}
+	return origin, err
 }
 
 // loadLast reads how long the log is and when its last entry was made.
@@ -373,8 +389,12 @@ func (l *Ledger) loadLast(ctx context.Context) error {
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil
 	}
-	if err != nil {
+	var se *sqlite.Error
+	if err != nil && (ctx.Err() != nil || errors.As(err, &se)) {
 		return err
+	}
+	if err != nil {
+		return fmt.Errorf("%w: last entries: %w", ErrDamaged, err) // columns that hold what they cannot
 	}
 	l.size = first + count
 	err = eachLeaf(leaves, func(b []byte) error {
@@ -388,31 +408,17 @@ func (l *Ledger) loadLast(ctx context.Context) error {
 	return nil
 }
 
-// frontierIndexes returns the stored-hash indexes of the complete subtrees that make up a tree of that size.
-func frontierIndexes(size int64) []int64 {
-	var idx []int64
-	for level := 0; size>>level > 0; level++ {
-		if size>>level&1 == 1 {
-			idx = append(idx, tlog.StoredHashIndex(level, size>>level-1))
-		}
+// rowTime returns when a row of the log was written, in milliseconds, from its first octets: all its entries have one time.
+func rowTime(head []byte) (int64, error) {
+	_, n := binary.Uvarint(head) // the first entry's length; its version and state follow, then its time
+	if n <= 0 || len(head) < n+2 || head[n] != leafVersion {
+		return 0, errLeaf
 	}
-	return idx
-}
-
-func (l *Ledger) storedHash(ctx context.Context, idx int64) (tlog.Hash, error) {
-	var h tlog.Hash
-	var first int64
-	var hashes []byte
-	err := l.db.QueryRowContext(ctx, `SELECT first_hash, hashes FROM log WHERE first_hash <= $1 ORDER BY first_hash DESC LIMIT 1`, idx).Scan(&first, &hashes)
-	if err != nil {
-		return h, fmt.Errorf("%w: hash %d: %v", ErrDamaged, idx, err)
+	ms, k := binary.Varint(head[n+2:])
+	if k <= 0 {
+		return 0, errLeaf
 	}
-	off := (idx - first) * tlog.HashSize
-	if off+tlog.HashSize > int64(len(hashes)) {
-		return h, fmt.Errorf("%w: hash %d is missing", ErrDamaged, idx)
-	}
-	copy(h[:], hashes[off:])
-	return h, nil
+	return ms, nil
 }
 
 func eachLeaf(b []byte, f func([]byte) error) error {
@@ -465,11 +471,18 @@ func full(err error) error {
 	return err
 }
 
-// denied marks SQLite's answers to a file that may not be opened, or not written. That there is one was looked at before.
+// denied marks SQLite's answers to a file that may not be opened, or not written, or is none of its own. That there is one was
+// looked at before.
 func denied(err error) error {
 	var se *sqlite.Error
-	if errors.As(err, &se) && slices.Contains([]int{sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY}, se.Code()&0xff) {
+	if !errors.As(err, &se) {
+		return err
+	}
+	switch se.Code() & 0xff {
+	case sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY:
 		return fmt.Errorf("%w: %w", fs.ErrPermission, err)
+	case sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR: // the last: a table or column that must be there is not
+		return fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
 	return err
 }

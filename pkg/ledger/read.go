@@ -144,11 +144,15 @@ func (l *Ledger) Counts(ctx context.Context) (map[State]int64, error) {
 }
 
 // Checkpoint returns the newest signed checkpoint, or ErrNotFound while the log is empty.
-func (l *Ledger) Checkpoint(ctx context.Context) ([]byte, error) {
+func (l *Ledger) Checkpoint(ctx context.Context) ([]byte, error) { return readCheckpoint(ctx, l.db) }
+
+func readCheckpoint(ctx context.Context, q interface {
+	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
+}) ([]byte, error) {
 	var signed string
-	err := l.db.QueryRowContext(ctx, `SELECT note FROM checkpoint`).Scan(&signed)
+	err := q.QueryRowContext(ctx, `SELECT note FROM checkpoint`).Scan(&signed)
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, fmt.Errorf("checkpoint: %w", ErrNotFound)
 	}
-	return []byte(signed), err
+	return []byte(signed), denied(err)
 }

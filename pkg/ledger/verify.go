@@ -7,7 +7,6 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"database/sql"
-	"encoding/base64"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -33,7 +32,8 @@ type Report struct {
 }
 
 // Verify reads the whole ledger: every entry is hashed again up to the root that the station signed, and the tables must say
-// just what the entries say. The error wraps ErrDamaged. Memory grows by some 90 octets a unit.
+// just what the entries say. The error wraps ErrDamaged. It takes two cores, and 64 octets of
+// memory a unit.
 func (l *Ledger) Verify(ctx context.Context, station crypto.PublicKey) (Report, error) {
 	v := verifier{l: l, grants: make(map[string]*grantSum), jobs: make(map[int64]string), leases: make(map[string]int64), ends: make(map[int64]ended)}
 	_, _ = rand.Read(v.key[:]) // never fails
@@ -44,7 +44,19 @@ func (l *Ledger) Verify(ctx context.Context, station crypto.PublicKey) (Report, 
 	}
 	defer func() { _ = stx.Rollback() }()
 	v.stx = stx
-	if err := v.verify(ctx, station); err != nil {
+	// The file's own structure is looked at meanwhile, on another core.
+	inner, cancel := context.WithCancel(ctx)
+	defer cancel()
+	structure := make(chan error, 1)
+	go func() { structure <- checkStructure(inner, l.cfg.Path) }()
+	err = v.verify(ctx, station)
+	if err != nil {
+		cancel()
+	}
+	if serr := <-structure; err == nil {
+		err = serr
+	}
+	if err != nil {
 		if errors.Is(err, ErrStation) || ctx.Err() != nil {
 			return v.report, err // nothing says that the ledger is damaged
 		}
@@ -59,7 +71,8 @@ type verifier struct {
 	stx    *sql.Tx
 	report Report
 
-	units  []replayed       // by unit ID - 1
+	begun  int64            // units that ever were
+	units  [][]replayed     // by unit ID - 1, in pages: a slice that grows would be there twice
 	ends   map[int64]ended  // of units that ended
 	jobs   map[int64]string // grant by job
 	grants map[string]*grantSum
@@ -80,6 +93,20 @@ type replayed struct {
 	state     State
 }
 
+const unitPage = 1 << 12
+
+// unit returns what is known of a unit that has begun.
+func (v *verifier) unit(id int64) *replayed { return &v.units[(id-1)/unitPage][(id-1)%unitPage] }
+
+// begin makes room for the next unit.
+func (v *verifier) begin(u replayed) {
+	if v.begun%unitPage == 0 {
+		v.units = append(v.units, make([]replayed, unitPage))
+	}
+	v.begun++
+	*v.unit(v.begun) = u
+}
+
 type ended struct {
 	leaf int64
 	was  State
@@ -92,68 +119,95 @@ type grantSum struct {
 }
 
 func (v *verifier) verify(ctx context.Context, station crypto.PublicKey) error {
-	var integrity string
-	if err := v.stx.QueryRowContext(ctx, `PRAGMA integrity_check(1)`).Scan(&integrity); err != nil || integrity != "ok" {
-		return fmt.Errorf("database: %s %w", integrity, errOrNil(err))
+	tree, err := v.replay(ctx)
+	if err != nil {
+		return err
 	}
-	t := &tx{Tx: v.stx, l: &Ledger{frontier: map[int64]tlog.Hash{}}, newHashes: map[int64]tlog.Hash{}}
-	for {
-		var first, count int64
-		var leaves, hashes []byte
-		err := v.stx.QueryRowContext(ctx, `SELECT first, count, leaves, hashes FROM log WHERE first >= $1 ORDER BY first LIMIT 1`, t.first).
-			Scan(&first, &count, &leaves, &hashes)
-		if errors.Is(err, sql.ErrNoRows) {
-			break
-		}
-		if err != nil {
-			return fmt.Errorf("entries from %d: %w", t.first, err)
-		}
-		if first != t.first {
-			return fmt.Errorf("entries %d to %d are missing", t.first, first-1)
-		}
-		t.hashes, t.count = t.hashes[:0], 0
-		err = eachLeaf(leaves, func(b []byte) error {
-			f, err := parseLeaf(b)
-			if err != nil {
-				return err
-			}
-			idx, err := t.addRaw(b)
-			if err != nil {
-				return err
-			}
-			return v.apply(ctx, idx, &f)
-		})
-		if err != nil {
-			return fmt.Errorf("entry %d: %w", t.first+t.count, err)
-		}
-		if t.count != count || !bytes.Equal(t.hashes, hashes) {
-			return fmt.Errorf("entries %d to %d do not have the hashes that were recorded", first, first+count-1)
-		}
-		t.first += count
-		t.l.size = t.first
-		edge := map[int64]tlog.Hash{}
-		for _, idx := range frontierIndexes(t.first) {
-			if h, ok := t.newHashes[idx]; ok {
-				edge[idx] = h
-			} else {
-				edge[idx] = t.l.frontier[idx]
-			}
-		}
-		t.l.frontier = edge
-		clear(t.newHashes)
-	}
-	v.report.Entries = t.first
+	v.report.Entries = tree.size
 	for _, check := range []func(context.Context) error{v.checkUnits, v.checkRetired, v.checkPairs, v.checkGrants, v.checkMeta} {
 		if err := check(ctx); err != nil {
 			return err
 		}
 	}
-	return v.checkRoot(ctx, t, station)
+	return v.checkRoot(ctx, tree, station)
+}
+
+// replay hashes and applies every entry of the log.
+func (v *verifier) replay(ctx context.Context) (_ *edge, err error) {
+	rows, err := v.stx.QueryContext(ctx, `SELECT first, count, leaves, hashes FROM log ORDER BY first`)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, rows.Close()) }()
+	tree := new(edge)
+	var first, count int64
+	var leaves, hashes sql.RawBytes
+	var stored []byte
+	for rows.Next() {
+		if err := rows.Scan(&first, &count, &leaves, &hashes); err != nil {
+			return nil, fmt.Errorf("entries from %d: %w", tree.size, err)
+		}
+		if first != tree.size {
+			return nil, fmt.Errorf("entries %d to %d are missing", tree.size, first-1)
+		}
+		stored = stored[:0]
+		err := eachLeaf(leaves, func(b []byte) error {
+			f, err := parseLeaf(b)
+			if err == nil {
+				err = v.apply(ctx, tree.size, &f)
+			}
+			stored = tree.add(tlog.RecordHash(b), stored)
+			return err
+		})
+		if err != nil {
+			return nil, fmt.Errorf("entry %d: %w", tree.size-1, err)
+		}
+		if tree.size-first != count || !bytes.Equal(stored, hashes) {
+			return nil, fmt.Errorf("entries %d to %d do not have the hashes that were recorded", first, first+count-1)
+		}
+	}
+	return tree, rows.Err()
+}
+
+// checkStructure has SQLite look at every page of the file and hold its indexes against its tables, and holds what is declared in
+// it against what is declared here: uniqueness is of no use once an index is gone, and a trigger could do anything.
+func checkStructure(ctx context.Context, path string) (err error) {
+	db, err := open(path, true, 16)
+	if err != nil {
+		return err
+	}
+	fresh, err := sql.Open("sqlite", ":memory:")
+	if err != nil {
+		return errors.Join(err, db.Close())
+	}
+	fresh.SetMaxOpenConns(1) // each connection would have a database of its own
+	defer func() { err = errors.Join(err, db.Close(), fresh.Close()) }()
+	if _, err := fresh.ExecContext(ctx, schema); err != nil {
+		return err
+	}
+	var have, want string
+	for _, d := range []struct {
+		db  *sql.DB
+		dst *string
+	}{{db, &have}, {fresh, &want}} {
+		if err := d.db.QueryRowContext(ctx, `SELECT group_concat(quote(type) || quote(name) || quote(tbl_name) || quote(sql)) FROM (SELECT * FROM sqlite_schema ORDER BY type, name)`).
+			Scan(d.dst); err != nil {
+			return fmt.Errorf("database: %w", err)
+		}
+	}
+	if have != want {
+		return errors.New("database: its tables, indexes or triggers are not those of a ledger")
+	}
+	var integrity string
+	if err := db.QueryRowContext(ctx, `PRAGMA integrity_check(1)`).Scan(&integrity); err != nil || integrity != "ok" {
+		return fmt.Errorf("database: %s %w", integrity, errOrNil(err))
+	}
+	return nil
 }
 
 // checkRoot holds the log's root against the one that the station signed.
-func (v *verifier) checkRoot(ctx context.Context, t *tx, station crypto.PublicKey) error {
-	if t.first == 0 {
+func (v *verifier) checkRoot(ctx context.Context, tree *edge, station crypto.PublicKey) error {
+	if tree.size == 0 {
 		return nil
 	}
 	var signed string
@@ -164,13 +218,9 @@ func (v *verifier) checkRoot(ctx context.Context, t *tx, station crypto.PublicKe
 	if err != nil {
 		return err
 	}
-	root, err := tlog.TreeHash(t.first, t)
-	if err != nil {
-		return err
-	}
-	if text := base64.StdEncoding.EncodeToString(root[:]); c.Size != t.first || c.Root != text || c.Origin != v.l.cfg.Origin {
+	if text := tree.root().String(); c.Size != tree.size || c.Root != text || c.Origin != v.l.cfg.Origin {
 		return fmt.Errorf("the signed checkpoint (%s, %d entries, root %s) is not that of the log (%s, %d entries, root %s)",
-			c.Origin, c.Size, c.Root, v.l.cfg.Origin, t.first, text)
+			c.Origin, c.Size, c.Root, v.l.cfg.Origin, tree.size, text)
 	}
 	v.report.Checkpoint = c
 	return nil
@@ -225,8 +275,8 @@ func (v *verifier) apply(ctx context.Context, idx int64, f *leaf) error {
 	case f.state.ends():
 		return v.applyEnd(idx, f)
 	case f.job != 0 && f.serial != "": // a new unit: the IDs have no holes
-		if f.unit != int64(len(v.units))+1 {
-			return fmt.Errorf("unit %d begins after unit %d", f.unit, len(v.units))
+		if f.unit != v.begun+1 {
+			return fmt.Errorf("unit %d begins after unit %d", f.unit, v.begun)
 		}
 		u := replayed{name: nameSum(f.serial, f.registrationID), at: f.at.UnixMilli(), leaf: idx, job: int32(f.job), revision: int32(f.revision), state: f.state}
 		grant, known := v.jobs[f.job]
@@ -242,20 +292,21 @@ func (v *verifier) apply(ctx context.Context, idx int64, f *leaf) error {
 				return fmt.Errorf("grant %s of %d is overdrawn by unit %d", grant, g.quantity, f.unit)
 			}
 		}
-		v.units = append(v.units, u)
-		v.setKeys(&v.units[f.unit-1], f)
+		v.begin(u)
+		v.setKeys(v.unit(f.unit), f)
 	default:
-		if f.unit < 1 || f.count < 1 || f.unit+f.count-1 > int64(len(v.units)) {
+		if f.unit < 1 || f.count < 1 || f.unit+f.count-1 > v.begun {
 			return fmt.Errorf("units %d to %d never began", f.unit, f.unit+f.count-1)
 		}
-		for i := f.unit - 1; i < f.unit-1+f.count; i++ {
-			if !v.units[i].state.Living() {
-				return fmt.Errorf("unit %d went on after it was %s", i+1, v.units[i].state)
+		for id := f.unit; id < f.unit+f.count; id++ {
+			u := v.unit(id)
+			if !u.state.Living() {
+				return fmt.Errorf("unit %d went on after it was %s", id, u.state)
 			}
-			v.units[i].state = f.state
+			u.state = f.state
 		}
 		if f.serial != "" && f.state != Exported {
-			u := &v.units[f.unit-1]
+			u := v.unit(f.unit)
 			if u.name != nameSum(f.serial, f.registrationID) {
 				return fmt.Errorf("unit %d changes its name", f.unit)
 			}
@@ -288,10 +339,10 @@ func (v *verifier) applyJob(ctx context.Context, f *leaf) error {
 }
 
 func (v *verifier) applyEnd(idx int64, f *leaf) error {
-	if f.unit < 1 || f.unit > int64(len(v.units)) {
+	if f.unit < 1 || f.unit > v.begun {
 		return fmt.Errorf("unit %d ended and never began", f.unit)
 	}
-	u := &v.units[f.unit-1]
+	u := v.unit(f.unit)
 	if u.name != nameSum(f.serial, f.registrationID) || u.revision != int32(f.revision) {
 		return fmt.Errorf("unit %d ends under another name", f.unit)
 	}
@@ -364,7 +415,7 @@ func (v *verifier) checkUnits(ctx context.Context) (err error) {
 		}
 		v.report.Units++
 	}
-	if want := int64(len(v.units) - len(v.ends)); v.report.Units != want {
+	if want := v.begun - int64(len(v.ends)); v.report.Units != want {
 		return fmt.Errorf("the table has %d units, the log %d", v.report.Units, want)
 	}
 	return q.Err()
@@ -381,7 +432,7 @@ func (r *rowScan) columns() []any {
 }
 
 func (v *verifier) checkRow(id int64, r *rowScan) error {
-	if id < 1 || id > int64(len(v.units)) {
+	if id < 1 || id > v.begun {
 		return fmt.Errorf("unit %d is not in the log", id)
 	}
 	rid := string(r.rid)
@@ -392,7 +443,7 @@ func (v *verifier) checkRow(id int64, r *rowScan) error {
 	if r.key != nil {
 		got.key = sum16(r.key)
 	}
-	if got != v.units[id-1] || dps.Fold(rid) != string(r.rid) {
+	if got != *v.unit(id) || dps.Fold(rid) != string(r.rid) {
 		return fmt.Errorf("unit %d (serial %s) is not in the table as the log has it", id, r.serial)
 	}
 	return nil
@@ -531,7 +582,7 @@ func (v *verifier) checkMeta(ctx context.Context) error {
 		return value, err
 	}
 	next, err := meta("units")
-	if want := uint64(len(v.units)) + 1; err != nil || next != want && (next != 0 || v.report.Entries > 0) {
+	if want := uint64(v.begun) + 1; err != nil || next != want && (next != 0 || v.report.Entries > 0) {
 		return fmt.Errorf("the next unit is %d in the table, %d in the log %w", next, want, errOrNil(err))
 	}
 	anchor, err := meta("anchor")

@@ -31,12 +31,8 @@ func (r *run) readCSR(ctx context.Context, u *unit) error {
 	var from string
 	var err error
 	if cmd := r.Profile.csrCommand; cmd != nil {
-		fields := make(map[string]string, len(r.List.Columns))
-		for i, c := range r.List.Columns {
-			fields[c] = u.row.Fields[i]
-		}
 		var res fixture.Result
-		res, err = cmd.Run(ctx, fixture.Input{Fields: fields})
+		res, err = cmd.Run(ctx, fixture.Input{Fields: r.List.fields(u.row)})
 		raw, from = res.Stdout, strings.Join(res.Words, " ")
 		if err != nil {
 			err = fmt.Errorf("csr-command %w", err)

@@ -196,6 +196,15 @@ func (p *Profile) columns() []string {
 	return need
 }
 
+// fields returns a row's fields by their columns' names.
+func (l *List) fields(row *Row) map[string]string {
+	m := make(map[string]string, len(l.Columns))
+	for i, c := range l.Columns {
+		m[c] = row.Fields[i]
+	}
+	return m
+}
+
 // values returns what patterns ask: a row's field by its column's name.
 func (l *List) values(fields []string) func(column string) string {
 	return func(column string) string { return fields[slices.Index(l.Columns, column)] }

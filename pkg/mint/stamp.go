@@ -229,9 +229,5 @@ func (r *run) fields(row *Row) map[string]string {
 	if len(r.List.Columns) == 1 && len(r.Templates) == 0 {
 		return nil
 	}
-	m := make(map[string]string, len(r.List.Columns))
-	for i, c := range r.List.Columns {
-		m[c] = row.Fields[i]
-	}
-	return m
+	return r.List.fields(row)
 }

@@ -17,7 +17,8 @@ type Request struct {
 	// ID comes back with every answer to the request.
 	ID string `json:"id"`
 	// Op is "make" (which waits for a head where none is free), "wait" (until the units asked for before have their verdicts),
-	// "scan" (a label, for the head that asks for it), "rework", "scrap", "reprint", "status" or "end".
+	// "scan" (a label, for the head that asks for it), "rework", "scrap", "cancel" (a head that waits for its printer or its label gives
+	// up), "reprint", "status" or "end".
 	Op     string `json:"op"`
 	Serial string `json:"serial"`
 	// Head is the head's number; 0 takes the first that is free.
@@ -200,6 +201,12 @@ func (c *conversation) take(ctx context.Context, line []byte) (end bool) {
 			return false
 		}
 		c.say(Answer{ID: r.ID, Event: "done"})
+	case "cancel":
+		if !c.s.Cancel(r.Head) {
+			refuse(errors.New("the head waits for nothing"))
+			return false
+		}
+		c.say(Answer{ID: r.ID, Event: "done", Head: r.Head})
 	case "rework", "scrap":
 		state, reasons := ledger.Reworked, ReworkReasons
 		if r.Op == "scrap" {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"strconv"
 	"sync"
 	"time"
@@ -347,6 +346,9 @@ func (s *Station) decide(h *headState, v Verdict, steps []yield.Step) Verdict {
 // countable reports whether a verdict says something about the making of a unit, and not only that it was scanned wrongly.
 func countable(c Code) bool { return c == "" || c >= "E-4" || c == CodeProduct }
 
+// EventFields are the fields of the events that a station tells of a verdict; which are empty depends on the verdict.
+var EventFields = []string{"serial", "registration-id", "revision", "code", "step", "head", "seconds", "operator", "station", "order"}
+
 func (s *Station) tell(v Verdict, operator string) {
 	kind := "fail"
 	if v.Pass {
@@ -363,12 +365,10 @@ func (s *Station) event(kind string, fields map[string]string) {
 	if s.setup.Spool == nil || s.setup.DryRun {
 		return
 	}
-	fields = maps.Clone(fields)
-	maps.DeleteFunc(fields, func(_, v string) bool { return v == "" })
 	err := s.setup.Spool.Enqueue(hook.Event{Kind: kind, Fields: fields})
-	depth := 0
+	depth, dead := 0, 0
 	for _, st := range s.setup.Spool.Status() {
-		depth += st.Depth
+		depth, dead = depth+st.Depth, dead+st.Dead
 	}
-	s.setLamp(LampHooks, err != nil || depth > 100, map[string]string{"depth": strconv.Itoa(depth)})
+	s.setLamp(LampHooks, err != nil || depth > 100 || dead > 0, map[string]string{"depth": strconv.Itoa(depth + dead)})
 }

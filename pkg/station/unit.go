@@ -288,7 +288,7 @@ func (m *making) probe(ctx context.Context) error {
 			want = m.s.setup.Product
 		}
 		if got := answer[key]; got != want {
-			return fail(CodeProduct, map[string]string{"want": want, "found": orDash(got)}, fmt.Errorf("the board's %s is %q, want %q", key, got, want))
+			return fail(CodeProduct, map[string]string{"want": want, "found": orDash(got)}, fmt.Errorf("%w: the board's %s is %q, want %q", order.ErrProduct, key, got, want))
 		}
 	}
 	for k, v := range answer {
@@ -536,6 +536,9 @@ func (m *making) scanBack(ctx context.Context, l label.Label) error {
 	defer timeout.Stop()
 	select {
 	case text := <-m.h.scans:
+		if text == "" {
+			return fail(CodeNoScan, nil, nil)
+		}
 		scan, err := label.ParseScan(text)
 		if err != nil || !scan.Matches(l.Serial, l.Fingerprint) {
 			return fail(CodeOtherLabel, map[string]string{"scan": text}, err)
@@ -587,6 +590,22 @@ func (s *Station) Scan(text string) bool {
 	default:
 	}
 	return true
+}
+
+// Cancel has a head that waits for its printer or its label give its unit up. It reports whether the head waited.
+func (s *Station) Cancel(number int) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, h := range s.heads {
+		if h.Number == number && (h.State == HeadWaiting || h.State == HeadAsking) {
+			select {
+			case h.scans <- "":
+			default:
+			}
+			return true
+		}
+	}
+	return false
 }
 
 func (s *Station) hasFreeHead() bool {
