@@ -199,7 +199,7 @@ func classify(ctx context.Context, err error) (code int, help string) {
 	case errors.Is(err, evidence.ErrResidency):
 		suggest("mint with a profile whose keys are made in a token or TPM, or take the bundle without --require-residency")
 		return exitUnverified, help
-	case errors.Is(err, signed.ErrCorrupt):
+	case errors.Is(err, signed.ErrCorrupt), errors.Is(err, errNoImage):
 		return exitUnverified, help
 	case errors.Is(err, ledger.ErrStation):
 		suggest("name the public key of the station that keeps this ledger with --trust")
