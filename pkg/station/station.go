@@ -132,10 +132,18 @@ func (s *Station) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if s.transit() && !s.setup.DryRun {
+		if err := w.Run.Tidy(ctx); err != nil {
+			return errors.Join(err, w.Close())
+		}
+	}
 	s.work, s.gen = w, s.gen+1
 	s.countLeft(ctx, w)
 	return nil
 }
+
+// transit reports whether stamps are at the station only until their devices have them.
+func (s *Station) transit() bool { return s.cfg.flash != nil && !s.cfg.KeepStamps }
 
 // Close ends the shift. Units in work must have ended.
 func (s *Station) Close() error {

@@ -85,8 +85,7 @@ func (s *Station) make(ctx context.Context, number int, serial string, given map
 	}
 	if m.unit != nil {
 		// Once the device has its key the station does not keep it; before, the next try needs it.
-		onlyTransit := s.cfg.flash != nil && !s.cfg.KeepStamps
-		if ferr := m.unit.Forget(v.Pass && onlyTransit); ferr != nil && v.Pass {
+		if ferr := m.unit.Forget(v.Pass && s.transit()); ferr != nil && v.Pass {
 			v.Detail = "the stamp could not be taken away: " + ferr.Error()
 		}
 	}
