@@ -91,11 +91,16 @@ const rigHit = `#!/bin/sh
 hit() { if mv "faults/$1" "faults/.$1.$$" 2>/dev/null; then . "./faults/.$1.$$"; fi; }
 `
 
-// newRig makes a line with keys of its own, an order, and a fixture. What counter names is made in the token.
+// newRig makes a line with keys in a token of its own, an order, and a fixture.
 func newRig(t *testing.T, profile string, initArgs ...string) *rig {
 	t.Helper()
+	return newRigIn(t, t.TempDir(), profile, initArgs...)
+}
+
+func newRigIn(t *testing.T, dir, profile string, initArgs ...string) *rig {
+	t.Helper()
 	uri := hsmtest.SoftHSM(t, "line-3", "office")
-	r := &rig{t: t, dir: t.TempDir(), profile: profile, mend: hsmtest.Mender(t), passed: map[string]bool{}, retired: map[string]bool{}}
+	r := &rig{t: t, dir: dir, profile: profile, mend: hsmtest.Mender(t), passed: map[string]bool{}, retired: map[string]bool{}}
 	office := uri
 	office.Token = "office"
 	touchmark(t, r.dir, "key", "new", "--store", office.String(), "--name", "owner", "--algorithm", "EC-P256")
@@ -540,4 +545,65 @@ func total(faults map[string]int) (n int) {
 		n += v
 	}
 	return n
+}
+
+// A disk that fills up after any step, with little or nothing left, and any write that fails for want of room, costs a verdict that
+// says so, and nothing else. With room the unit goes on.
+func TestStationDiskFull(t *testing.T) {
+	needStrace(t)
+	r := newRigIn(t, smallDisk(t, "12m"), "x509-group")
+	// Devices and printers have room of their own.
+	for _, d := range []string{"device", "labels"} {
+		if err := errors.Join(os.Remove(r.path(d)), os.Symlink(t.TempDir(), r.path(d))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	full, refused := 0, 0
+	tell := func(what string, s *shift) {
+		t.Helper()
+		if s.code == exitFailed && (strings.Contains(s.stderr, "disk is full") || strings.Contains(s.stderr, "no space left")) {
+			refused++
+			return // at the start already
+		}
+		if s.code != 0 {
+			t.Errorf("%s: exit code %d\n%s", what, s.code, s.stderr)
+		}
+		for serial, v := range s.verdicts {
+			if v.Code == station.CodeDisk {
+				full++
+			} else if !v.Pass && v.Code != station.CodeMade {
+				t.Errorf("%s: %s: %+v", what, serial, v)
+			}
+		}
+	}
+	kib := []int{0, 4, 8, 16, 24, 40, 64}
+	if faultCount(t) < 100 {
+		kib = []int{0, 8, 40}
+	}
+	for _, at := range []string{"probe.after", "flash.after", "readback.after", "sign.after", "print.after"} {
+		for _, left := range kib {
+			open := r.next(2)
+			r.write("faults/"+at, fmt.Sprintf("free=$(df -k --output=avail . | tail -1); head -c $(((free - %d) * 1024)) /dev/zero 2>/dev/null > hog || :\n", left))
+			tell(fmt.Sprintf("%d KiB after %s", left, at), r.run(open, 0))
+			if err := os.Remove(r.path("hog")); err != nil {
+				t.Fatal(err)
+			}
+			r.finish(open)
+		}
+	}
+	t.Logf("%d units and %d starts met a full disk", full, refused)
+	if full == 0 {
+		t.Error("no unit met a full disk")
+	}
+	// Each write by itself.
+	most := max(12, min(40, faultCount(t)/4))
+	for _, call := range []string{"pwrite64", "mkdirat", "renameat2"} {
+		for when := 1; when <= most && (call == "pwrite64" || when <= 4); when++ {
+			open := r.next(2)
+			tell(fmt.Sprintf("%s %d", call, when), r.run(open, 0, r.strace("trace="+call, fmt.Sprintf("inject=%s:error=ENOSPC:when=%d", call, when))...))
+			r.finish(open)
+		}
+	}
+	t.Logf("%d units and %d starts met a full disk", full, refused)
+	r.balance()
 }

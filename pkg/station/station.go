@@ -163,14 +163,17 @@ func lost(err error) bool {
 }
 
 // with calls f with the line. When the line goes away it is opened anew, for as long as that takes, and f is called again: f finds
-// out by the ledger what it did already.
+// out by the ledger what it did already. A ledger that breaks twice, or for want of room, is opened anew for whoever comes next.
 func (s *Station) with(ctx context.Context, h *headState, f func(w *Work, gen int) error) error {
-	for {
+	for broke := false; ; broke = true {
 		gen, err := s.try(f)
 		if !lost(err) {
 			return err
 		}
-		if err := s.reopen(ctx, h, gen, err); err != nil {
+		if rerr := s.reopen(ctx, h, gen, err); rerr != nil {
+			return rerr
+		}
+		if errors.Is(err, ledger.ErrBroken) && (broke || errors.Is(err, ledger.ErrFull)) {
 			return err
 		}
 	}

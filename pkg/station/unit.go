@@ -106,7 +106,9 @@ func (m *making) failed(ctx context.Context, v Verdict, err error) Verdict {
 		maps.Copy(v.Fields, f.fields)
 	}
 	m.explain(ctx, &v, err)
-	ctx = context.WithoutCancel(ctx)
+	// Written down although the shift is being stopped; but a line that is away is not waited for then.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
 	_ = s.with(ctx, nil, func(w *Work, _ int) error {
 		if refusable(v.Code) {
 			w.Refuse(ctx, m.serial, err)
