@@ -369,6 +369,28 @@ func (l *Ledger) CloseGrant(ctx context.Context, id string) error {
 	})
 }
 
+// GrantUnits counts what became of the units of a grant: the living by state, and the retired.
+func (l *Ledger) GrantUnits(ctx context.Context, id string) (map[State]int64, error) {
+	counts := make(map[State]int64)
+	for _, table := range []string{"units", "retired"} {
+		rows, err := l.db.QueryContext(ctx, `SELECT state, count(*) FROM `+table+` WHERE job IN (SELECT id FROM jobs WHERE grant_id = $1) GROUP BY state`, id)
+		if err != nil {
+			return nil, err
+		}
+		for rows.Next() {
+			var s, n int64
+			if err := rows.Scan(&s, &n); err != nil {
+				return nil, errors.Join(err, rows.Close())
+			}
+			counts[State(s)] += n
+		}
+		if err := rows.Err(); err != nil {
+			return nil, err
+		}
+	}
+	return counts, nil
+}
+
 // A Note is something that happened at the station beside the making of units: a shift began, a label was printed again.
 type Note struct {
 	Unit int64 // the unit that it is about, or 0

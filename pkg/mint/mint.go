@@ -230,13 +230,15 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 		}
 	}
 	job.Digest = digest.Sum(nil)
+	place := job.Digest
+	if cfg.Shift != "" {
+		// One place for all shifts of a ledger, and one shift at a time: each finds what the one before left.
+		sum := sha256.Sum256([]byte("touchmark shifts 1\n" + cfg.Ledger.Path()))
+		place = sum[:]
+	}
 	if cfg.Out != "" {
 		// Opened, and its space checked, before the job is written down.
-		tag := hex.EncodeToString(job.Digest[:6])
-		if cfg.Shift != "" {
-			tag = "shift" // the next one finds what this one staged; the ledger's lock sees to it that there is one at a time
-		}
-		if r.out, err = stamp.OpenFiles(cfg.Out, tag); err != nil {
+		if r.out, err = stamp.OpenFiles(cfg.Out, hex.EncodeToString(place[:6])); err != nil {
 			return nil, err
 		}
 	}
@@ -271,10 +273,8 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 	if err := r.checkSpace(fresh); err != nil {
 		return fail(err)
 	}
-	if cfg.Shift == "" { // a shift finds out about each unit when it comes again
-		if err := r.discardStrays(); err != nil {
-			return fail(err)
-		}
+	if err := r.discardStrays(ctx); err != nil {
+		return fail(err)
 	}
 	return r, nil
 }

@@ -92,8 +92,7 @@ func (s *Station) make(ctx context.Context, number int, serial string, given map
 	}
 	if m.unit != nil {
 		// Once the device has its key the station does not keep it; before, the next try needs it.
-		onlyTransit := s.cfg.flash != nil && !s.cfg.KeepStamps
-		if ferr := m.unit.Forget(v.Pass && onlyTransit); ferr != nil && v.Pass {
+		if ferr := m.unit.Forget(v.Pass && s.transit()); ferr != nil && v.Pass {
 			v.Detail = "the stamp could not be taken away: " + ferr.Error()
 		}
 	}
@@ -108,7 +107,9 @@ func (m *making) failed(ctx context.Context, v Verdict, err error) Verdict {
 	s.mu.Unlock()
 	v.Code, v.Detail = codeOf(v.Step, err), err.Error()
 	v.Fields = s.explain(ctx, v.Code, m.serial, err)
-	ctx = context.WithoutCancel(ctx)
+	// Written down although the shift is being stopped; but a line that is away is not waited for then.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
 	_ = s.with(ctx, nil, func(w *Work, _ int) error {
 		if refusable(v.Code) {
 			w.Refuse(ctx, m.serial, err)
