@@ -258,9 +258,6 @@ func (f *floor) giveUnitsBack(ctx context.Context, serials []string, permit, ope
 	why := ledger.Ending{Reason: clip(p.Reason, 200), Operator: operator, Proof: hex.EncodeToString(sum[:])}
 	var events []ledger.Event
 	for _, serial := range serials {
-		if !slices.Contains(p.Serials, serial) {
-			return fmt.Errorf("%w: the permit does not name %s", order.ErrSerial, serial)
-		}
 		var last ledger.RetiredUnit
 		for u, err := range f.ledger.Retired(ctx, serial) {
 			if err != nil {
@@ -275,10 +272,12 @@ func (f *floor) giveUnitsBack(ctx context.Context, serials []string, permit, ope
 		if err != nil {
 			return err
 		}
-		if name, _, _ := strings.Cut(job.Grant, "/"); name != p.Order {
-			return fmt.Errorf("%w: %s was made on %q, the permit is for %s", order.ErrProduct, serial, job.Grant, p.Order)
+		if name, _, _ := strings.Cut(job.Grant, "/"); !p.Covers(name, serial, last.Revision) {
+			return fmt.Errorf("%w: the permit is not for %s, revision %d, of order %s", order.ErrSerial, serial, last.Revision, orDash(name))
 		}
-		events = append(events, ledger.Event{State: ledger.Returned, Unit: last.ID, Data: why.Encode()})
+		mine := why
+		mine.Certificate = last.Ending.Certificate // it stays revoked
+		events = append(events, ledger.Event{State: ledger.Returned, Unit: last.ID, Data: mine.Encode()})
 	}
 	// The permit first: the service asks for it, and one that nothing was returned on does no harm.
 	for _, e := range events {
