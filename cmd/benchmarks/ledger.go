@@ -177,7 +177,8 @@ func (b *bench) ledgerVerify() {
 // ledgerChild is the argument that makes this program verify, or open, a ledger, and print what that took.
 const ledgerChild = "ledger-child"
 
-// ledger-verify-million, ledger-resume-million: a ledger of a million units verified, and opened for work, each in a process of
+// ledger-verify-million, ledger-resume-million, station-resume-million: a ledger of a million units verified, opened for work, and
+// worked on at a station to the first PASS, each in a process of
 // its own. There is no bare limit to them: "limit" is what they may take.
 func (b *bench) ledgerMillion() {
 	dir := must(os.MkdirTemp(disk, "*"))
@@ -197,6 +198,9 @@ func (b *bench) ledgerMillion() {
 	r := child("resume")
 	b.report(result{"ledger-resume-million", r.Seconds * 1000, 100, r.Seconds * 10, "ms"})
 	b.report(result{"ledger-resume-million-memory", r.MiB, 200, r.MiB / 200, "MiB peak"})
+	r = child("station")
+	b.report(result{"station-resume-million", r.Seconds * 1000, 1000, r.Seconds, "ms"})
+	b.report(result{"station-resume-million-memory", r.MiB, 200, r.MiB / 200, "MiB peak"})
 	r = child("verify")
 	b.report(result{"ledger-verify-million", r.Seconds, 20 * scale, r.Seconds / 20 / scale, "s"})
 	b.report(result{"ledger-verify-million-memory", r.MiB, 200, r.MiB / 200, "MiB peak"})
@@ -207,7 +211,11 @@ func runLedgerChild(dir, what string) error {
 	key := must(x509.ParseECPrivateKey(must(os.ReadFile(filepath.Join(dir, "station.der")))))
 	cfg := ledgerConfig(dir, key)
 	start := time.Now()
-	if what == "verify" {
+	var station time.Duration
+	if what == "station" {
+		temp = dir
+		station = resumeStation(cfg)
+	} else if what == "verify" {
 		debug.SetGCPercent(30) // as the command does
 		led := must(ledger.View(ctx, cfg.Path))
 		must(led.Verify(ctx, key.Public()))
@@ -219,5 +227,8 @@ func runLedgerChild(dir, what string) error {
 		check(led.Close())
 	}
 	seconds := time.Since(start).Seconds()
+	if station > 0 {
+		seconds = station.Seconds()
+	}
 	return json.NewEncoder(os.Stdout).Encode(map[string]float64{"seconds": seconds, "mib": peakMiB()})
 }

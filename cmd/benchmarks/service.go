@@ -273,7 +273,7 @@ func runImportChild(dir string) error {
 			must(bundle.Verify(f, cfg))
 		} else {
 			r := must(bundle.Open(f, cfg))
-			res := must(svc.Import(context.Background(), r.Entries(), false))
+			res := must(svc.Import(context.Background(), r.Entries(), registration.ImportConfig{Station: r.KeyID()}))
 			if res.Conflicting != 0 || res.New == 0 {
 				return fmt.Errorf("%+v", res)
 			}

@@ -21,6 +21,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/mint"
 	"github.com/touchmark/touchmark/pkg/order"
+	"github.com/touchmark/touchmark/pkg/registration"
 	"github.com/touchmark/touchmark/pkg/settings"
 	"github.com/touchmark/touchmark/pkg/stamp"
 )
@@ -161,6 +162,9 @@ func classify(ctx context.Context, err error) (code int, help string) {
 		return exitInterrupted, help
 	case errors.Is(err, fs.ErrPermission):
 		return exitRefused, help
+	case errors.Is(err, registration.ErrOrder):
+		suggest("the bundle must hold an order that an owner signed whom the service knows (serve --owner), for the station that made the bundle; a lease needs its holder's key too (--holder)")
+		return exitUnverified, help
 	case errors.As(err, &usage), errors.As(err, &faults), errors.As(err, &list), errors.Is(err, mint.ErrNeedsOut), errors.Is(err, hsm.ErrNoPIN),
 		errors.Is(err, hsm.ErrNoModule), strings.HasPrefix(err.Error(), "if any flags in the group"),
 		strings.HasPrefix(err.Error(), "at least one of the flags in the group"):
@@ -195,7 +199,7 @@ func classify(ctx context.Context, err error) (code int, help string) {
 	case errors.Is(err, evidence.ErrResidency):
 		suggest("mint with a profile whose keys are made in a token or TPM, or take the bundle without --require-residency")
 		return exitUnverified, help
-	case errors.Is(err, signed.ErrCorrupt):
+	case errors.Is(err, signed.ErrCorrupt), errors.Is(err, errNoImage):
 		return exitUnverified, help
 	case errors.Is(err, ledger.ErrStation):
 		suggest("name the public key of the station that keeps this ledger with --trust")

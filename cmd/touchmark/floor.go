@@ -75,7 +75,13 @@ func (f *floor) openLedger(ctx context.Context) (err error) {
 		f.noteAnchor(err)
 		return err
 	}
-	return f.absorbRefusals(ctx)
+	if err := f.absorbRefusals(ctx); err != nil {
+		return err
+	}
+	if err := f.finishEndings(ctx); err != nil {
+		f.a.note("warning: %v", err) // it keeps nobody from work, and is tried again the next time
+	}
+	return nil
 }
 
 func (f *floor) closeLedger() error {

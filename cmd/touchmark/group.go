@@ -1,8 +1,10 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/base64"
+	"encoding/json"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -44,7 +46,65 @@ line's token.`,
 	for _, name := range []string{"service", "recipient", "out"} {
 		_ = key.MarkFlagRequired(name)
 	}
-	return parent("group", "Enrollment groups", key)
+	return parent("group", "Enrollment groups", key, newGroupClose(a, true), newGroupClose(a, false))
+}
+
+func newGroupClose(a *app, closed bool) *cobra.Command {
+	var service, ca string
+	c := &cobra.Command{
+		Use: "close NAME --service FILE", Short: "Let a group admit only devices that a bundle named", Args: cobra.ExactArgs(1),
+		Long: `close makes an enrollment group of the service admit only the devices that an imported bundle named for it, with the key that
+it named. A device with a good certificate of the group's CA that no bundle named is refused: it was not ordered.`,
+		Example: "  touchmark group close x509-devices --service service/owner.connection",
+	}
+	if !closed {
+		c.Use, c.Short = "open NAME --service FILE", "Let a group admit whoever proves to belong to it"
+		c.Long = `open makes an enrollment group of the service admit every device that its CA or its key vouches for, whether or not a bundle
+named it. What a bundle retired is refused still.`
+		c.Example = "  touchmark group open x509-devices --service service/owner.connection"
+	}
+	c.RunE = func(cmd *cobra.Command, args []string) error {
+		return a.runGroupClose(cmd.Context(), args[0], service, ca, closed)
+	}
+	c.Flags().StringVar(&service, "service", "", "file with the service's connection string (required)")
+	c.Flags().StringVar(&ca, "ca", "", "PEM file with the CA of the service's certificate (default: ca.pem beside --service, else the system's)")
+	_ = c.MarkFlagRequired("service")
+	return c
+}
+
+func (a *app) runGroupClose(ctx context.Context, name, service, ca string, closed bool) error {
+	if err := dps.CheckGroupID(name); err != nil {
+		return usageError{err}
+	}
+	svc, err := a.openService(service, ca)
+	if err != nil {
+		return err
+	}
+	var answer struct {
+		Group   string `json:"group"`
+		Closed  bool   `json:"closed"`
+		Changed bool   `json:"changed"`
+	}
+	body, err := json.Marshal(map[string]bool{"closed": closed})
+	if err != nil {
+		return err
+	}
+	if err := svc.call(ctx, http.MethodPut, "/touchmark/groups/"+url.PathEscape(name), nil, http.Header{"Content-Type": {"application/json"}}, bytes.NewReader(body), &answer); err != nil {
+		return importError(err)
+	}
+	if a.json {
+		return a.printJSON(answer)
+	}
+	state := "open: it admits whoever proves to belong to it"
+	if closed {
+		state = "closed: it admits only devices that a bundle named"
+	}
+	was := "now"
+	if !answer.Changed {
+		was = "as before"
+	}
+	_, err = fmt.Fprintf(a.out, "Group %s is %s, %s.\n", name, state, was)
+	return err
 }
 
 func (a *app) runGroupKey(ctx context.Context, o *groupKeyOptions) error {

@@ -22,8 +22,8 @@ import (
 
 type importOptions struct {
 	bundle, service, trust, ca string
-	residency                  string
-	dryRun                     bool
+	holder, residency          string
+	dryRun, requireOrder       bool
 }
 
 func newImport(a *app) *cobra.Command {
@@ -33,7 +33,11 @@ func newImport(a *app) *cobra.Command {
 		Short: "Hand a bundle to the registration service",
 		Long: `import verifies a bundle against the station's public key and hands it to the service, which verifies it again and takes
 what is new. Entries that the service knows with the same content are unchanged; entries that it knows with another
-content are conflicts: they are counted and named, and nothing is overwritten. Importing twice changes nothing.`,
+content are conflicts: they are counted and named, and nothing is overwritten. Importing twice changes nothing.
+
+A reworked unit's newer revision takes the place of the older one, and what was retired never registers again, in whatever
+order bundles are imported. A bundle that was made on a production order is held against it: what the order does not have,
+and what goes beyond its quantity, is refused and named.`,
 		Example: `  touchmark import monday.tmb --service service/owner.connection --trust line-3/station.pem --dry-run
   touchmark import monday.tmb --service service/owner.connection --trust line-3/station.pem`,
 		Args: cobra.ExactArgs(1),
@@ -47,6 +51,8 @@ content are conflicts: they are counted and named, and nothing is overwritten. I
 	f.StringVar(&o.trust, "trust", "", "PEM file with the public key of the station that signed (default: what the service trusts)")
 	f.StringVar(&o.ca, "ca", "", "PEM file with the CA of the service's certificate (default: ca.pem beside --service, else the system's)")
 	residencyFlag(c, &o.residency)
+	f.StringVar(&o.holder, "holder", "", "PEM file with the public key of the station that holds the order, for a bundle of a lease (default: what the service trusts)")
+	f.BoolVar(&o.requireOrder, "require-order", false, "refuse the bundle unless it was made on a production order of an owner's")
 	f.BoolVar(&o.dryRun, "dry-run", false, "count what would happen, and change nothing")
 	_ = c.MarkFlagRequired("service")
 	return c
@@ -92,11 +98,18 @@ func (a *app) runImport(ctx context.Context, o *importOptions) error {
 		if _, err := f.Seek(0, io.SeekStart); err != nil {
 			return err
 		}
-		key, err := publicPEM(pub)
+		if err := setKey(header, "Touchmark-Trust", pub); err != nil {
+			return err
+		}
+	}
+	if o.holder != "" {
+		pub, err := readPublicKey(o.holder)
 		if err != nil {
 			return err
 		}
-		header.Set("Touchmark-Trust", base64.StdEncoding.EncodeToString(key))
+		if err := setKey(header, "Touchmark-Holder", pub); err != nil {
+			return err
+		}
 	}
 	st, err := f.Stat()
 	if err != nil {
@@ -104,7 +117,7 @@ func (a *app) runImport(ctx context.Context, o *importOptions) error {
 	}
 	progress := a.newProgress("sending KiB", int(st.Size()>>10))
 	var res registration.ImportResult
-	err = svc.call(ctx, http.MethodPost, "/touchmark/bundles", url.Values{"dryRun": {strconv.FormatBool(o.dryRun)}}, header,
+	err = svc.call(ctx, http.MethodPost, "/touchmark/bundles", url.Values{"dryRun": {strconv.FormatBool(o.dryRun)}, "requireOrder": {strconv.FormatBool(o.requireOrder)}}, header,
 		&countingReader{r: f, step: func(n int64) { progress.step(int(n >> 10)) }}, &res)
 	progress.clear()
 	if err != nil {
@@ -113,11 +126,23 @@ func (a *app) runImport(ctx context.Context, o *importOptions) error {
 	if err := a.printImport(o, &res); err != nil {
 		return err
 	}
+	if res.Refused > 0 {
+		return hint(partialError{error: fmt.Errorf("%d entries are refused: the bundle's order does not allow them", res.Refused)},
+			"touchmark reconcile shows what the order was for and what came; bundles that tell of returned units may have to be imported first")
+	}
 	if res.Conflicting > 0 {
 		return hint(partialError{error: fmt.Errorf("%d entries conflict with what the service knows and were left out", res.Conflicting)},
 			"delete the old enrollment first where the bundle is right")
 	}
 	return nil
+}
+
+func setKey(header http.Header, name string, pub crypto.PublicKey) error {
+	key, err := publicPEM(pub)
+	if err == nil {
+		header.Set(name, base64.StdEncoding.EncodeToString(key))
+	}
+	return err
 }
 
 // importError gives the service's refusals the exit code that the same fault has here.
@@ -133,6 +158,8 @@ func importError(err error) error {
 		return fmt.Errorf("%w: %w", signed.ErrUntrusted, err)
 	case se.code == dps.CodeBundleResidency:
 		return fmt.Errorf("%w: %w", evidence.ErrResidency, err)
+	case se.code == dps.CodeBundleOrder:
+		return fmt.Errorf("%w: %w", registration.ErrOrder, err)
 	case se.code == dps.CodeBundleCorrupt:
 		return fmt.Errorf("%w: %w", bundle.ErrCorrupt, err)
 	}
@@ -150,20 +177,40 @@ func (a *app) printImport(o *importOptions, res *registration.ImportResult) erro
 	if o.dryRun {
 		verb = "Would import"
 	}
-	if err := a.table(nil, [][]string{
+	rows := [][]string{
 		{verb, o.bundle},
 		{"  new", fmt.Sprint(res.New)},
 		{"  unchanged", fmt.Sprint(res.Unchanged)},
 		{"  conflicting", fmt.Sprint(res.Conflicting)},
-	}); err != nil || len(res.Conflicts) == 0 {
+	}
+	for _, c := range []struct {
+		name string
+		n    int
+	}{{"replaced", res.Replaced}, {"retired", res.Retired}, {"stale", res.Stale}, {"refused", res.Refused}} {
+		if c.n > 0 {
+			rows = append(rows, []string{"  " + c.name, fmt.Sprint(c.n)})
+		}
+	}
+	if err := a.table(nil, rows); err != nil {
 		return err
 	}
-	var rows [][]string
-	for _, c := range res.Conflicts {
-		rows = append(rows, []string{c.ID, c.Reason})
+	for _, l := range []struct {
+		title string
+		names []registration.ImportConflict
+	}{{"CONFLICT", res.Conflicts}, {"STALE", res.StaleEntries}, {"REFUSED", res.Refusals}} {
+		if len(l.names) == 0 {
+			continue
+		}
+		rows = nil
+		for _, c := range l.names {
+			rows = append(rows, []string{c.ID, c.Reason})
+		}
+		fmt.Fprintln(a.out)
+		if err := a.table([]string{l.title, "REASON"}, rows); err != nil {
+			return err
+		}
 	}
-	fmt.Fprintln(a.out)
-	return a.table([]string{"CONFLICT", "REASON"}, rows)
+	return nil
 }
 
 // countingReader reports how much was read.

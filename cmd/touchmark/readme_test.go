@@ -61,3 +61,32 @@ func TestReadme(t *testing.T) {
 		}
 	}
 }
+
+// The README's factory floor works as pasted.
+func TestReadmeFloor(t *testing.T) {
+	b, err := os.ReadFile(filepath.Join("..", "..", "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(b), "## The factory floor")
+	_, rest, _ = strings.Cut(rest, "```sh\n")
+	script, _, ok := strings.Cut(rest, "```")
+	if !ok {
+		t.Fatal("no script")
+	}
+	dir := t.TempDir()
+	if err := os.Symlink(program(t), filepath.Join(dir, "touchmark")); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), "bash", "-c", "set -e\n"+script)
+	cmd.Dir, cmd.Env = dir, append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH"))
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, want := range []string{`"code":"E-105"`, "exported  5", "refused   1", "verifies"} {
+		if !bytes.Contains(out, []byte(want)) {
+			t.Errorf("%q is not in\n%s", want, out)
+		}
+	}
+}

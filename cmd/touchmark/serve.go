@@ -20,6 +20,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -47,6 +48,8 @@ type serveOptions struct {
 	idScope           string
 	tlsCert, tlsKey   string
 	mqttDelay         time.Duration
+	owners            []string
+	requireOrders     bool
 
 	httpsAsked bool
 }
@@ -61,6 +64,7 @@ const (
 	caKeyFile      = "ca.key"
 	connectionFile = "owner.connection"
 	trustDir       = "trust"
+	ownersDir      = "owners"
 )
 
 const lockFile = "service.lock"
@@ -77,7 +81,8 @@ unchanged, and operators over the service API.
 
 The first start makes what is missing in the data directory: an ID scope, a TLS certificate from a small CA of its own
 (ca.pem, which devices must trust), the owner's connection string (owner.connection), and a key that secrets in bundles
-are sealed to (recipient.txt). Public keys of stations in its trust folder are trusted for every import.`,
+are sealed to (recipient.txt). Public keys of stations in its trust folder are trusted for every import, and production
+orders count that owners signed whose public keys are in its owners folder: --owner puts one there.`,
 		Example: `  touchmark serve --data service --hub hub-a.example.net --hub hub-b.example.net
   touchmark serve --data service --https 127.0.0.1:8443 --mqtt off --hub hub-a.example.net --json`,
 		Args: cobra.NoArgs,
@@ -96,6 +101,8 @@ are sealed to (recipient.txt). Public keys of stations in its trust folder are t
 	f.StringVar(&o.tlsCert, "tls-cert", "", "PEM file with the certificate chain for TLS, instead of one of the service's own")
 	f.StringVar(&o.tlsKey, "tls-key", "", "PEM file with its private key")
 	f.DurationVar(&o.mqttDelay, "mqtt-response-delay", 60*time.Millisecond, "pause between a PUBACK and its response, which Azure's Java SDK needs; 0 for none")
+	f.StringArrayVar(&o.owners, "owner", nil, "PEM file with the public key of an owner whose production orders count, from now on; again for more")
+	f.BoolVar(&o.requireOrders, "require-orders", false, "refuse every bundle that was not made on a production order of an owner's")
 	_ = c.MarkFlagRequired("data")
 	_ = c.MarkFlagDirname("data")
 	c.MarkFlagsRequiredTogether("tls-cert", "tls-key")
@@ -147,7 +154,14 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if len(o.hubs) == 0 {
 		a.note("no --hub is named: devices will register and fail with 400208, no hub could be chosen")
 	}
-	svc := registration.New(registration.Config{Store: store, Scope: d.scope, Hubs: o.hubs, Log: log})
+	owners, err := d.owners(o.owners)
+	if err != nil {
+		return err
+	}
+	if o.requireOrders && len(owners) == 0 {
+		return hint(usageError{errors.New("--require-orders without an owner would refuse every bundle")}, "name the owner's public key with --owner owner.pem")
+	}
+	svc := registration.New(registration.Config{Store: store, Scope: d.scope, Hubs: o.hubs, Owners: owners, RequireOrders: o.requireOrders, Log: log})
 	certificate, err := d.certificate(o)
 	if err != nil {
 		return err
@@ -513,7 +527,20 @@ func (d *serviceData) importBundle(ctx context.Context, svc *registration.Servic
 		return none, bundleError(err)
 	}
 	defer r.Close()
-	return svc.Import(ctx, r.Entries(), in.DryRun)
+	holders := cfg.Trusted
+	if in.Holder != nil {
+		holder, err := vouched("Touchmark-Holder", in.Holder)
+		if err != nil {
+			return none, err
+		}
+		holders = append(slices.Clip(holders), holder)
+	}
+	res, err := svc.Import(ctx, r.Entries(), registration.ImportConfig{
+		Station: r.KeyID(), Grant: r.Grant(), Holders: holders, RequireOrder: in.RequireOrder, DryRun: in.DryRun})
+	if errors.Is(err, registration.ErrOrder) {
+		err = dps.NewError(dps.CodeBundleOrder, strings.ToUpper(err.Error()[:1])+err.Error()[1:], err)
+	}
+	return res, err
 }
 
 func bundleError(err error) error {
@@ -531,9 +558,19 @@ func bundleError(err error) error {
 }
 
 // trusted returns whom an import trusts: the stations in the trust folder, and the one that the caller vouches for.
-func (d *serviceData) trusted(vouched []byte) ([]crypto.PublicKey, error) {
+func (d *serviceData) trusted(station []byte) ([]crypto.PublicKey, error) {
+	keys, err := d.keys(trustDir)
+	if err != nil || station == nil {
+		return keys, err
+	}
+	pub, err := vouched("Touchmark-Trust", station)
+	return append(keys, pub), err
+}
+
+// keys reads the public keys in a folder.
+func (d *serviceData) keys(dir string) ([]crypto.PublicKey, error) {
 	var keys []crypto.PublicKey
-	files, err := filepath.Glob(filepath.Join(d.path(trustDir), "*.pem"))
+	files, err := filepath.Glob(filepath.Join(d.path(dir), "*.pem"))
 	if err != nil {
 		return nil, err
 	}
@@ -544,16 +581,39 @@ func (d *serviceData) trusted(vouched []byte) ([]crypto.PublicKey, error) {
 		}
 		keys = append(keys, pub)
 	}
-	if vouched != nil {
-		block, _ := pem.Decode(vouched)
-		if block == nil || block.Type != "PUBLIC KEY" {
-			return nil, dps.NewError(dps.CodeBadRequest, "Touchmark-Trust is not a PEM public key", nil)
-		}
-		pub, err := x509.ParsePKIXPublicKey(block.Bytes)
-		if err != nil {
-			return nil, dps.NewError(dps.CodeBadRequest, "Touchmark-Trust is not a public key", err)
-		}
-		keys = append(keys, pub)
-	}
 	return keys, nil
+}
+
+// vouched reads a public key that came in a header.
+func vouched(header string, text []byte) (crypto.PublicKey, error) {
+	block, _ := pem.Decode(text)
+	if block == nil || block.Type != "PUBLIC KEY" {
+		return nil, dps.NewError(dps.CodeBadRequest, header+" is not a PEM public key", nil)
+	}
+	pub, err := x509.ParsePKIXPublicKey(block.Bytes)
+	if err != nil {
+		return nil, dps.NewError(dps.CodeBadRequest, header+" is not a public key", err)
+	}
+	return pub, nil
+}
+
+// owners puts the keys of new owners into the owners folder, and returns all that are in it.
+func (d *serviceData) owners(files []string) ([]crypto.PublicKey, error) {
+	if err := os.MkdirAll(d.path(ownersDir), 0o700); err != nil {
+		return nil, err
+	}
+	for _, f := range files {
+		pub, err := readPublicKey(f)
+		if err != nil {
+			return nil, fmt.Errorf("--owner: %w", err)
+		}
+		id, err := signed.KeyID(pub)
+		if err != nil {
+			return nil, usageError{fmt.Errorf("--owner %s: %w", f, err)}
+		}
+		if _, err := d.ensure(filepath.Join(ownersDir, id+".pem"), 0o644, func() ([]byte, error) { return publicPEM(pub) }); err != nil {
+			return nil, err
+		}
+	}
+	return d.keys(ownersDir)
 }

@@ -131,13 +131,38 @@ const maxAnswer = 8 << 20
 
 // call makes one request and decodes its JSON answer into out.
 func (s *service) call(ctx context.Context, method, path string, query url.Values, header http.Header, body io.Reader, out any) error {
+	_, err := s.exchange(ctx, method, path, query, header, body, out)
+	return err
+}
+
+// pages asks for a list page by page, and yields its items: at most limit.
+func pages[T any](ctx context.Context, s *service, path string, limit int) (all []T, err error) {
+	header := http.Header{"X-Ms-Max-Item-Count": {"1000"}}
+	for len(all) < limit {
+		var page []T
+		answer, err := s.exchange(ctx, http.MethodGet, path, nil, header, nil, &page)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, page...)
+		next := answer.Get("X-Ms-Continuation")
+		if next == "" {
+			return all, nil
+		}
+		header.Set("X-Ms-Continuation", next)
+	}
+	return all[:limit], nil
+}
+
+// exchange is call, and returns the answer's header too.
+func (s *service) exchange(ctx context.Context, method, path string, query url.Values, header http.Header, body io.Reader, out any) (http.Header, error) {
 	if query == nil {
 		query = url.Values{}
 	}
 	query.Set("api-version", apiVersion)
 	req, err := http.NewRequestWithContext(ctx, method, "https://"+s.host+path+"?"+query.Encode(), body)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for k, v := range header {
 		req.Header[k] = v
@@ -145,12 +170,12 @@ func (s *service) call(ctx context.Context, method, path string, query url.Value
 	req.Header.Set("Authorization", s.token(time.Now()))
 	res, err := s.client.Do(req)
 	if err != nil {
-		return connectHint(fmt.Errorf("calling the service at %s: %w", s.host, err))
+		return nil, connectHint(fmt.Errorf("calling the service at %s: %w", s.host, err))
 	}
 	defer res.Body.Close()
 	b, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer))
 	if err != nil {
-		return fmt.Errorf("reading the answer of %s: %w", s.host, err)
+		return nil, fmt.Errorf("reading the answer of %s: %w", s.host, err)
 	}
 	if res.StatusCode/100 != 2 {
 		var doc struct {
@@ -159,17 +184,17 @@ func (s *service) call(ctx context.Context, method, path string, query url.Value
 			TrackingID string `json:"trackingId"`
 		}
 		if json.Unmarshal(b, &doc) != nil || doc.ErrorCode == 0 {
-			return fmt.Errorf("the service at %s answered %s", s.host, res.Status)
+			return nil, fmt.Errorf("the service at %s answered %s", s.host, res.Status)
 		}
-		return &serviceError{host: s.host, code: dps.Code(doc.ErrorCode), message: doc.Message, trackingID: doc.TrackingID}
+		return nil, &serviceError{host: s.host, code: dps.Code(doc.ErrorCode), message: doc.Message, trackingID: doc.TrackingID}
 	}
 	if out == nil {
-		return nil
+		return res.Header, nil
 	}
 	if err := json.Unmarshal(b, out); err != nil {
-		return fmt.Errorf("the answer of %s is not what was expected: %w", s.host, err)
+		return nil, fmt.Errorf("the answer of %s is not what was expected: %w", s.host, err)
 	}
-	return nil
+	return res.Header, nil
 }
 
 // connectHint says what helps most often against what keeps two programs from talking.

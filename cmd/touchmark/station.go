@@ -23,7 +23,6 @@ import (
 
 	"github.com/touchmark/touchmark/pkg/fixture"
 	"github.com/touchmark/touchmark/pkg/hook"
-	"github.com/touchmark/touchmark/pkg/label"
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/mint"
 	"github.com/touchmark/touchmark/pkg/order"
@@ -31,7 +30,6 @@ import (
 	"github.com/touchmark/touchmark/pkg/station/screen"
 	"github.com/touchmark/touchmark/pkg/station/texts"
 	"github.com/touchmark/touchmark/pkg/yield"
-	"github.com/touchmark/touchmark/templates"
 )
 
 // The files of a station, in its line's directory.
@@ -150,11 +148,7 @@ func (a *app) openBench(ctx context.Context, o *stationOptions) (_ *bench, err e
 		return nil, err
 	}
 	if t := b.cfg.Label.Template; t != "" {
-		text, err := templates.Label(t, l.templateFS())
-		if err != nil {
-			return nil, usageError{err}
-		}
-		if b.setup.Label, err = label.Parse(t, strings.NewReader(text)); err != nil {
+		if b.setup.Label, err = loadLabel(t, l.templateFS()); err != nil {
 			return nil, err
 		}
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -81,27 +82,65 @@ func newUnitEnd(a *app, state ledger.State, verb, short, long string, reasons []
 }
 
 // retire ends a unit, and takes away what is left of it at the station: its stamp, its key in the token. The ledger's entry is the
-// revocation and is durable first; the list of revoked certificates is written from it, and a run that dies in between is made
-// good by the next one.
+// revocation and is durable first; the list of revoked certificates is written from it, and what a run that dies in between leaves
+// is done when the ledger is opened next.
 func (f *floor) retire(ctx context.Context, serial string, state ledger.State, why ledger.Ending) (ledger.Unit, ledger.Ending, error) {
 	u, why, err := mint.Retire(ctx, f.ledger, serial, state, why)
 	if err != nil {
 		return u, why, err
 	}
+	if err := f.takeAway(ctx, u); err != nil {
+		return u, why, fmt.Errorf("the unit is %s; %w", state, err)
+	}
+	return u, why, nil
+}
+
+// goneNote is the kind of the note that nothing of a unit which ended is left.
+const goneNote = "gone"
+
+// takeAway does what follows from a unit's ending. It may be repeated.
+func (f *floor) takeAway(ctx context.Context, u ledger.Unit) error {
+	living, err := f.ledger.FindDevice(ctx, u.RegistrationID)
+	if err != nil && !errors.Is(err, ledger.ErrNotFound) {
+		return err
+	}
+	again := err == nil // made again meanwhile: the stamp is the new one's, and of a voided unit the key's name as well
 	job, err := f.ledger.Job(ctx, u.Job)
 	if err != nil {
-		return u, why, err
+		return err
 	}
-	if job.Out != "" {
-		dir := filepath.Join(job.Out, u.RegistrationID)
-		if err := os.RemoveAll(dir); err != nil {
-			return u, why, fmt.Errorf("the unit is %s; taking its stamp away: %w", state, err)
+	if job.Out != "" && !again {
+		if err := os.RemoveAll(filepath.Join(job.Out, u.RegistrationID)); err != nil {
+			return fmt.Errorf("taking its stamp away: %w", err)
 		}
 	}
-	if err := mint.DeleteTokenKey(ctx, f.store, u); err != nil && !errors.Is(err, hsm.ErrUnsupported) {
-		return u, why, fmt.Errorf("the unit is %s; deleting its key from the token: %w", state, err)
+	if !again || living.Revision != u.Revision {
+		if err := mint.DeleteTokenKey(ctx, f.store, u); err != nil && !errors.Is(err, hsm.ErrUnsupported) {
+			return fmt.Errorf("deleting its key from the token: %w", err)
+		}
 	}
-	return u, why, f.writeCRL(ctx)
+	if err := f.writeCRL(ctx); err != nil {
+		return err
+	}
+	_, err = f.ledger.AddNote(ctx, ledger.Note{Unit: u.ID, Kind: goneNote})
+	return err
+}
+
+// finishEndings takes away what runs that died left of units which ended.
+func (f *floor) finishEndings(ctx context.Context) error {
+	for u, err := range f.ledger.Retired(ctx, "") {
+		if err != nil {
+			return err
+		}
+		notes, err := f.ledger.Notes(ctx, u.ID, goneNote)
+		if err == nil && notes == nil {
+			err = f.takeAway(ctx, u.Unit)
+		}
+		if err != nil {
+			return fmt.Errorf("serial %s is %s; %w", u.Serial, u.State, err)
+		}
+	}
+	return nil
 }
 
 func newUnitShow(a *app) *cobra.Command {
@@ -143,7 +182,7 @@ func (a *app) runUnitShow(ctx context.Context, dir, serial string) (err error) {
 		if err != nil {
 			return err
 		}
-		notes, err := led.Notes(ctx, u.ID, reprintNote)
+		notes, err := led.Notes(ctx, u.ID, station.ReprintNote)
 		all = append(all, unitLine{Unit: u, KeyHash: hex.EncodeToString(u.KeyHash), Profile: job.Profile, Order: job.Grant, Operator: job.Operator, Ended: ended, Ending: why, Reprints: len(notes)})
 		return err
 	}
@@ -184,9 +223,6 @@ func (a *app) runUnitShow(ctx context.Context, dir, serial string) (err error) {
 	}
 	return a.table([]string{"REVISION", "REGISTRATION ID", "STATE", "BEGUN", "BY", "ORDER", "KEY", "ENDED"}, rows)
 }
-
-// reprintNote is the kind of the notes that count labels printed again.
-const reprintNote = "reprint"
 
 func newUnitReturn(a *app) *cobra.Command {
 	var dir, permit, operator string
@@ -244,6 +280,12 @@ func (f *floor) giveUnitsBack(ctx context.Context, serials []string, permit, ope
 		}
 		events = append(events, ledger.Event{State: ledger.Returned, Unit: last.ID, Data: why.Encode()})
 	}
+	// The permit first: the service asks for it, and one that nothing was returned on does no harm.
+	for _, e := range events {
+		if _, err := f.ledger.AddNote(ctx, ledger.Note{Unit: e.Unit, Kind: mint.PermitNote, Data: bytes.TrimSuffix(b, []byte("\n"))}); err != nil {
+			return err
+		}
+	}
 	if err := f.ledger.Commit(ctx, events); err != nil {
 		return err
 	}
@@ -257,7 +299,7 @@ var revocationReason = map[ledger.State]int{ledger.Reworked: ca.Superseded, ledg
 // crlFile is the line's list of revoked certificates (RFC 5280 §5), in PEM.
 const crlFile = "crl.pem"
 
-// writeCRL writes the list of revoked certificates from the ledger, where it is not that already.
+// writeCRL writes the list of revoked certificates from the ledger.
 func (f *floor) writeCRL(ctx context.Context) error {
 	var revoked []ca.Revoked
 	for u, err := range f.ledger.Retired(ctx, "") {

@@ -31,12 +31,13 @@ const (
 	CodeThrottled        Code = 429001
 	CodeInternal         Code = 500000
 	// Ours: a bundle that is damaged, one that nobody trusted signed, one for another ID scope, one sealed to others, one that
-	// does not show where its devices' keys live.
+	// does not show where its devices' keys live, one whose production order does not allow it.
 	CodeBundleCorrupt     Code = 400901
 	CodeBundleUntrusted   Code = 400902
 	CodeBundleScope       Code = 400903
 	CodeBundleSealed      Code = 400904
 	CodeBundleResidency   Code = 400905
+	CodeBundleOrder       Code = 400906
 	CodeServiceOverloaded Code = 503000
 )
 

@@ -29,6 +29,10 @@ type ImportRequest struct {
 	Body io.Reader
 	// Trust is the PEM of a station's public key that the caller vouches for, or nil.
 	Trust []byte
+	// Holder is the PEM of the public key of a station whose leases the caller vouches for, or nil.
+	Holder []byte
+	// RequireOrder refuses a bundle that was not made on an order.
+	RequireOrder bool
 	// Residency is where the keys of all devices must be shown to live; empty for anywhere.
 	Residency string
 	// DryRun counts and changes nothing.
@@ -43,6 +47,7 @@ const (
 	maxBundle      = 8 << 30
 	defaultPage    = 100
 	maxPage        = 1000
+	maxID          = 128 // of registrations, groups and orders
 )
 
 // A right of a shared access policy (service API, section 2.3).
@@ -205,40 +210,113 @@ func (s *Server) own(w http.ResponseWriter, r *http.Request, seg []string) (any,
 		if err := s.authorize(r, enrollmentRead); err != nil {
 			return nil, err
 		}
-		return map[string]string{"idScope": s.cfg.Service.Scope(), "recipient": s.cfg.Recipient}, nil
+		owners, required, err := s.cfg.Service.Owners()
+		return map[string]any{"idScope": s.cfg.Service.Scope(), "recipient": s.cfg.Recipient, "owners": owners, "requireOrders": required}, err
 	case len(seg) == 1 && seg[0] == "bundles" && r.Method == http.MethodPost && s.cfg.Import != nil:
 		if err := s.authorize(r, enrollmentWrite); err != nil {
 			return nil, err
 		}
-		var trust []byte
-		if text := r.Header.Get("Touchmark-Trust"); text != "" {
-			var err error
-			if trust, err = base64.StdEncoding.DecodeString(text); err != nil {
-				return nil, dps.NewError(dps.CodeBadRequest, "Touchmark-Trust is not base64", err)
+		in := ImportRequest{Residency: r.Header.Get("Touchmark-Residency")}
+		for name, key := range map[string]*[]byte{"Touchmark-Trust": &in.Trust, "Touchmark-Holder": &in.Holder} {
+			if text := r.Header.Get(name); text != "" {
+				var err error
+				if *key, err = base64.StdEncoding.DecodeString(text); err != nil {
+					return nil, dps.NewError(dps.CodeBadRequest, name+" is not base64", err)
+				}
 			}
 		}
-		dryRun, err := strconv.ParseBool(r.URL.Query().Get("dryRun"))
-		if err != nil && r.URL.Query().Get("dryRun") != "" {
-			return nil, dps.NewError(dps.CodeBadRequest, "dryRun must be true or false", err)
+		for name, flag := range map[string]*bool{"dryRun": &in.DryRun, "requireOrder": &in.RequireOrder} {
+			if text := r.URL.Query().Get(name); text != "" {
+				var err error
+				if *flag, err = strconv.ParseBool(text); err != nil {
+					return nil, dps.NewError(dps.CodeBadRequest, name+" must be true or false", err)
+				}
+			}
 		}
 		rc := http.NewResponseController(w)
 		_ = rc.SetWriteDeadline(time.Time{}) // what is imported may take its time; its answer has some again
-		res, err := s.cfg.Import(r.Context(), ImportRequest{
-			Body: &patientReader{http.MaxBytesReader(w, r.Body, maxBundle), rc, s.cfg.RequestTimeout}, Trust: trust, Residency: r.Header.Get("Touchmark-Residency"), DryRun: dryRun,
-		})
+		in.Body = &patientReader{http.MaxBytesReader(w, r.Body, maxBundle), rc, s.cfg.RequestTimeout}
+		res, err := s.cfg.Import(r.Context(), in)
 		_ = rc.SetWriteDeadline(time.Now().Add(s.cfg.RequestTimeout))
 		if err != nil {
 			return nil, err
 		}
-		s.cfg.Log.Info("audit", "action", "import", "new", res.New, "unchanged", res.Unchanged, "conflicting", res.Conflicting, "dryRun", dryRun, "remote", r.RemoteAddr)
+		s.cfg.Log.Info("audit", "action", "import", "new", res.New, "unchanged", res.Unchanged, "conflicting", res.Conflicting,
+			"replaced", res.Replaced, "retired", res.Retired, "stale", res.Stale, "refused", res.Refused, "dryRun", in.DryRun, "remote", r.RemoteAddr)
 		return res, nil
 	case len(seg) == 2 && seg[0] == "groupKeys" && r.Method == http.MethodPost:
 		if err := s.authorize(r, enrollmentWrite); err != nil {
 			return nil, err
 		}
 		return s.groupKey(w, r, seg[1])
+	case len(seg) == 2 && seg[0] == "groups" && r.Method == http.MethodPut:
+		if err := s.authorize(r, enrollmentWrite); err != nil {
+			return nil, err
+		}
+		return s.group(w, r, seg[1])
+	case (len(seg) == 1 || len(seg) == 2 || len(seg) == 3) && seg[0] == "orders" && r.Method == http.MethodGet:
+		if err := s.authorize(r, statusRead); err != nil {
+			return nil, err
+		}
+		return s.orders(w, r, seg[1:])
 	}
 	return nil, notFound()
+}
+
+// group closes a group, or opens it.
+func (s *Server) group(w http.ResponseWriter, r *http.Request, id string) (any, error) {
+	body, err := s.body(w, r, maxServiceBody)
+	if err != nil {
+		return nil, err
+	}
+	var in struct {
+		Closed *bool `json:"closed"`
+	}
+	if err := json.Unmarshal(body, &in); err != nil || in.Closed == nil {
+		return nil, dps.NewError(dps.CodeBadRequest, `The body must be {"closed":true} or {"closed":false}`, err)
+	}
+	changed, err := s.cfg.Service.CloseGroup(r.Context(), id, *in.Closed)
+	if err != nil {
+		return nil, err
+	}
+	action := "open"
+	if *in.Closed {
+		action = "close"
+	}
+	s.audit(r, action, registration.Group, id)
+	return map[string]any{"group": id, "closed": *in.Closed, "changed": changed}, nil
+}
+
+// orders answers what became of production orders: all of them, one with its leases, or a list of one.
+func (s *Server) orders(w http.ResponseWriter, r *http.Request, seg []string) (any, error) {
+	svc := s.cfg.Service
+	if len(seg) == 1 {
+		return svc.Order(r.Context(), seg[0])
+	}
+	after, limit, err := paging(r)
+	if err != nil {
+		return nil, err
+	}
+	var page any
+	var next, item string
+	switch {
+	case len(seg) == 0:
+		item = "Order"
+		page, next, err = svc.QueryOrders(r.Context(), after, limit)
+	case seg[1] == "devices", seg[1] == "unseen":
+		item = "OrderedDevice"
+		page, next, err = svc.QueryOrderDevices(r.Context(), seg[0], seg[1] == "unseen", after, limit)
+	case seg[1] == "refusals":
+		item = "Refusal"
+		page, next, err = svc.QueryRefusals(r.Context(), seg[0], after, limit)
+	default:
+		return nil, notFound()
+	}
+	if err != nil {
+		return nil, err
+	}
+	pageHeaders(w, item, next)
+	return page, nil
 }
 
 // patientReader reads what may be long, as long as it keeps coming.
@@ -372,7 +450,7 @@ func paging(r *http.Request) (after string, limit int, err error) {
 	if token := r.Header.Get("X-Ms-Continuation"); token != "" {
 		b, err := base64.StdEncoding.DecodeString(token)
 		id, ok := strings.CutPrefix(string(b), "after:")
-		if err != nil || !ok || dps.CheckRegistrationID(id) != nil {
+		if err != nil || !ok || id == "" || len(id) > maxID {
 			return "", 0, dps.NewError(dps.CodeInvalidArgument, "x-ms-continuation is not one of ours", err)
 		}
 		after = id

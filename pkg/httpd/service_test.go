@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -413,4 +414,75 @@ func TestServiceTokenForms(t *testing.T) {
 		o.token = attesttest.SignToken(ownerKey, resource, "owner", d.Now().Add(time.Hour))
 		o.want(t, 200, 0, "GET", "/enrollments/own-key", "")
 	}
+}
+
+// Orders, as they are shown; who may see them; and groups that are closed and opened.
+func TestOrders(t *testing.T) {
+	d, o := newOperator(t)
+	scope := strings.ToLower(registrationtest.Scope)
+	if err := d.Store.Update(t.Context(), func(tx registration.Tx) error {
+		errs := []error{
+			tx.PutGrant(scope, &registration.Grant{ID: "PO-1", Order: "PO-1", Station: "st", Quantity: 9, Digest: "d", Document: []byte("{the order}")}),
+			tx.PutGrant(scope, &registration.Grant{ID: "PO-1/a", Order: "PO-1", Station: "su", Quantity: 3, Digest: "e", Document: []byte("{the lease}")}),
+			tx.PutGrant(scope, &registration.Grant{ID: "PO-2.", Order: "PO-2.", Quantity: 1, Digest: "f", Document: []byte("x")}),
+			tx.AddToGrant(scope, "PO-1", registration.Tally{Used: 3, Imported: 3, Seen: 1, Refused: 1}),
+		}
+		for i := range 3 {
+			errs = append(errs, tx.PutDevice(scope, &registration.Device{ID: fmt.Sprint("dev-", i), Serial: fmt.Sprint("S", i), Grant: "PO-1/a", Seen: i == 0}))
+		}
+		_, err := tx.PutRefusal(scope, &registration.Refusal{Order: "PO-1", ID: "dev-9", Serial: "S9", Station: "st", Reason: "spent", At: attesttest.Now})
+		return errors.Join(append(errs, err)...)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	one := o.want(t, 200, 0, "GET", "/touchmark/orders/PO-1", "")
+	leases, _ := one["leases"].([]any)
+	if one["id"] != "PO-1" || one["quantity"] != 9.0 || one["imported"] != 3.0 || one["seen"] != 1.0 || one["refused"] != 1.0 || one["document"] != "{the order}" || len(leases) != 1 {
+		t.Errorf("%v", one)
+	}
+	if l := o.want(t, 200, 0, "GET", "/touchmark/orders/PO-1%2Fa", ""); l["id"] != "PO-1/a" || l["order"] != "PO-1" || l["document"] != "{the lease}" {
+		t.Errorf("%v", l)
+	}
+	for path, want := range map[string][]string{
+		"/touchmark/orders":               {`"id":"PO-1"`, `"id":"PO-2."`},
+		"/touchmark/orders/PO-1/devices":  {`"serial":"S0","revision":0,"grant":"PO-1/a","state":"seen"`, `"serial":"S1","revision":0,"grant":"PO-1/a","state":"imported"`, `"serial":"S2"`},
+		"/touchmark/orders/PO-1/unseen":   {`"serial":"S1"`, `"serial":"S2"`},
+		"/touchmark/orders/PO-1/refusals": {`"registrationId":"dev-9","serial":"S9","station":"st","reason":"spent"`},
+		"/touchmark/orders/PO-2./unseen":  nil,
+	} {
+		var next string
+		for i := 0; i == 0 || next != ""; i++ {
+			res, b := o.call(t, "GET", path, "", "X-Ms-Max-Item-Count: 1", "X-Ms-Continuation: "+next)
+			if next = res.Header.Get("X-Ms-Continuation"); res.StatusCode != 200 || i < len(want) && !strings.Contains(string(b), want[i]) || len(want) == 0 && string(b) != "[]" || (next != "") != (i < len(want)-1) {
+				t.Errorf("%s, page %d: %d %s, %q", path, i, res.StatusCode, b, next)
+				break
+			}
+		}
+	}
+	o.want(t, 404, dps.CodeNotFound, "GET", "/touchmark/orders/PO-3", "")
+	o.want(t, 404, dps.CodeNotFound, "GET", "/touchmark/orders/PO-3/unseen", "")
+	o.want(t, 404, dps.CodeNotFound, "GET", "/touchmark/orders/PO-1/what", "")
+	if info := o.want(t, 200, 0, "GET", "/touchmark/info", ""); info["requireOrders"] != false || len(info["owners"].([]any)) != 0 {
+		t.Errorf("%v", info)
+	}
+	for range 2 {
+		if g := o.want(t, 200, 0, "PUT", "/touchmark/groups/LINE", `{"closed":true}`); g["closed"] != true {
+			t.Errorf("%v", g)
+		}
+	}
+	// Whoever writes the group's enrollment does not open it by the way.
+	d.Put(t, registration.Group, "line", registrationtest.Signers(d.Root, nil))
+	if g := o.want(t, 200, 0, "PUT", "/touchmark/groups/line", `{"closed":true}`); g["changed"] != false {
+		t.Errorf("%v", g)
+	}
+	o.want(t, 404, dps.CodeNoGroup, "PUT", "/touchmark/groups/nobody", `{"closed":true}`)
+	for _, body := range []string{"", "{}", `{"closed":1}`, "["} {
+		o.want(t, 400, dps.CodeBadRequest, "PUT", "/touchmark/groups/line", body)
+	}
+	d.Policy(t, "reader", "EnrollmentRead, RegistrationStatusRead", secondKey, secondKey)
+	r := d.operator(t, secondKey, "reader")
+	r.want(t, 200, 0, "GET", "/touchmark/orders/PO-1", "")
+	r.want(t, 401, dps.CodeUnauthorized, "PUT", "/touchmark/groups/line", `{"closed":false}`)
+	d.Policy(t, "other", "EnrollmentRead", secondKey, secondKey)
+	d.operator(t, secondKey, "other").want(t, 401, dps.CodeUnauthorized, "GET", "/touchmark/orders", "")
 }

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"iter"
 	"time"
+
+	"github.com/touchmark/touchmark/pkg/dps"
 )
 
 // ErrNotFound says that no unit, or no checkpoint, is there.
@@ -22,6 +24,15 @@ func (l *Ledger) Find(ctx context.Context, serial string) (Unit, error) {
 		return u, err
 	}
 	return u, l.Fill(ctx, &u)
+}
+
+// FindDevice returns the living unit of a registration ID, without its data.
+func (l *Ledger) FindDevice(ctx context.Context, registrationID string) (Unit, error) {
+	u, err := l.unitWhere(ctx, `registration_id = $1`, dps.Fold(registrationID))
+	if errors.Is(err, sql.ErrNoRows) {
+		return u, fmt.Errorf("registration ID %q: %w", registrationID, ErrNotFound)
+	}
+	return u, err
 }
 
 // Units yields living units in the order in which they were begun, without their data; job 0 means all of them.

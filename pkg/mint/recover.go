@@ -17,9 +17,9 @@ import (
 	"github.com/touchmark/touchmark/pkg/ledger"
 )
 
-// discardStrays removes staged directories of units that the ledger never heard of: the run died between staging a key
-// and beginning its unit. Nothing was signed for it.
-func (r *run) discardStrays() error {
+// discardStrays removes staged directories that no unit has a use for: the run died between staging a key and beginning its unit,
+// and nothing was signed for it; or while it took a finished unit's stamp away.
+func (r *run) discardStrays(ctx context.Context) error {
 	if r.out == nil {
 		return nil
 	}
@@ -27,12 +27,19 @@ func (r *run) discardStrays() error {
 	if err != nil || len(staged) == 0 {
 		return err
 	}
-	known := make(map[string]bool)
+	needed := make(map[string]bool)
 	for _, u := range r.existing {
-		known[u.RegistrationID] = true
+		needed[u.RegistrationID] = true
 	}
 	for _, name := range staged {
-		if !known[name] {
+		if r.Shift != "" {
+			have, err := r.Ledger.FindDevice(ctx, name)
+			if err != nil && !errors.Is(err, ledger.ErrNotFound) {
+				return err
+			}
+			needed[name] = err == nil && have.State < ledger.Stamped
+		}
+		if !needed[name] {
 			if err := r.out.Discard(name); err != nil {
 				return err
 			}
@@ -73,7 +80,8 @@ func (r *run) recover(ctx context.Context, units []unit, existing map[string]led
 				have.Serial, ErrUnproven, have.State, r.out.Dir(u.row.RegistrationID))
 		}
 		if errors.Is(err, errNoKey) {
-			void = append(void, ledger.Event{State: ledger.Voided, Unit: have.ID, Data: []byte("its key was lost before it reached the device")})
+			void = append(void, ledger.Event{State: ledger.Voided, Unit: have.ID,
+				Data: ledger.Ending{Reason: "key-lost", Note: "its key was lost before it reached the device"}.Encode()})
 			if r.out != nil {
 				if err := r.out.Discard(u.row.RegistrationID); err != nil {
 					return err

@@ -9,6 +9,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 
 	"github.com/touchmark/touchmark/hsm"
@@ -142,11 +143,11 @@ func (r *Run) sweep(ctx context.Context, row *Row) error {
 	if r.r.out == nil || row.RegistrationID == "" {
 		return nil
 	}
-	if !r.r.out.Published(row.RegistrationID) {
-		return r.r.out.Discard(row.RegistrationID) // a key that was staged and not begun
-	}
 	if err := r.r.Ledger.Taken(ctx, "", row.RegistrationID); err != nil {
 		return err
+	}
+	if !r.r.out.Published(row.RegistrationID) {
+		return r.r.out.Discard(row.RegistrationID) // a key that was staged and not begun
 	}
 	for old, err := range r.r.Ledger.Retired(ctx, row.Serial) {
 		if err != nil {
@@ -190,12 +191,23 @@ func (u *Unit) Dir() string {
 
 // Public returns the device's public key, where it has a certificate.
 func (u *Unit) Public() (crypto.PublicKey, error) {
-	if u.r.Profile.Attestation != AttestationX509 {
-		return nil, fmt.Errorf("attestation %s: %w", u.r.Profile.Attestation, hsm.ErrUnsupported)
-	}
-	cert, err := x509.ParseCertificate(u.u.cert)
+	return publicKey(u.u.cert)
+}
+
+// PublicKey returns the public key of a unit in the ledger, its data filled in; the error is hsm.ErrUnsupported for one without a
+// certificate.
+func PublicKey(u ledger.Unit) (crypto.PublicKey, error) {
+	der, _, err := splitCertificate(u.Data)
 	if err != nil {
-		return nil, fmt.Errorf("serial %s: the certificate in the ledger: %w", u.u.row.Serial, err)
+		der = nil
+	}
+	return publicKey(der)
+}
+
+func publicKey(der []byte) (crypto.PublicKey, error) {
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, fmt.Errorf("a device without a certificate: %w", hsm.ErrUnsupported)
 	}
 	return cert.PublicKey, nil
 }
@@ -248,13 +260,44 @@ func (u *Unit) Sealed(ctx context.Context) error {
 }
 
 // Forget takes the device's secrets out of memory, and with disk set its stamp off the station's disk too: once the device has
-// it, it is nowhere else.
+// it, it is nowhere else. A key of the device's own that its bundle carries stays until one does; see [Run.Tidy].
 func (u *Unit) Forget(disk bool) error {
 	u.u.wipe()
-	if !disk || u.r.out == nil {
+	if !disk || u.r.out == nil || u.r.Profile.HasSecrets() {
 		return nil
 	}
 	return u.r.out.Remove(u.u.row.RegistrationID)
+}
+
+// Tidy takes away the stamps of units that are finished, where the shift that was to [Unit.Forget] them died, or a bundle has
+// their keys now. What the ledger does not know is not touched.
+func (r *Run) Tidy(ctx context.Context) error {
+	if r.r.out == nil {
+		return nil
+	}
+	done := ledger.Sealed
+	if r.r.Profile.HasSecrets() {
+		done = ledger.Exported
+	}
+	entries, err := os.ReadDir(r.r.Out)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		u, err := r.r.Ledger.FindDevice(ctx, e.Name())
+		if errors.Is(err, ledger.ErrNotFound) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if u.RegistrationID == e.Name() && u.State >= done {
+			if err := r.r.out.Remove(e.Name()); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // Retire ends a living unit: voided, scrapped or reworked. The ending is completed with the certificate that it revokes, and comes

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/evidence"
 )
 
 // An enrollment as the API moves it: one of the two documents, with what they share pulled out.
@@ -134,7 +135,7 @@ func (s *Service) PutEnrollment(ctx context.Context, kind Kind, id string, body 
 			}
 			base.CreatedDateTimeUTC = before.base().CreatedDateTimeUTC
 		}
-		r := &Record{Kind: kind, ID: *d.id()}
+		r := &Record{Kind: kind, ID: *d.id(), Closed: old != nil && old.Closed}
 		keys = nil
 		switch attestation.Type {
 		case dps.AttestationSymmetricKey:
@@ -267,6 +268,9 @@ func completeCertificates(in, was *dps.X509Certificates) (*dps.X509Certificates,
 			return nil, invalid("%v", err)
 		}
 		entry := Certificate{Fingerprint: sha256.Sum256(cert.Raw), Subject: sha256.Sum256(cert.RawSubject)}
+		if entry.Key, err = evidence.KeyHash(cert.PublicKey); err != nil {
+			return nil, invalid("The certificate's public key is of a kind that is not known")
+		}
 		if len(index) == 0 || index[0].Fingerprint != entry.Fingerprint {
 			index = append(index, entry)
 		}
@@ -531,4 +535,37 @@ func (s *Service) Policy(ctx context.Context, name string) (p *Policy, err error
 		return err
 	})
 	return p, err
+}
+
+// putAgain writes a record that was read, whose document is d.
+func putAgain(tx Tx, scope string, r *Record, d *document) (err error) {
+	if certs := d.x509(); certs != nil {
+		if _, r.Certificates, err = completeCertificates(certs, nil); err != nil {
+			return err
+		}
+	}
+	return tx.PutRecord(scope, r)
+}
+
+// CloseGroup makes a group admit only devices that a bundle named, or opens it again, and reports whether that is new.
+func (s *Service) CloseGroup(ctx context.Context, id string, closed bool) (changed bool, err error) {
+	err = s.cfg.Store.Update(ctx, func(tx Tx) error {
+		r, err := tx.Record(s.scope, Group, dps.Fold(id))
+		if errors.Is(err, ErrNotFound) {
+			return missing(Group)
+		}
+		if err != nil {
+			return err
+		}
+		if changed = r.Closed != closed; !changed {
+			return nil
+		}
+		d, err := open(r)
+		if err != nil {
+			return err
+		}
+		r.Closed = closed
+		return putAgain(tx, s.scope, r, d)
+	})
+	return changed, err
 }

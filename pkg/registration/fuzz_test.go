@@ -3,11 +3,15 @@ package registration_test
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/touchmark/touchmark/pkg/attest"
+	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/order"
 	"github.com/touchmark/touchmark/pkg/registration"
 	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
 )
@@ -43,6 +47,70 @@ func FuzzPutEnrollment(f *testing.F) {
 		b, err := dps.Marshal(v)
 		if err != nil || !json.Valid(b) || strings.Contains(string(b), `Key":"`) || strings.Contains(string(b), `"certificate":"`) {
 			t.Fatalf("%q shows as %s, %v", body, b, err)
+		}
+	})
+}
+
+// Whatever entries a bundle holds, an order is never overdrawn, nothing that was taken changes when it comes again, and no
+// entry is the service's own fault.
+func FuzzImport(f *testing.F) {
+	fac := newFactory(f)
+	fac.order.Quantity = 3
+	for _, e := range [][]bundle.Entry{
+		{fac.group(), unit(1, 0), unit(2, 0), unit(3, 0), unit(4, 0)}, {unit(1, 0), gone(1, 0, bundle.Reworked), unit(1, 1), gone(1, 1, bundle.Returned), unit(2, 0)},
+		{{Serial: "SN0001", Individual: &dps.IndividualEnrollment{RegistrationID: "x", Enrollment: key('1')}}, {Serial: "SN0001", Revision: 2, Retired: &bundle.RetiredDevice{RegistrationID: "x", State: bundle.Voided, At: fac.Now()}}},
+	} {
+		b, err := json.Marshal(e)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	n := 0
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var e []bundle.Entry
+		if json.Unmarshal(b, &e) != nil || len(e) > 20 {
+			return
+		}
+		e = slices.DeleteFunc(e, func(e bundle.Entry) bool { return e.Check() != nil })
+		n++
+		o := fac.newOrder(fmt.Sprint("PO-", n), 3)
+		// Each run has serials of its own in the one store.
+		o.Serials = order.Serials{}
+		for i := range e {
+			e[i].Serial = fmt.Sprintf("%d-%s", n, e[i].Serial)
+			suffix := fmt.Sprint("-", n)
+			switch {
+			case e[i].Device != nil:
+				e[i].Device.RegistrationID += suffix
+			case e[i].Individual != nil:
+				e[i].Individual.RegistrationID += suffix
+			case e[i].Retired != nil:
+				e[i].Retired.RegistrationID += suffix
+			}
+		}
+		e = slices.DeleteFunc(e, func(e bundle.Entry) bool { return e.Check() != nil })
+		cfg := registration.ImportConfig{Station: fac.holder.id, Grant: sign(t, o, fac.owner)}
+		copied := func() []bundle.Entry { // an import makes the entries its own
+			b, _ := json.Marshal(e)
+			var again []bundle.Entry
+			_ = json.Unmarshal(b, &again)
+			return again
+		}
+		var was registration.Tally
+		for round := range 2 {
+			if _, err := fac.service.Import(t.Context(), entries(copied()...), cfg); err != nil {
+				t.Fatal(err)
+			}
+			now := fac.tally(t, o.ID)
+			if now.Imported > 3 || now.Imported < 0 || now.Seen != 0 || min(now.Used, now.Refused, now.Voided, now.Reworked, now.Scrapped, now.Returned) < 0 || now.Imported > now.Used {
+				t.Fatalf("%s: %+v", b, now)
+			}
+			if round == 0 {
+				was = now
+			} else if now.Imported < was.Imported && now.Returned == was.Returned {
+				t.Fatalf("%s: %+v, again %+v", b, was, now)
+			}
 		}
 	})
 }

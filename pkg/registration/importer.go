@@ -1,18 +1,18 @@
 package registration
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"iter"
+	"slices"
 
 	"golang.org/x/sync/errgroup"
 
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/order"
 )
 
 // An ImportResult counts what an import did, or would do.
@@ -20,8 +20,31 @@ type ImportResult struct {
 	New         int `json:"new"`
 	Unchanged   int `json:"unchanged"`
 	Conflicting int `json:"conflicting"`
-	// Conflicts names the first of them.
-	Conflicts []ImportConflict `json:"conflicts,omitempty"`
+	// Replaced counts identities that a newer revision took the place of.
+	Replaced int `json:"replaced,omitempty"`
+	// Retired counts identities that ended.
+	Retired int `json:"retired,omitempty"`
+	// Stale counts entries of revisions that a newer one took the place of already, or that had ended: they let nobody in.
+	Stale int `json:"stale,omitempty"`
+	// Refused counts entries that the bundle's order does not allow.
+	Refused int `json:"refused,omitempty"`
+	// Conflicts, StaleEntries and Refusals name the first of them.
+	Conflicts    []ImportConflict `json:"conflicts,omitempty"`
+	StaleEntries []ImportConflict `json:"staleEntries,omitempty"`
+	Refusals     []ImportConflict `json:"refusals,omitempty"`
+}
+
+func (r *ImportResult) add(o *ImportResult) {
+	r.New += o.New
+	r.Unchanged += o.Unchanged
+	r.Conflicting += o.Conflicting
+	r.Replaced += o.Replaced
+	r.Retired += o.Retired
+	r.Stale += o.Stale
+	r.Refused += o.Refused
+	for _, l := range []struct{ to, from *[]ImportConflict }{{&r.Conflicts, &o.Conflicts}, {&r.StaleEntries, &o.StaleEntries}, {&r.Refusals, &o.Refusals}} {
+		*l.to = append(*l.to, (*l.from)[:min(len(*l.from), maxConflicts-len(*l.to))]...)
+	}
 }
 
 // An ImportConflict is an entry that was left out.
@@ -33,18 +56,34 @@ type ImportConflict struct {
 const (
 	maxConflicts = 100
 	chunkSize    = 500
+	// maxRefusals bounds the refusals that are kept of an order: whoever sends millions is told, and not remembered.
+	maxRefusals = 10_000
 )
 
 // Import takes the entries of a bundle. What the service knows with the same content is unchanged; what it knows with
-// another content is a conflict and stays as it is. So an import can be repeated, and one that was cut off is taken up by
-// repeating it.
+// another content of the same revision is a conflict and stays as it is. A newer revision takes the place of an older one, and
+// what ended does not come back, in whatever order bundles arrive. So an import can be repeated, and one that was cut off is
+// taken up by repeating it.
+//
+// A bundle that was made on an order is held against it: only what the order has comes in, and over all its bundles no more
+// than its quantity. The error is ErrOrder where the order does not speak for the bundle at all; single entries are refused.
 //
 // Entries go in by transactions of a few hundred, so that devices register meanwhile: a bundle of a million entries in one
 // transaction would hold them up for the time that it takes.
 //
 // Reading and preparing runs ahead of writing by a transaction, in the order of the bundle.
-func (s *Service) Import(ctx context.Context, entries iter.Seq2[bundle.Entry, error], dryRun bool) (ImportResult, error) {
+func (s *Service) Import(ctx context.Context, entries iter.Seq2[bundle.Entry, error], cfg ImportConfig) (ImportResult, error) {
 	var total ImportResult
+	in := &intake{s: s, cfg: cfg, groups: make(map[string]bool), ahead: make(map[string]Tally)}
+	var err error
+	if in.grant, err = s.openGrant(&cfg); err != nil {
+		return total, err
+	}
+	if in.grant != nil {
+		if in.grants, err = s.bookGrant(ctx, in.grant, cfg.DryRun); err != nil {
+			return total, err
+		}
+	}
 	eg, ctx := errgroup.WithContext(ctx)
 	chunks := make(chan []prepared)
 	eg.Go(func() error {
@@ -62,7 +101,7 @@ func (s *Service) Import(ctx context.Context, entries iter.Seq2[bundle.Entry, er
 			if err != nil {
 				return err
 			}
-			p, err := s.prepare(&e)
+			p, err := in.prepare(&e)
 			if err != nil {
 				return err
 			}
@@ -79,64 +118,122 @@ func (s *Service) Import(ctx context.Context, entries iter.Seq2[bundle.Entry, er
 		return send(chunk)
 	})
 	eg.Go(func() error {
-		seen := make(map[string]bool) // groups of a dry run, which are not in the store for the devices behind them
 		for chunk := range chunks {
-			res, err := s.importChunk(ctx, chunk, dryRun, seen)
+			res, err := in.chunk(ctx, chunk)
 			if err != nil {
 				return err
 			}
-			total.New += res.New
-			total.Unchanged += res.Unchanged
-			total.Conflicting += res.Conflicting
-			total.Conflicts = append(total.Conflicts, res.Conflicts[:min(len(res.Conflicts), maxConflicts-len(total.Conflicts))]...)
+			total.add(&res)
 		}
 		return nil
 	})
-	err := eg.Wait()
+	err = eg.Wait()
 	return total, err
 }
 
-// importChunk takes some entries in one transaction.
-func (s *Service) importChunk(ctx context.Context, chunk []prepared, dryRun bool, seen map[string]bool) (res ImportResult, err error) {
-	run := s.cfg.Store.Update
-	if dryRun {
-		run = s.cfg.Store.View
+// An intake is an import under way.
+type intake struct {
+	s      *Service
+	cfg    ImportConfig
+	grant  *order.Grant // nil without
+	grants []*Grant     // the order, and behind it the lease where it is one; their tallies are not filled in
+	// A dry run remembers what is not in the store for the entries behind: groups, and what would be added to the grants.
+	groups map[string]bool
+	ahead  map[string]Tally
+}
+
+// tallies reads what became of the grants so far.
+func (in *intake) tallies(tx Tx) ([]Tally, error) {
+	var all []Tally
+	for _, g := range in.grants {
+		t := in.ahead[g.ID]
+		row, err := tx.Grant(in.s.scope, g.ID)
+		switch {
+		case err == nil:
+			t.add(row.Tally)
+		case !errors.Is(err, ErrNotFound) || !in.cfg.DryRun:
+			return nil, err
+		}
+		all = append(all, t)
 	}
-	err = run(ctx, func(tx Tx) error {
-		res = ImportResult{} // the transaction may be run again
-		for i := range chunk {
-			if err := s.importOne(tx, &chunk[i], dryRun, seen, &res); err != nil {
+	return all, nil
+}
+
+// chunk takes some entries in one transaction.
+func (in *intake) chunk(ctx context.Context, entries []prepared) (ImportResult, error) {
+	run := in.s.cfg.Store.Update
+	if in.cfg.DryRun {
+		run = in.s.cfg.Store.View
+	}
+	var c *chunk
+	err := run(ctx, func(tx Tx) error {
+		c = &chunk{intake: in, tx: tx, scope: in.s.scope} // the transaction may be run again
+		var err error
+		if c.tallies, err = in.tallies(tx); err != nil {
+			return err
+		}
+		if c.endings, err = tx.HasEndings(c.scope); err != nil {
+			return err
+		}
+		for i := range entries {
+			if err := c.take(&entries[i]); err != nil {
 				return err
 			}
 		}
-		return nil
+		return c.book()
 	})
-	return res, err
+	if err != nil {
+		return ImportResult{}, err
+	}
+	return c.res, nil
 }
 
 // prepared is an entry ready for the store.
 type prepared struct {
 	id      string
-	problem string // why it cannot be taken
-	record  *Record
-	device  *Device
+	problem string  // why it cannot be taken
+	denied  string  // why its order does not allow it
+	record  *Record // an enrollment or a group
+	device  *Device // what is known of its device; nil for a group
+	ending  *Ending // set for the end of an identity alone
 }
 
 // prepare does everything that needs no transaction.
-func (s *Service) prepare(e *bundle.Entry) (prepared, error) {
+func (in *intake) prepare(e *bundle.Entry) (prepared, error) {
 	if err := e.Check(); err != nil {
 		return prepared{}, err
 	}
-	if e.Device != nil {
-		return prepared{id: e.Device.RegistrationID, device: &Device{
-			ID: dps.Fold(e.Device.RegistrationID), Group: dps.Fold(e.Device.Group), Serial: e.Serial, KeyHash: e.Device.KeyHash,
-		}}, nil
+	device := &Device{Serial: e.Serial, Revision: e.Revision, Station: in.cfg.Station}
+	if in.grant != nil {
+		device.Grant = in.grant.ID()
 	}
+	if d := e.Device; d != nil {
+		device.ID, device.Group, device.KeyHash = dps.Fold(d.RegistrationID), dps.Fold(d.Group), d.KeyHash
+		return prepared{id: d.RegistrationID, device: device}, nil
+	}
+	if r := e.Retired; r != nil {
+		device.ID, device.Group, device.Revision = dps.Fold(r.RegistrationID), dps.Fold(r.Group), -1
+		p := prepared{id: r.RegistrationID, device: device, ending: &Ending{
+			ID: device.ID, Revision: e.Revision, KeyHash: r.KeyHash, State: r.State, Reason: r.Reason, At: r.At, Station: in.cfg.Station}}
+		if r.State == bundle.Returned && in.grant != nil {
+			// A station's word alone makes no room on an order.
+			permit, err := order.OpenPermit([]byte(r.Permit), in.s.cfg.Owners)
+			if err != nil || permit.Order != in.grant.Order.ID || !slices.Contains(permit.Serials, e.Serial) {
+				p.problem = "it is said to be returned, and no owner's permit for it is there"
+			}
+		}
+		return p, nil
+	}
+	s := in.s
 	d := &document{kind: Individual, individual: e.Individual}
 	if e.Group != nil {
 		d = &document{kind: Group, group: e.Group}
 	}
 	p := prepared{id: *d.id()}
+	if e.Individual != nil {
+		device.ID = dps.Fold(p.id)
+		p.device = device
+	}
 	if err := s.check(d); err != nil {
 		p.problem = dps.AsError(err).Message
 		return p, nil
@@ -151,7 +248,7 @@ func (s *Service) prepare(e *bundle.Entry) (prepared, error) {
 		return p, err
 	}
 	sum := sha256.Sum256(content)
-	r := &Record{Kind: d.kind, ID: *d.id(), Content: sum[:]}
+	r := &Record{Kind: d.kind, ID: *d.id(), Content: sum[:], Closed: e.Closed || e.Group != nil && in.grant != nil}
 	switch base.Attestation.Type {
 	case dps.AttestationSymmetricKey:
 		keys := base.Attestation.SymmetricKey
@@ -177,8 +274,14 @@ func (s *Service) prepare(e *bundle.Entry) (prepared, error) {
 		r.Certificates = index
 		if d.kind == Individual {
 			base.Attestation.X509.ClientCertificates = certs
+			device.KeyHash = index[0].Key
 		} else {
 			base.Attestation.X509.SigningCertificates = certs
+			for _, c := range index {
+				if in.grant != nil && c.Key != in.grant.Order.Issuer {
+					p.denied = "its CA is not the one that the order names"
+				}
+			}
 		}
 	}
 	now := dps.Time{Time: s.cfg.Now()}
@@ -188,83 +291,4 @@ func (s *Service) prepare(e *bundle.Entry) (prepared, error) {
 	}
 	p.record = r
 	return p, nil
-}
-
-func (s *Service) importOne(tx Tx, p *prepared, dryRun bool, seen map[string]bool, res *ImportResult) error {
-	conflict := func(reason string) error {
-		res.Conflicting++
-		if len(res.Conflicts) < maxConflicts {
-			res.Conflicts = append(res.Conflicts, ImportConflict{ID: p.id, Reason: reason})
-		}
-		return nil
-	}
-	switch {
-	case p.problem != "":
-		return conflict(p.problem)
-	case p.device != nil:
-		return s.importDevice(tx, p.device, dryRun, seen, res, conflict)
-	}
-	old, err := tx.Record(s.scope, p.record.Kind, dps.Fold(p.record.ID))
-	switch {
-	case errors.Is(err, ErrNotFound):
-	case err != nil:
-		return err
-	case bytes.Equal(old.Content, p.record.Content):
-		res.Unchanged++
-		return nil
-	case old.Content == nil:
-		return conflict(fmt.Sprintf("the service has an %s enrollment of this name that no bundle brought", p.record.Kind))
-	default:
-		return conflict(fmt.Sprintf("the service has an %s enrollment of this name with another content", p.record.Kind))
-	}
-	if p.record.Kind == Individual {
-		if d, err := tx.Device(s.scope, dps.Fold(p.record.ID)); err == nil {
-			return conflict(fmt.Sprintf("the service knows it as a device of group %s", d.Group))
-		} else if !errors.Is(err, ErrNotFound) {
-			return err
-		}
-	}
-	if dryRun {
-		if p.record.Kind == Group {
-			seen[dps.Fold(p.record.ID)] = true
-		}
-		res.New++
-		return nil
-	}
-	err = tx.PutRecord(s.scope, p.record)
-	if errors.Is(err, ErrConflict) {
-		return conflict("its certificate belongs to another enrollment")
-	}
-	if err == nil {
-		res.New++
-	}
-	return err
-}
-
-func (s *Service) importDevice(tx Tx, d *Device, dryRun bool, seen map[string]bool, res *ImportResult, conflict func(string) error) error {
-	old, err := tx.Device(s.scope, d.ID)
-	switch {
-	case err == nil && *old == *d:
-		res.Unchanged++
-		return nil
-	case err == nil:
-		return conflict(fmt.Sprintf("the service knows it as serial %s of group %s", old.Serial, old.Group))
-	case !errors.Is(err, ErrNotFound):
-		return err
-	}
-	if _, err := tx.Record(s.scope, Individual, d.ID); err == nil {
-		return conflict("the service has an individual enrollment of this name")
-	} else if !errors.Is(err, ErrNotFound) {
-		return err
-	}
-	if _, err := tx.Record(s.scope, Group, d.Group); errors.Is(err, ErrNotFound) && !seen[d.Group] {
-		return conflict(fmt.Sprintf("the service has no group %s", d.Group))
-	} else if err != nil && !errors.Is(err, ErrNotFound) {
-		return err
-	}
-	res.New++
-	if dryRun {
-		return nil
-	}
-	return tx.PutDevice(s.scope, d)
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/evidence"
 )
 
 // refuse is the one answer to everyone who is not let in.
@@ -25,11 +26,14 @@ type verdict struct {
 	group      string // ID as given, empty for an individual enrollment
 	disabled   bool
 	x509       bool
+	closed     bool // the group admits only devices that a bundle named
 
 	// What it stands on: the individual enrollment of the device as it was, nil where there was none; and for a group the
 	// revision of the scope's groups.
 	document []byte
 	revision int64
+	device   *Device // what bundles said of it, nil for nothing
+	key      string  // hex SHA-256 of the public key that it proved itself with, empty without
 }
 
 // fingerprint names what a device proves itself with. Where there is a token it decides.
@@ -76,23 +80,76 @@ func (s *Service) judge(tx Tx, req *Request) (*verdict, error) {
 	switch {
 	case err == nil:
 		v, err := s.judgeIndividual(r, req, token)
-		if err == nil || v == nil {
-			return v, err
+		if err == nil {
+			return v, s.known(tx, req, v)
+		}
+		if v == nil {
+			return nil, err
 		}
 		// A disabled enrollment blocks its device whatever the device proves itself with, so the proof may be one for a
 		// group. Whoever can prove nothing does not learn that there is an enrollment.
-		if token != nil {
-			_, gerr := s.judgeByKey(tx, req, token)
-			return v, gerr
+		g, err := s.judgeGroup(tx, req, token, now)
+		if err != nil {
+			return nil, err
 		}
-		_, gerr := s.judgeByChain(tx, req, now)
-		return v, gerr
+		v.device, v.key = g.device, g.key
+		return v, nil
 	case !errors.Is(err, ErrNotFound):
 		return nil, err
-	case token != nil:
-		return s.judgeByKey(tx, req, token)
 	}
-	return s.judgeByChain(tx, req, now)
+	return s.judgeGroup(tx, req, token, now)
+}
+
+// judgeGroup finds the group that admits a device.
+func (s *Service) judgeGroup(tx Tx, req *Request, token *attest.Token, now time.Time) (v *verdict, err error) {
+	if token != nil {
+		v, err = s.judgeByKey(tx, req, token)
+	} else {
+		v, err = s.judgeByChain(tx, req, now)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return v, s.known(tx, req, v)
+}
+
+// known holds a device that proved itself against what bundles said of it. A key that ended lets nobody in. A group's device
+// that ended is disabled, as an individual enrollment of it would be; and a closed group admits only whom a bundle named, by
+// the key of the newest revision.
+func (s *Service) known(tx Tx, req *Request, v *verdict) (err error) {
+	if v.device, err = found(tx.Device(s.scope, dps.Fold(req.RegistrationID))); err != nil {
+		return err
+	}
+	if v.x509 {
+		if v.key, err = evidence.KeyHash(req.Proof.Certificates[0].PublicKey); err != nil {
+			return refuse(err)
+		}
+	}
+	d := v.device
+	if v.group != "" && d != nil && !d.Lives() {
+		v.disabled = true
+	}
+	if v.disabled {
+		return nil
+	}
+	if v.x509 {
+		ended, err := tx.KeyEnded(s.scope, v.key)
+		if err != nil {
+			return err
+		}
+		if ended {
+			return refuse(errors.New("its key belonged to an identity that ended"))
+		}
+	}
+	switch {
+	case !v.closed:
+		return nil
+	case d == nil || d.Group != dps.Fold(v.group):
+		return refuse(fmt.Errorf("group %q is closed and no bundle named the device for it", v.group))
+	case v.x509 && d.KeyHash != v.key:
+		return refuse(fmt.Errorf("group %q is closed and the key is not the one of the device's revision %d", v.group, d.Revision))
+	}
+	return nil
 }
 
 // judgeIndividual holds a proof against an individual enrollment. When it fails and the enrollment is disabled, the verdict
@@ -153,6 +210,18 @@ func (s *Service) stillHolds(tx Tx, id string, v *verdict) error {
 	if (r == nil) != (v.document == nil) || r != nil && !bytes.Equal(r.Document, v.document) {
 		return ErrConflict
 	}
+	d, err := found(tx.Device(s.scope, id))
+	if err != nil {
+		return err
+	}
+	if (d == nil) != (v.device == nil) || d != nil && *d != *v.device {
+		return ErrConflict
+	}
+	if v.key != "" && !v.disabled {
+		if ended, err := tx.KeyEnded(s.scope, v.key); err != nil || ended {
+			return errors.Join(err, ErrConflict)
+		}
+	}
 	if r != nil && v.group == "" {
 		return nil
 	}
@@ -195,6 +264,7 @@ type cachedGroup struct {
 	enrollment dps.Enrollment
 	keys       [][]byte
 	disabled   bool
+	closed     bool
 	revision   int64 // of the scope's groups
 }
 
@@ -203,7 +273,7 @@ func (s *Service) cachedGroup(r *Record, revision int64) (*cachedGroup, error) {
 	if err := json.Unmarshal(r.Document, &g); err != nil {
 		return nil, fmt.Errorf("group %q in the store: %w", r.ID, err)
 	}
-	return &cachedGroup{id: r.ID, enrollment: g.Enrollment, disabled: g.ProvisioningStatus == dps.EnrollmentDisabled, revision: revision}, nil
+	return &cachedGroup{id: r.ID, enrollment: g.Enrollment, disabled: g.ProvisioningStatus == dps.EnrollmentDisabled, closed: r.Closed, revision: revision}, nil
 }
 
 // withGroups runs f on the cache as it is for the present revision of the scope's groups.
@@ -260,7 +330,7 @@ func (s *Service) judgeByKey(tx Tx, req *Request, token *attest.Token) (*verdict
 					if g.disabled {
 						return nil, refuse(fmt.Errorf("group %q is disabled", g.id))
 					}
-					return &verdict{enrollment: &g.enrollment, group: g.id, revision: g.revision}, nil
+					return &verdict{enrollment: &g.enrollment, group: g.id, closed: g.closed, revision: g.revision}, nil
 				}
 			}
 		}
@@ -281,7 +351,7 @@ func (s *Service) judgeByChain(tx Tx, req *Request, now time.Time) (*verdict, er
 	if g.disabled {
 		return nil, refuse(fmt.Errorf("group %q is disabled", g.id))
 	}
-	return &verdict{enrollment: &g.enrollment, group: g.id, x509: true, revision: g.revision}, nil
+	return &verdict{enrollment: &g.enrollment, group: g.id, closed: g.closed, x509: true, revision: g.revision}, nil
 }
 
 // anchors returns the groups' certificates of a subject: one indexed read, then from memory.

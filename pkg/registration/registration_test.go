@@ -1,6 +1,7 @@
 package registration_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -175,6 +176,19 @@ func TestOperatorWins(t *testing.T) {
 		"group disabled": func(t *testing.T, f *registrationtest.Fixture) {
 			f.Put(t, registration.Group, "keys", off(registrationtest.Symmetric(f.GroupKey, nil)))
 		},
+		"device of a group ended": func(t *testing.T, f *registrationtest.Fixture) {
+			f.Import(t, bundle.Entry{Serial: "S", Retired: &bundle.RetiredDevice{RegistrationID: "Dev-1", Group: "keys", State: bundle.Scrapped, At: f.Now()}})
+		},
+		"device of a closed group": func(t *testing.T, f *registrationtest.Fixture) {
+			if _, err := f.Service.CloseGroup(t.Context(), "keys", true); err != nil {
+				t.Error(err)
+			}
+		},
+		"individual ended": func(t *testing.T, f *registrationtest.Fixture) {
+			e := gone(1, 0, bundle.Scrapped)
+			e.Retired.RegistrationID, e.Retired.Group = "brought", ""
+			f.Import(t, e)
+		},
 		"device of a group blocked": func(t *testing.T, f *registrationtest.Fixture) {
 			f.Put(t, registration.Individual, "dev-1", off(registrationtest.Symmetric(f.OwnKey, nil)))
 		},
@@ -182,8 +196,12 @@ func TestOperatorWins(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			f := registrationtest.NewFixture(t, "a.example")
 			d := f.Derived("dev-1")
+			f.Import(t, bundle.Entry{Serial: "SN0001", Individual: &dps.IndividualEnrollment{RegistrationID: "brought", Enrollment: key('1')}})
 			if strings.HasPrefix(name, "individual") {
 				d = f.ByKey("own-key", f.OwnKey)
+			}
+			if name == "individual ended" {
+				d = f.ByKey("brought", bytes.Repeat([]byte{'1'}, 32))
 			}
 			s := registration.New(registration.Config{Store: &hook{f.Store, func() { act(t, f) }}, Scope: registrationtest.Scope, Hubs: []string{"a.example"}, Now: f.Now})
 			op, err := s.Register(t.Context(), request(d))
@@ -271,7 +289,7 @@ func TestImport(t *testing.T) {
 	}
 	want := func(what string, seq iter.Seq2[bundle.Entry, error], dry bool, fresh, same, conflicting int) registration.ImportResult {
 		t.Helper()
-		res, err := f.Service.Import(t.Context(), seq, dry)
+		res, err := f.Service.Import(t.Context(), seq, registration.ImportConfig{DryRun: dry})
 		if err != nil || res.New != fresh || res.Unchanged != same || res.Conflicting != conflicting {
 			t.Fatalf("%s: %+v, %v", what, res, err)
 		}
@@ -308,7 +326,7 @@ func TestImport(t *testing.T) {
 			yield(bundle.Entry{}, bad)
 		}
 	}
-	if _, err := f.Service.Import(t.Context(), cut, false); !errors.Is(err, bad) {
+	if _, err := f.Service.Import(t.Context(), cut, registration.ImportConfig{}); !errors.Is(err, bad) {
 		t.Errorf("cut off: %v", err)
 	}
 	want("taken up", entries(ind("k-5", key('5'))), false, 1, 0, 0)

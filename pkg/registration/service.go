@@ -14,6 +14,7 @@ package registration
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
@@ -38,8 +39,12 @@ type Config struct {
 	Scope string
 	// Hubs are the names of the linked hubs.
 	Hubs []string
-	Log  *slog.Logger
-	Now  func() time.Time
+	// Owners are the public keys of those whose production orders count.
+	Owners []crypto.PublicKey
+	// RequireOrders refuses bundles that were not made on an order.
+	RequireOrders bool
+	Log           *slog.Logger
+	Now           func() time.Time
 }
 
 // MaxBody bounds a register body, in octets (device API, section 15.1).
@@ -154,7 +159,10 @@ func (s *Service) register(ctx context.Context, req *Request, body *dps.Register
 			if err := s.stillHolds(tx, id, v); err != nil {
 				return err
 			}
-			return tx.PutRegistration(s.scope, after)
+			if err := tx.PutRegistration(s.scope, after); err != nil || after.State.Status != dps.Assigned {
+				return err
+			}
+			return s.firstSeen(tx, v.device)
 		})
 		if errors.Is(err, ErrConflict) {
 			continue // an operator or another register of this device came first; decide again
@@ -167,6 +175,24 @@ func (s *Service) register(ctx context.Context, req *Request, body *dps.Register
 		return &dps.OperationStatus{OperationID: after.Operations[0].ID, Status: dps.Assigning}, nil
 	}
 	return nil, dps.NewError(dps.CodeServiceOverloaded, "Try again later", errors.New("the registration kept changing"))
+}
+
+// firstSeen counts a device of an order that registers for the first time.
+func (s *Service) firstSeen(tx Tx, d *Device) error {
+	if d == nil || d.Grant == "" || d.Seen || !d.Lives() {
+		return nil
+	}
+	now := *d
+	now.Seen = true
+	if err := tx.PutDevice(s.scope, &now); err != nil {
+		return err
+	}
+	if d.Order() != d.Grant {
+		if err := tx.AddToGrant(s.scope, d.Order(), Tally{Seen: 1}); err != nil {
+			return err
+		}
+	}
+	return tx.AddToGrant(s.scope, d.Grant, Tally{Seen: 1})
 }
 
 // decide makes the registration that follows from a verdict. It has no effect of its own.

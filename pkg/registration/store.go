@@ -3,8 +3,10 @@ package registration
 import (
 	"context"
 	"errors"
+	"strings"
 	"time"
 
+	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/dps"
 )
 
@@ -57,9 +59,37 @@ type Tx interface {
 	// Registrations returns up to limit registrations that came in by a group, IDs greater than after, in order.
 	Registrations(scope, group, after string, limit int) ([]*Registration, error)
 
-	// Device returns a device that a bundle named for a group, or ErrNotFound; PutDevice writes one.
+	// Device returns what bundles said of a registration ID, or ErrNotFound; PutDevice writes it. ErrConflict: another device
+	// of an order has its serial.
 	Device(scope, id string) (*Device, error)
 	PutDevice(scope string, d *Device) error
+	// DeviceBySerial returns the device of an order that has the serial now, or ErrNotFound.
+	DeviceBySerial(scope, serial string) (*Device, error)
+	// Devices returns up to limit devices of an order whose ID is greater than after, in order: all, or the living ones that
+	// have not registered.
+	Devices(scope, order string, unseen bool, after string, limit int) ([]*Device, error)
+
+	// Ending returns the end of an identity, or ErrNotFound; PutEnding writes one. Its ID, revision and key name it.
+	Ending(scope, id string, revision int64, keyHash string) (*Ending, error)
+	PutEnding(scope string, e *Ending) error
+	// HasEndings reports whether there is an ending at all, KeyEnded whether there is one with that key.
+	HasEndings(scope string) (bool, error)
+	KeyEnded(scope, keyHash string) (bool, error)
+
+	// Grant returns an order or a lease, or ErrNotFound; GrantDocument its document; PutGrant writes a new one; AddToGrant adds
+	// to its tally.
+	Grant(scope, id string) (*Grant, error)
+	GrantDocument(scope, id string) ([]byte, error)
+	PutGrant(scope string, g *Grant) error
+	AddToGrant(scope, id string, add Tally) error
+	// Orders returns up to limit orders whose ID is greater than after, in order; Leases those of an order.
+	Orders(scope, after string, limit int) ([]*Grant, error)
+	Leases(scope, order, after string, limit int) ([]*Grant, error)
+	// PutRefusal keeps a refusal, unless the order has one of that ID, and reports whether it did. DeleteRefusal forgets it if it
+	// is that station's, and reports whether it was. Refusals returns up to limit whose ID is greater than after, in order.
+	PutRefusal(scope string, r *Refusal) (bool, error)
+	DeleteRefusal(scope, order, id, station string) (bool, error)
+	Refusals(scope, order, after string, limit int) ([]*Refusal, error)
 
 	// Policy returns a shared access policy of the service API, or ErrNotFound; PutPolicy writes one.
 	Policy(scope, name string) (*Policy, error)
@@ -85,6 +115,10 @@ type Record struct {
 	Keys []byte
 	// Symmetric marks groups that attest by symmetric key.
 	Symmetric bool
+	// Fresh says that this transaction found none of that kind and ID: PutRecord need not look for what it takes the place of.
+	Fresh bool
+	// Closed marks groups that admit only devices that a bundle named.
+	Closed bool
 	// Content is the SHA-256 of what an import brought, to know it again; nil for what the API wrote.
 	Content []byte
 	// Certificates index what the document holds; not filled in when a record is read.
@@ -95,6 +129,7 @@ type Record struct {
 type Certificate struct {
 	Fingerprint [32]byte // SHA-256 of its DER
 	Subject     [32]byte // SHA-256 of its subject's DER
+	Key         string   // hex SHA-256 of its public key (SubjectPublicKeyInfo); not kept
 }
 
 // A Registration is what became of a device.
@@ -117,12 +152,97 @@ type Operation struct {
 	State dps.RegistrationState `json:"state"`
 }
 
-// A Device was named in a bundle for a group.
+// A Device is what bundles said of one registration ID.
 type Device struct {
-	ID      string // folded
-	Group   string // folded
-	Serial  string
+	ID     string // folded
+	Group  string // folded; empty for an individual enrollment
+	Serial string
+	// KeyHash is the hex SHA-256 of the public key of its newest revision, where it has one.
 	KeyHash string
+	// Revision is the newest that a bundle named, -1 where it is only known that it ended.
+	Revision int64
+	// Ended says that all revisions below it have ended, and State how the newest of them did. So a device lives while its
+	// Revision is not below Ended.
+	Ended int64
+	State bundle.State
+	// Station is the key of the station that signed it, by its ID.
+	Station string
+	// Grant is the order or the lease that it came on; empty without.
+	Grant string
+	// Moved says that its serial has another registration ID by now.
+	Moved bool
+	// Seen says that the identity has registered. It is kept for devices of orders.
+	Seen bool
+	// Disabled says that the end of the identity disabled its enrollment, and not an operator.
+	Disabled bool
+}
+
+// Lives reports whether the newest revision has not ended.
+func (d *Device) Lives() bool { return d.Revision >= d.Ended }
+
+// Order returns the ID of the order that the device came on.
+func (d *Device) Order() string { return orderOf(d.Grant) }
+
+// orderOf returns the order of a grant: a lease's ID begins with it.
+func orderOf(grant string) string {
+	order, _, _ := strings.Cut(grant, "/")
+	return order
+}
+
+// An Ending is the end of an identity. Its key never registers again.
+type Ending struct {
+	ID       string // folded
+	Revision int64
+	KeyHash  string // hex; empty where there was no key, or it stays with the device
+	State    bundle.State
+	Reason   string
+	At       time.Time
+	Station  string
+}
+
+// A Grant is an order or a lease that bundles came on.
+type Grant struct {
+	ID       string `json:"id"`
+	Order    string `json:"order"` // the same, or the order that a lease was cut from
+	Station  string `json:"station"`
+	Quantity int64  `json:"quantity"`
+	// Digest is the hex SHA-256 of what was signed: a grant of one ID has one content.
+	Digest   string `json:"digest"`
+	Document []byte `json:"-"` // the envelope; not filled in when a grant is read
+	Tally
+}
+
+// A Tally counts what became of a grant. That of an order holds those of its leases.
+type Tally struct {
+	Used     int64 `json:"used"`     // serials that count against its quantity
+	Imported int64 `json:"imported"` // living identities
+	Seen     int64 `json:"seen"`     // of those, how many have registered
+	Refused  int64 `json:"refused"`  // entries that are named among the refusals
+	Voided   int64 `json:"voided"`
+	Reworked int64 `json:"reworked"`
+	Scrapped int64 `json:"scrapped"`
+	Returned int64 `json:"returned"`
+}
+
+func (t *Tally) add(o Tally) {
+	t.Used += o.Used
+	t.Imported += o.Imported
+	t.Seen += o.Seen
+	t.Refused += o.Refused
+	t.Voided += o.Voided
+	t.Reworked += o.Reworked
+	t.Scrapped += o.Scrapped
+	t.Returned += o.Returned
+}
+
+// A Refusal is an entry that an order did not allow.
+type Refusal struct {
+	Order   string    `json:"-"`
+	ID      string    `json:"registrationId"` // folded
+	Serial  string    `json:"serial"`
+	Station string    `json:"station"`
+	Reason  string    `json:"reason"`
+	At      time.Time `json:"at"`
 }
 
 // A Policy is a shared access policy. The store encrypts its keys.

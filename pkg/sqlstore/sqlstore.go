@@ -279,9 +279,17 @@ type statements struct {
 	certificateOwner, putCertificate, deleteCertificates                     *sql.Stmt
 	registration, insertRegistration, updateRegistration, deleteRegistration *sql.Stmt
 	registrations, device, putDevice, policy, putPolicy                      *sql.Stmt
+	deviceBySerial, devices, devicesUnseen                                   *sql.Stmt
+	ending, putEnding, hasEndings, keyEnded                                  *sql.Stmt
+	grant, grantDocument, putGrant, addToGrant, orders, leases               *sql.Stmt
+	putRefusal, deleteRefusal, refusals                                      *sql.Stmt
 }
 
-const recordColumns = `SELECT kind, name, document, keys, symmetric, content, id FROM records `
+const (
+	recordColumns = `SELECT kind, name, document, keys, symmetric, content, id, closed FROM records `
+	deviceColumns = `SELECT id, group_id, serial, key_hash, revision, ended, state, station, grant_id, moved, seen, disabled FROM devices `
+	grantColumns  = `SELECT id, order_id, station, quantity, digest, used, imported, seen, refused, voided, reworked, scrapped, returned FROM grants `
+)
 
 func prepare(ctx context.Context, db *sql.DB) (*statements, error) {
 	var st statements
@@ -293,24 +301,45 @@ func prepare(ctx context.Context, db *sql.DB) (*statements, error) {
 		{&st.revision, `SELECT groups_revision FROM scopes WHERE scope = $1`},
 		{&st.bumpRevision, `INSERT INTO scopes (scope, groups_revision) VALUES ($1, 1) ON CONFLICT (scope) DO UPDATE SET groups_revision = scopes.groups_revision + 1`},
 		{&st.record, recordColumns + `WHERE scope = $1 AND kind = $2 AND id = $3`},
-		{&st.putRecord, `INSERT INTO records (scope, kind, id, name, document, keys, symmetric, content) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+		{&st.putRecord, `INSERT INTO records (scope, kind, id, name, document, keys, symmetric, content, closed) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
 			ON CONFLICT (scope, kind, id) DO UPDATE SET name = excluded.name, document = excluded.document, keys = excluded.keys,
-			symmetric = excluded.symmetric, content = excluded.content`},
+			symmetric = excluded.symmetric, content = excluded.content, closed = excluded.closed`},
 		{&st.deleteRecord, `DELETE FROM records WHERE scope = $1 AND kind = $2 AND id = $3`},
 		{&st.records, recordColumns + `WHERE scope = $1 AND kind = $2 AND id > $3 ORDER BY id LIMIT $4`},
 		{&st.symmetric, recordColumns + `WHERE scope = $1 AND symmetric = 1 ORDER BY id`},
 		{&st.bySubject, `SELECT DISTINCT id FROM certificates WHERE scope = $1 AND subject = $2 AND kind = 'group' ORDER BY id`},
 		{&st.certificateOwner, `SELECT kind, id FROM certificates WHERE scope = $1 AND fingerprint = $2`},
-		{&st.putCertificate, `INSERT INTO certificates (scope, fingerprint, subject, kind, id) VALUES ($1, $2, $3, $4, $5)`},
+		{&st.putCertificate, `INSERT INTO certificates (scope, fingerprint, subject, kind, id) VALUES ($1, $2, $3, $4, $5) ON CONFLICT (scope, fingerprint) DO NOTHING`},
 		{&st.deleteCertificates, `DELETE FROM certificates WHERE scope = $1 AND kind = $2 AND id = $3`},
 		{&st.registration, `SELECT version, body FROM registrations WHERE scope = $1 AND id = $2`},
 		{&st.insertRegistration, `INSERT INTO registrations (scope, id, group_id, version, body) VALUES ($1, $2, $3, 1, $4) ON CONFLICT (scope, id) DO NOTHING`},
 		{&st.updateRegistration, `UPDATE registrations SET group_id = $3, version = version + 1, body = $4 WHERE scope = $1 AND id = $2 AND version = $5`},
 		{&st.deleteRegistration, `DELETE FROM registrations WHERE scope = $1 AND id = $2`},
 		{&st.registrations, `SELECT version, body FROM registrations WHERE scope = $1 AND group_id = $2 AND group_id <> '' AND id > $3 ORDER BY id LIMIT $4`},
-		{&st.device, `SELECT id, group_id, serial, key_hash FROM devices WHERE scope = $1 AND id = $2`},
-		{&st.putDevice, `INSERT INTO devices (scope, id, group_id, serial, key_hash) VALUES ($1, $2, $3, $4, $5)
-			ON CONFLICT (scope, id) DO UPDATE SET group_id = excluded.group_id, serial = excluded.serial, key_hash = excluded.key_hash`},
+		{&st.device, deviceColumns + `WHERE scope = $1 AND id = $2`},
+		{&st.putDevice, `INSERT INTO devices (scope, id, group_id, serial, key_hash, revision, ended, state, station, order_id, grant_id, moved, seen, disabled)
+			VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
+			ON CONFLICT (scope, id) DO UPDATE SET group_id = excluded.group_id, serial = excluded.serial, key_hash = excluded.key_hash,
+			revision = excluded.revision, ended = excluded.ended, state = excluded.state, station = excluded.station, order_id = excluded.order_id,
+			grant_id = excluded.grant_id, moved = excluded.moved, seen = excluded.seen, disabled = excluded.disabled`},
+		{&st.deviceBySerial, deviceColumns + `WHERE scope = $1 AND serial = $2 AND order_id <> '' AND moved = 0`},
+		{&st.devices, deviceColumns + `WHERE scope = $1 AND order_id = $2 AND order_id <> '' AND id > $3 ORDER BY id LIMIT $4`},
+		{&st.devicesUnseen, deviceColumns + `WHERE scope = $1 AND order_id = $2 AND order_id <> '' AND seen = 0 AND revision >= ended AND id > $3 ORDER BY id LIMIT $4`},
+		{&st.ending, `SELECT id, revision, key_hash, state, reason, at, station FROM endings WHERE scope = $1 AND id = $2 AND revision = $3 AND key_hash = $4`},
+		{&st.putEnding, `INSERT INTO endings (scope, id, revision, key_hash, state, reason, at, station) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+			ON CONFLICT (scope, id, revision, key_hash) DO UPDATE SET state = excluded.state, reason = excluded.reason, at = excluded.at, station = excluded.station`},
+		{&st.hasEndings, `SELECT EXISTS (SELECT 1 FROM endings WHERE scope = $1)`},
+		{&st.keyEnded, `SELECT EXISTS (SELECT 1 FROM endings WHERE scope = $1 AND key_hash = $2 AND key_hash <> '')`},
+		{&st.grant, grantColumns + `WHERE scope = $1 AND id = $2`},
+		{&st.grantDocument, `SELECT document FROM grants WHERE scope = $1 AND id = $2`},
+		{&st.putGrant, `INSERT INTO grants (scope, id, order_id, station, quantity, digest, document) VALUES ($1, $2, $3, $4, $5, $6, $7)`},
+		{&st.addToGrant, `UPDATE grants SET used = used + $3, imported = imported + $4, seen = seen + $5, refused = refused + $6, voided = voided + $7,
+			reworked = reworked + $8, scrapped = scrapped + $9, returned = returned + $10 WHERE scope = $1 AND id = $2`},
+		{&st.orders, grantColumns + `WHERE scope = $1 AND id = order_id AND id > $2 ORDER BY id LIMIT $3`},
+		{&st.leases, grantColumns + `WHERE scope = $1 AND order_id = $2 AND id <> order_id AND id > $3 ORDER BY id LIMIT $4`},
+		{&st.putRefusal, `INSERT INTO refusals (scope, order_id, id, serial, station, reason, at) VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (scope, order_id, id) DO NOTHING`},
+		{&st.deleteRefusal, `DELETE FROM refusals WHERE scope = $1 AND order_id = $2 AND id = $3 AND station = $4`},
+		{&st.refusals, `SELECT order_id, id, serial, station, reason, at FROM refusals WHERE scope = $1 AND order_id = $2 AND id > $3 ORDER BY id LIMIT $4`},
 		{&st.policy, `SELECT name, rights, primary_key, secondary_key FROM policies WHERE scope = $1 AND name = $2`},
 		{&st.putPolicy, `INSERT INTO policies (scope, name, rights, primary_key, secondary_key) VALUES ($1, $2, $3, $4, $5)
 			ON CONFLICT (scope, name) DO UPDATE SET rights = excluded.rights, primary_key = excluded.primary_key, secondary_key = excluded.secondary_key`},
@@ -377,15 +406,15 @@ func (t *tx) GroupsRevision(scope string) (int64, error) {
 	return rev, err
 }
 
-func (t *tx) scanRecord(scope string, row interface{ Scan(...any) error }) (*registration.Record, error) {
+func (t *tx) scanRecord(scope string, row scanner) (*registration.Record, error) {
 	r := &registration.Record{}
 	var keys []byte
-	var symmetric int64
+	var symmetric, closed int64
 	var id string
-	if err := row.Scan(&r.Kind, &r.ID, &r.Document, &keys, &symmetric, &r.Content, &id); err != nil {
+	if err := row.Scan(&r.Kind, &r.ID, &r.Document, &keys, &symmetric, &r.Content, &id, &closed); err != nil {
 		return nil, absent(err)
 	}
-	r.Symmetric = symmetric != 0
+	r.Symmetric, r.Closed = symmetric != 0, closed != 0
 	if keys != nil {
 		var err error
 		if r.Keys, err = t.unseal(keys, scope, string(r.Kind), id); err != nil {
@@ -401,13 +430,29 @@ func (t *tx) Record(scope string, kind registration.Kind, id string) (*registrat
 
 func (t *tx) PutRecord(scope string, r *registration.Record) error {
 	id := dps.Fold(r.ID)
-	for _, c := range r.Certificates { // before anything is written, so that a conflict costs nobody a rollback
-		var kind, owner string
-		err := t.row(t.st.certificateOwner, scope, c.Fingerprint[:]).Scan(&kind, &owner)
-		if err == nil && (kind != string(r.Kind) || owner != id) {
-			return registration.ErrConflict
+	if !r.Fresh {
+		for _, c := range r.Certificates { // before anything is written, so that a conflict costs nobody a rollback
+			var kind, owner string
+			err := t.row(t.st.certificateOwner, scope, c.Fingerprint[:]).Scan(&kind, &owner)
+			if err == nil && (kind != string(r.Kind) || owner != id) {
+				return registration.ErrConflict
+			}
+			if err != nil && !errors.Is(err, sql.ErrNoRows) {
+				return err
+			}
 		}
-		if err != nil && !errors.Is(err, sql.ErrNoRows) {
+		if _, err := t.exec(t.st.deleteCertificates, scope, string(r.Kind), id); err != nil {
+			return err
+		}
+	}
+	for _, c := range r.Certificates {
+		n, err := t.exec(t.st.putCertificate, scope, c.Fingerprint[:], c.Subject[:], string(r.Kind), id)
+		if err == nil && n == 0 { // another record's: none of this one's stays
+			if _, err = t.exec(t.st.deleteCertificates, scope, string(r.Kind), id); err == nil {
+				err = registration.ErrConflict
+			}
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -415,22 +460,18 @@ func (t *tx) PutRecord(scope string, r *registration.Record) error {
 	if r.Keys != nil {
 		keys = t.seal(r.Keys, scope, string(r.Kind), id)
 	}
-	symmetric := 0
-	if r.Symmetric {
-		symmetric = 1
-	}
-	if _, err := t.exec(t.st.putRecord, scope, string(r.Kind), id, r.ID, r.Document, keys, symmetric, r.Content); err != nil {
+	if _, err := t.exec(t.st.putRecord, scope, string(r.Kind), id, r.ID, r.Document, keys, bit(r.Symmetric), r.Content, bit(r.Closed)); err != nil {
 		return err
-	}
-	if _, err := t.exec(t.st.deleteCertificates, scope, string(r.Kind), id); err != nil {
-		return err
-	}
-	for _, c := range r.Certificates {
-		if _, err := t.exec(t.st.putCertificate, scope, c.Fingerprint[:], c.Subject[:], string(r.Kind), id); err != nil {
-			return err
-		}
 	}
 	return t.bump(scope, r.Kind)
+}
+
+// bit is a bool as every database has it.
+func bit(b bool) int64 {
+	if b {
+		return 1
+	}
+	return 0
 }
 
 // bump tells every service that the scope's groups have changed.
@@ -456,20 +497,27 @@ func (t *tx) DeleteRecord(scope string, kind registration.Kind, id string) error
 	return t.bump(scope, kind)
 }
 
-func (t *tx) list(scope string, st *sql.Stmt, args ...any) ([]*registration.Record, error) {
+// each returns what scan makes of every row.
+func each[T any](t *tx, scan func(scanner) (T, error), st *sql.Stmt, args ...any) ([]T, error) {
 	rows, err := t.tx.StmtContext(t.ctx, st).QueryContext(t.ctx, args...)
 	if err != nil {
 		return nil, err
 	}
-	var all []*registration.Record
+	var all []T
 	for rows.Next() {
-		r, err := t.scanRecord(scope, rows)
+		x, err := scan(rows)
 		if err != nil {
 			return nil, errors.Join(err, rows.Close())
 		}
-		all = append(all, r)
+		all = append(all, x)
 	}
 	return all, rows.Err()
+}
+
+type scanner interface{ Scan(...any) error }
+
+func (t *tx) list(scope string, st *sql.Stmt, args ...any) ([]*registration.Record, error) {
+	return each(t, func(row scanner) (*registration.Record, error) { return t.scanRecord(scope, row) }, st, args...)
 }
 
 func (t *tx) Records(scope string, kind registration.Kind, after string, limit int) ([]*registration.Record, error) {
@@ -481,19 +529,11 @@ func (t *tx) SymmetricGroups(scope string) ([]*registration.Record, error) {
 }
 
 func (t *tx) GroupsBySubject(scope string, subject [32]byte) ([]*registration.Record, error) {
-	rows, err := t.tx.StmtContext(t.ctx, t.st.bySubject).QueryContext(t.ctx, scope, subject[:])
+	ids, err := each(t, func(row scanner) (id string, err error) {
+		err = row.Scan(&id)
+		return id, err
+	}, t.st.bySubject, scope, subject[:])
 	if err != nil {
-		return nil, err
-	}
-	var ids []string
-	for rows.Next() {
-		var id string
-		if err := rows.Scan(&id); err != nil {
-			return nil, errors.Join(err, rows.Close())
-		}
-		ids = append(ids, id)
-	}
-	if err := rows.Err(); err != nil {
 		return nil, err
 	}
 	var all []*registration.Record
@@ -507,7 +547,7 @@ func (t *tx) GroupsBySubject(scope string, subject [32]byte) ([]*registration.Re
 	return all, nil
 }
 
-func scanRegistration(row interface{ Scan(...any) error }) (*registration.Registration, error) {
+func scanRegistration(row scanner) (*registration.Registration, error) {
 	r := &registration.Registration{}
 	var body []byte
 	if err := row.Scan(&r.Version, &body); err != nil {
@@ -547,33 +587,7 @@ func (t *tx) DeleteRegistration(scope, id string) error {
 }
 
 func (t *tx) Registrations(scope, group, after string, limit int) ([]*registration.Registration, error) {
-	rows, err := t.tx.StmtContext(t.ctx, t.st.registrations).QueryContext(t.ctx, scope, group, after, limit)
-	if err != nil {
-		return nil, err
-	}
-	var all []*registration.Registration
-	for rows.Next() {
-		r, err := scanRegistration(rows)
-		if err != nil {
-			return nil, errors.Join(err, rows.Close())
-		}
-		all = append(all, r)
-	}
-	return all, rows.Err()
-}
-
-func (t *tx) Device(scope, id string) (*registration.Device, error) {
-	d := &registration.Device{}
-	err := t.row(t.st.device, scope, id).Scan(&d.ID, &d.Group, &d.Serial, &d.KeyHash)
-	if err != nil {
-		return nil, absent(err)
-	}
-	return d, nil
-}
-
-func (t *tx) PutDevice(scope string, d *registration.Device) error {
-	_, err := t.exec(t.st.putDevice, scope, d.ID, d.Group, d.Serial, d.KeyHash)
-	return err
+	return each(t, scanRegistration, t.st.registrations, scope, group, after, limit)
 }
 
 func (t *tx) Policy(scope, name string) (*registration.Policy, error) {

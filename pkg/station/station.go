@@ -132,10 +132,18 @@ func (s *Station) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if s.transit() && !s.setup.DryRun {
+		if err := w.Run.Tidy(ctx); err != nil {
+			return errors.Join(err, w.Close())
+		}
+	}
 	s.work, s.gen = w, s.gen+1
 	s.countLeft(ctx, w)
 	return nil
 }
+
+// transit reports whether stamps are at the station only until their devices have them.
+func (s *Station) transit() bool { return s.cfg.flash != nil && !s.cfg.KeepStamps }
 
 // Close ends the shift. Units in work must have ended.
 func (s *Station) Close() error {
@@ -155,14 +163,18 @@ func lost(err error) bool {
 }
 
 // with calls f with the line. When the line goes away it is opened anew, and f is called again: f finds out by the ledger what it did
-// already. A head waits for that as long as it takes; without a head it is tried once.
+// already. A head waits for that as long as it takes; without a head it is tried once. A ledger that breaks twice, or for want of
+// room, is opened anew for whoever comes next.
 func (s *Station) with(ctx context.Context, h *headState, f func(w *Work, gen int) error) error {
-	for {
+	for broke := false; ; broke = true {
 		gen, err := s.try(f)
 		if !lost(err) {
 			return err
 		}
-		if err := s.reopen(ctx, h, gen, err); err != nil {
+		if rerr := s.reopen(ctx, h, gen, err); rerr != nil {
+			return rerr
+		}
+		if errors.Is(err, ledger.ErrBroken) && (broke || errors.Is(err, ledger.ErrFull)) {
 			return err
 		}
 	}

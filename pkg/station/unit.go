@@ -93,8 +93,7 @@ func (s *Station) make(ctx context.Context, number int, serial string, given map
 	}
 	if m.unit != nil {
 		// Once the device has its key the station does not keep it; before, the next try needs it.
-		onlyTransit := s.cfg.flash != nil && !s.cfg.KeepStamps
-		if ferr := m.unit.Forget(v.Pass && onlyTransit); ferr != nil && v.Pass {
+		if ferr := m.unit.Forget(v.Pass && s.transit()); ferr != nil && v.Pass {
 			v.Detail = "the stamp could not be taken away: " + ferr.Error()
 		}
 	}
@@ -109,7 +108,9 @@ func (m *making) failed(ctx context.Context, v Verdict, err error) Verdict {
 	s.mu.Unlock()
 	v.Code, v.Detail = codeOf(v.Step, err), err.Error()
 	v.Fields = s.explain(ctx, v.Code, m.serial, err)
-	ctx = context.WithoutCancel(ctx)
+	// Written down although the shift is being stopped; but a line that is away is not waited for then.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
 	_ = s.with(ctx, nil, func(w *Work, _ int) error {
 		if refusable(v.Code) {
 			w.Refuse(ctx, m.serial, err)
@@ -491,7 +492,7 @@ func (m *making) label(ctx context.Context) error {
 			return err
 		}
 		if err := s.with(ctx, m.h, func(w *Work, _ int) error {
-			_, err := w.Ledger.AddNote(ctx, ledger.Note{Unit: m.unit.ID(), Kind: labelNote})
+			_, err := w.Ledger.AddNote(ctx, ledger.Note{Unit: m.unit.ID(), Kind: LabelNote})
 			return err
 		}); err != nil {
 			return err
@@ -507,15 +508,15 @@ func (m *making) label(ctx context.Context) error {
 // The kinds of notes that a station keeps of a unit: a try that failed, its label printed, and printed again.
 const (
 	failNote    = "fail"
-	labelNote   = "label"
-	reprintNote = "reprint"
+	LabelNote   = "label"
+	ReprintNote = "reprint"
 )
 
 // printed reports whether the unit's label came out of the printer in an earlier try. One whose note a crash lost is printed
 // again: two labels of one unit say the same.
 func (m *making) printed(ctx context.Context) (was bool, err error) {
 	err = m.s.with(ctx, m.h, func(w *Work, _ int) error {
-		notes, err := w.Ledger.Notes(ctx, m.unit.ID(), labelNote)
+		notes, err := w.Ledger.Notes(ctx, m.unit.ID(), LabelNote)
 		was = len(notes) > 0
 		return err
 	})
@@ -664,7 +665,7 @@ func (s *Station) Reprint(ctx context.Context, serial string) (copies int64, err
 		if u, err = w.Run.Finished(ctx, serial); err != nil || s.setup.DryRun {
 			return err
 		}
-		copies, err = w.Ledger.AddNote(ctx, ledger.Note{Unit: u.ID(), Kind: reprintNote, Data: []byte(s.operator)})
+		copies, err = w.Ledger.AddNote(ctx, ledger.Note{Unit: u.ID(), Kind: ReprintNote, Data: []byte(s.operator)})
 		return err
 	})
 	if errors.Is(err, ledger.ErrNotFound) {

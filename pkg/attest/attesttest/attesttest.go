@@ -32,11 +32,16 @@ type Holder struct {
 // CA signs a CA certificate; a nil parent signs itself. Edit may change the template.
 func CA(t testing.TB, parent *Holder, cn string, edit ...func(*x509.Certificate)) *Holder {
 	t.Helper()
-	h := &Holder{}
-	var err error
-	if h.Key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
 		t.Fatal(err)
 	}
+	return certify(t, parent, cn, key, edit...)
+}
+
+func certify(t testing.TB, parent *Holder, cn string, key *ecdsa.PrivateKey, edit ...func(*x509.Certificate)) *Holder {
+	t.Helper()
+	h := &Holder{Key: key}
 	c := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: cn}, NotBefore: Now.Add(-time.Hour), NotAfter: Now.Add(time.Hour),
 		BasicConstraintsValid: true, IsCA: true, MaxPathLen: -1, KeyUsage: x509.KeyUsageCertSign}
 	for _, f := range edit {
@@ -60,6 +65,12 @@ func CA(t testing.TB, parent *Holder, cn string, edit ...func(*x509.Certificate)
 func Leaf(t testing.TB, parent *Holder, cn string, edit ...func(*x509.Certificate)) *Holder {
 	t.Helper()
 	return CA(t, parent, cn, append([]func(*x509.Certificate){AsLeaf}, edit...)...)
+}
+
+// Again signs another certificate for a device's key, by another name.
+func Again(t testing.TB, parent, device *Holder, cn string) *Holder {
+	t.Helper()
+	return certify(t, parent, cn, device.Key, AsLeaf)
 }
 
 // AsLeaf makes a template a leaf's.

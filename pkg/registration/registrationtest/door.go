@@ -19,7 +19,9 @@ import (
 
 	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/attest/attesttest"
+	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/evidence"
 	"github.com/touchmark/touchmark/pkg/registration"
 	"github.com/touchmark/touchmark/pkg/sqlstore"
 )
@@ -125,6 +127,30 @@ func Signers(primary, secondary *attesttest.Holder) dps.Enrollment {
 		certs.Secondary = &dps.X509Certificate{Certificate: secondary.Base64()}
 	}
 	return dps.Enrollment{Attestation: &dps.Attestation{Type: dps.AttestationX509, X509: &dps.X509Attestation{SigningCertificates: certs}}}
+}
+
+// Import takes entries as a bundle of one station brings them; all must be taken.
+func (f *Fixture) Import(t testing.TB, entries ...bundle.Entry) {
+	t.Helper()
+	res, err := f.Service.Import(t.Context(), func(yield func(bundle.Entry, error) bool) {
+		for _, e := range entries {
+			if !yield(e, nil) {
+				return
+			}
+		}
+	}, registration.ImportConfig{Station: "station"})
+	if err != nil || res.Conflicting+res.Refused+res.Stale > 0 {
+		t.Fatalf("%+v, %v", res, err)
+	}
+}
+
+func keyHash(t testing.TB, h *attesttest.Holder) string {
+	t.Helper()
+	hash, err := evidence.KeyHash(h.Key.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return hash
 }
 
 // A Listener is where a door is served for a test.
@@ -420,6 +446,85 @@ func Doors(t *testing.T, serve func(*testing.T, *Fixture) func(testing.TB, Devic
 		}
 		refused(t, dial(t, f.ByKey("own-key", f.GroupKey)), "wrong key for a disabled enrollment")
 		refused(t, dial(t, ByCertificate("dev-3", in3.TLS(f.Mid))), "disabled group below an enabled one")
+	})
+	t.Run("closed groups", func(t *testing.T) {
+		f, dial := start(t, hub)
+		leaf := func(cn string) *attesttest.Holder { return attesttest.Leaf(t, f.Root, cn) }
+		named, old, board, lost := leaf("named"), leaf("pump-1"), leaf("pump-1"), leaf("lost-1")
+		device := func(id, group string, revision int64, h *attesttest.Holder) bundle.Entry {
+			e := bundle.Entry{Serial: strings.ToUpper(id), Revision: revision, Device: &bundle.GroupDevice{RegistrationID: id, Group: group}}
+			if h != nil {
+				e.Device.KeyHash = keyHash(t, h)
+			}
+			return e
+		}
+		gone := func(id, group string, revision int64, state bundle.State, h *attesttest.Holder) bundle.Entry {
+			e := bundle.Entry{Serial: strings.ToUpper(id), Revision: revision, Retired: &bundle.RetiredDevice{RegistrationID: id, Group: group, State: state, At: f.Now()}}
+			if h != nil {
+				e.Retired.KeyHash = keyHash(t, h)
+			}
+			return e
+		}
+		f.Import(t, device("Named", "line", 0, named), device("pump-1", "line", 0, old), device("lost-1", "line", 0, lost), device("key-1", "keys", 0, nil), device("elsewhere", "keys", 0, nil))
+		for _, id := range []string{"line", "keys"} {
+			if changed, err := f.Service.CloseGroup(t.Context(), id, true); err != nil || !changed {
+				t.Fatal(changed, err)
+			}
+		}
+		assigned(t, dial(t, ByCertificate("named", named.TLS())), "named")
+		assigned(t, dial(t, ByCertificate("pump-1", old.TLS())), "pump-1")
+		assigned(t, dial(t, f.Derived("key-1")), "key-1")
+		for _, d := range []Device{ByCertificate("NAMED", named.TLS()), f.Derived("KEY-1")} { // one device, however it writes its name
+			if _, s := register(t, dial(t, d), ""); s["status"] != "assigned" || s["registrationId"] != d.ID || s["deviceId"] != strings.ToLower(d.ID) {
+				t.Errorf("%s: %v", d.ID, s)
+			}
+		}
+		// The unit is reworked: its new board comes in, and its old one stays out. So does what was scrapped.
+		f.Import(t, gone("Pump-1", "line", 0, bundle.Reworked, old), device("Pump-1", "line", 1, board), gone("lost-1", "line", 0, bundle.Scrapped, lost), gone("key-1", "keys", 0, bundle.Scrapped, nil))
+		assigned(t, dial(t, ByCertificate("pump-1", board.TLS())), "pump-1")
+		over := leaf("over-1") // made, and never in a bundle
+		attack := func(group string) {
+			for why, d := range map[string]Device{
+				group + ": the old board":                        ByCertificate("pump-1", old.TLS()),
+				group + ": the old board, in capitals":           ByCertificate("PUMP-1", old.TLS()),
+				group + ": the old board's key, by another name": ByCertificate("over-2", attesttest.Again(t, f.Root, old, "over-2").TLS()),
+				group + ": the old board's key, certified again": ByCertificate("pump-1", attesttest.Again(t, f.Root, old, "pump-1").TLS()),
+				group + ": the scrapped key, as the named one":   ByCertificate("named", attesttest.Again(t, f.Root, lost, "named").TLS()),
+			} {
+				refused(t, dial(t, d), why)
+			}
+			for _, d := range []Device{ByCertificate("lost-1", lost.TLS()), ByCertificate("LOST-1", lost.TLS()), ByCertificate("lost-1", leaf("lost-1").TLS()), f.Derived("key-1"), f.Derived("Key-1")} {
+				if _, s := register(t, dial(t, d), ""); s["status"] != "disabled" || s["assignedHub"] != nil {
+					t.Errorf("%s: ended, %s: %v", group, d.ID, s)
+				}
+			}
+		}
+		attack("closed")
+		for why, d := range map[string]Device{
+			"never imported":                 ByCertificate("over-1", over.TLS()),
+			"never imported, in capitals":    ByCertificate("OVER-1", over.TLS()),
+			"never imported, by key":         f.Derived("key-2"),
+			"another key of a named device":  ByCertificate("named", leaf("named").TLS()),
+			"another key, in capitals":       ByCertificate("Named", leaf("Named").TLS()),
+			"named for another group":        ByCertificate("elsewhere", leaf("elsewhere").TLS()),
+			"a name with a dot behind it":    ByCertificate("over-1", leaf("named.x").TLS()),
+			"an enrolled one's group member": ByCertificate("own-key", leaf("own-key").TLS()),
+		} {
+			refused(t, dial(t, d), why)
+		}
+		for _, id := range []string{"line", "keys"} {
+			if changed, err := f.Service.CloseGroup(t.Context(), id, false); err != nil || !changed {
+				t.Fatal(changed, err)
+			}
+		}
+		assigned(t, dial(t, ByCertificate("over-1", over.TLS())), "over-1")
+		assigned(t, dial(t, f.Derived("key-2")), "key-2")
+		attack("open")
+		// An individual enrollment with a key that ended, made by hand.
+		twin := attesttest.Again(t, nil, lost, "twin")
+		f.Put(t, registration.Individual, "twin", dps.Enrollment{Attestation: &dps.Attestation{Type: dps.AttestationX509,
+			X509: &dps.X509Attestation{ClientCertificates: &dps.X509Certificates{Primary: &dps.X509Certificate{Certificate: twin.Base64()}}}}})
+		refused(t, dial(t, ByCertificate("twin", twin.TLS())), "a key that ended, enrolled by hand")
 	})
 	t.Run("no hub", func(t *testing.T) { // DPS-D 12, 30
 		f, dial := start(t)

@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"sync"
 	"testing"
+	"time"
 
+	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/registration"
 )
@@ -15,7 +17,7 @@ import (
 // Run runs the suite on a store that open returns; each call gives an empty one.
 func Run(t *testing.T, open func(t *testing.T) registration.Store) {
 	for name, f := range map[string]func(*testing.T, registration.Store){
-		"records": records, "certificates": certificates, "registrations": registrations, "scopes": scopes, "updates": updates, "devices": devices,
+		"records": records, "certificates": certificates, "registrations": registrations, "scopes": scopes, "updates": updates, "devices": devices, "orders": orders, "endings": endings,
 	} {
 		t.Run(name, func(t *testing.T) { f(t, open(t)) })
 	}
@@ -107,6 +109,17 @@ func certificates(t *testing.T, s registration.Store) {
 	other := &registration.Record{Kind: registration.Individual, ID: "dev", Document: []byte(`{}`), Certificates: g.Certificates}
 	if err := s.Update(t.Context(), func(tx registration.Tx) error { return tx.PutRecord("scope", other) }); !errors.Is(err, registration.ErrConflict) {
 		t.Errorf("one certificate in two enrollments: %v", err)
+	}
+	free := registration.Certificate{Fingerprint: sha256.Sum256([]byte("free")), Subject: cert.Subject}
+	fresh := &registration.Record{Kind: registration.Individual, ID: "fresh", Document: []byte(`{}`), Fresh: true, Certificates: []registration.Certificate{free, cert}}
+	if err := s.Update(t.Context(), func(tx registration.Tx) error {
+		if err := tx.PutRecord("scope", fresh); !errors.Is(err, registration.ErrConflict) {
+			t.Errorf("one certificate in two enrollments, the second a fresh one: %v", err)
+		}
+		fresh.Certificates = fresh.Certificates[:1]
+		return tx.PutRecord("scope", fresh) // of the first try nothing is left
+	}); err != nil {
+		t.Error(err)
 	}
 	update(t, s, func(tx registration.Tx) error { return tx.DeleteRecord("scope", registration.Group, "ca") })
 	update(t, s, func(tx registration.Tx) error { return tx.PutRecord("scope", other) })
@@ -212,10 +225,160 @@ func updates(t *testing.T, s registration.Store) {
 }
 
 func devices(t *testing.T, s registration.Store) {
-	d := registration.Device{ID: "dev", Group: "g", Serial: "SN", KeyHash: "0a"}
+	d := registration.Device{ID: "dev", Group: "g", Serial: "SN", KeyHash: "0a", Revision: -1, Ended: 3, State: bundle.Scrapped, Station: "st", Moved: true, Seen: true, Disabled: true}
 	update(t, s, func(tx registration.Tx) error { return tx.PutDevice("scope", &d) })
 	view(t, s, func(tx registration.Tx) error {
 		if got, err := tx.Device("scope", "dev"); err != nil || *got != d {
+			t.Errorf("%+v, %v", got, err)
+		}
+		return nil
+	})
+}
+
+func orders(t *testing.T, s registration.Store) {
+	device := func(id, serial, grant string) *registration.Device {
+		return &registration.Device{ID: id, Serial: serial, Grant: grant, Station: "st"}
+	}
+	update(t, s, func(tx registration.Tx) error {
+		errs := []error{
+			tx.PutGrant("scope", &registration.Grant{ID: "PO-1", Order: "PO-1", Station: "st", Quantity: 9, Digest: "d", Document: []byte("document")}),
+			tx.PutGrant("scope", &registration.Grant{ID: "PO-1/a", Order: "PO-1", Station: "su", Quantity: 3, Digest: "e", Document: []byte("lease")}),
+			tx.PutGrant("scope", &registration.Grant{ID: "PO-2", Order: "PO-2", Quantity: 1, Digest: "f", Document: []byte("other")}),
+			tx.PutGrant("other", &registration.Grant{ID: "PO-1", Order: "PO-1", Quantity: 1, Digest: "g", Document: []byte("of another scope")}),
+			tx.AddToGrant("scope", "PO-1", registration.Tally{Used: 1, Imported: 2, Seen: 3, Refused: 4, Voided: 5, Reworked: 6, Scrapped: 7, Returned: 8}),
+			tx.AddToGrant("scope", "PO-1", registration.Tally{Used: 1, Refused: -4}),
+		}
+		for i := range 5 {
+			d := device(fmt.Sprint("dev-", i), fmt.Sprint("S", i), "PO-1/a")
+			d.Seen, d.Ended = i == 1, int64(i/3)
+			errs = append(errs, tx.PutDevice("scope", d))
+		}
+		return errors.Join(append(errs, tx.PutDevice("scope", device("free", "S1", "")), tx.PutDevice("scope", device("dev-9", "S9", "PO-2")))...)
+	})
+	if err := s.Update(t.Context(), func(tx registration.Tx) error { return tx.AddToGrant("scope", "PO-3", registration.Tally{}) }); !errors.Is(err, registration.ErrNotFound) {
+		t.Errorf("to a grant that is not there: %v", err)
+	}
+	if err := s.Update(t.Context(), func(tx registration.Tx) error { return tx.PutDevice("scope", device("copy", "S1", "PO-2")) }); !errors.Is(err, registration.ErrConflict) {
+		t.Errorf("one serial in two orders: %v", err)
+	}
+	view(t, s, func(tx registration.Tx) error {
+		g, err := tx.Grant("scope", "PO-1")
+		if err != nil || g.Quantity != 9 || g.Digest != "d" || g.Station != "st" ||
+			g.Tally != (registration.Tally{Used: 2, Imported: 2, Seen: 3, Voided: 5, Reworked: 6, Scrapped: 7, Returned: 8}) {
+			t.Errorf("%+v, %v", g, err)
+		}
+		if b, err := tx.GrantDocument("scope", "PO-1"); err != nil || string(b) != "document" {
+			t.Errorf("document %s, %v", b, err)
+		}
+		_, err = tx.Grant("scope", "PO-1/b")
+		if _, err2 := tx.GrantDocument("scope", "PO-1/b"); !errors.Is(err, registration.ErrNotFound) || !errors.Is(err2, registration.ErrNotFound) {
+			t.Errorf("no such lease: %v, %v", err, err2)
+		}
+		all, err := tx.Orders("scope", "", 10)
+		if err != nil || len(all) != 2 || all[0].ID != "PO-1" || all[0].Used != 2 {
+			t.Errorf("%v, %v", all, err)
+		}
+		if all, err = tx.Orders("scope", "PO-1", 10); err != nil || len(all) != 1 {
+			t.Errorf("behind the first: %v, %v", all, err)
+		}
+		if all, err = tx.Leases("scope", "PO-1", "", 10); err != nil || len(all) != 1 || all[0].ID != "PO-1/a" {
+			t.Errorf("leases: %v, %v", all, err)
+		}
+		if d, err := tx.DeviceBySerial("scope", "S1"); err != nil || d.ID != "dev-1" || d.Grant != "PO-1/a" || d.Order() != "PO-1" {
+			t.Errorf("by serial: %v, %v", d, err)
+		}
+		for _, serial := range []string{"S7", ""} {
+			if _, err := tx.DeviceBySerial("scope", serial); !errors.Is(err, registration.ErrNotFound) {
+				t.Errorf("by serial %q: %v", serial, err)
+			}
+		}
+		if d, err := tx.Devices("scope", "PO-1", false, "dev-0", 3); err != nil || len(d) != 3 || d[0].ID != "dev-1" {
+			t.Errorf("devices: %v, %v", d, err)
+		}
+		if d, err := tx.Devices("scope", "PO-1", true, "", 10); err != nil || len(d) != 2 || d[1].ID != "dev-2" { // 1 was seen, 3 and 4 ended
+			t.Errorf("unseen: %v, %v", d, err)
+		}
+		if d, err := tx.Devices("scope", "", true, "", 10); err != nil || len(d) != 0 {
+			t.Errorf("of no order: %v, %v", d, err)
+		}
+		return nil
+	})
+	update(t, s, func(tx registration.Tx) error {
+		moved := device("dev-0", "S0", "PO-1/a")
+		moved.Moved = true
+		return errors.Join(tx.PutDevice("scope", moved), tx.PutDevice("scope", device("heir", "S0", "PO-1/a")))
+	})
+	refusal := registration.Refusal{Order: "PO-1", ID: "dev-7", Serial: "S7", Station: "st", Reason: "spent", At: time.Unix(1767225600, 5).UTC()}
+	update(t, s, func(tx registration.Tx) error {
+		if kept, err := tx.PutRefusal("scope", &refusal); err != nil || !kept {
+			t.Errorf("%v, %v", kept, err)
+		}
+		again := refusal
+		again.Reason = "another"
+		if kept, err := tx.PutRefusal("scope", &again); err != nil || kept {
+			t.Errorf("again: %v, %v", kept, err)
+		}
+		if gone, err := tx.DeleteRefusal("scope", "PO-1", "dev-7", "su"); err != nil || gone {
+			t.Errorf("another station's: %v, %v", gone, err)
+		}
+		return nil
+	})
+	view(t, s, func(tx registration.Tx) error {
+		if got, err := tx.Refusals("scope", "PO-1", "", 10); err != nil || len(got) != 1 || *got[0] != refusal {
+			t.Errorf("%+v, %v", got, err)
+		}
+		for _, key := range [][3]string{{"scope", "PO-2", ""}, {"other", "PO-1", ""}, {"scope", "PO-1", "dev-7"}} {
+			if got, err := tx.Refusals(key[0], key[1], key[2], 10); err != nil || len(got) != 0 {
+				t.Errorf("%v: %+v, %v", key, got, err)
+			}
+		}
+		return nil
+	})
+	update(t, s, func(tx registration.Tx) error {
+		if gone, err := tx.DeleteRefusal("scope", "PO-1", "dev-7", "st"); err != nil || !gone {
+			t.Errorf("%v, %v", gone, err)
+		}
+		return nil
+	})
+}
+
+func endings(t *testing.T, s registration.Store) {
+	has := func(want bool) {
+		t.Helper()
+		view(t, s, func(tx registration.Tx) error {
+			if any, err := tx.HasEndings("scope"); err != nil || any != want {
+				t.Errorf("%v, %v", any, err)
+			}
+			return nil
+		})
+	}
+	has(false)
+	e := registration.Ending{ID: "dev", Revision: 2, KeyHash: "0a", State: bundle.Scrapped, Reason: "burnt", At: time.Unix(1767225600, 0).UTC(), Station: "st"}
+	update(t, s, func(tx registration.Tx) error {
+		return errors.Join(tx.PutEnding("scope", &e), tx.PutEnding("scope", &registration.Ending{ID: "keyless", State: bundle.Voided, At: e.At}))
+	})
+	e.State, e.Reason = bundle.Returned, "shown"
+	update(t, s, func(tx registration.Tx) error { return tx.PutEnding("scope", &e) })
+	has(true)
+	view(t, s, func(tx registration.Tx) error {
+		if got, err := tx.Ending("scope", "dev", 2, "0a"); err != nil || *got != e {
+			t.Errorf("%+v, %v", got, err)
+		}
+		if _, err := tx.Ending("scope", "dev", 1, "0a"); !errors.Is(err, registration.ErrNotFound) {
+			t.Errorf("another revision: %v", err)
+		}
+		for key, want := range map[[2]string]bool{{"scope", "0a"}: true, {"scope", "0b"}: false, {"scope", ""}: false, {"other", "0a"}: false} {
+			if ended, err := tx.KeyEnded(key[0], key[1]); err != nil || ended != want {
+				t.Errorf("key %v: %v, %v", key, ended, err)
+			}
+		}
+		return nil
+	})
+	g := group("closed")
+	g.Closed = true
+	update(t, s, func(tx registration.Tx) error { return tx.PutRecord("scope", g) })
+	view(t, s, func(tx registration.Tx) error {
+		if got, err := tx.Record("scope", registration.Group, "closed"); err != nil || !got.Closed {
 			t.Errorf("%+v, %v", got, err)
 		}
 		return nil
