@@ -437,10 +437,6 @@ func (d *Desk) start(serial string) {
 	if d.ending {
 		return
 	}
-	if !d.s.hasFreeHead() {
-		d.say(CodeBusy, nil)
-		return
-	}
 	d.work.Add(1)
 	go func() {
 		defer d.work.Done()

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/hsm/signed"
 	"github.com/touchmark/touchmark/hsm/tpm/residency"
 	"github.com/touchmark/touchmark/pkg/filelock"
 	"github.com/touchmark/touchmark/pkg/fixture"
@@ -602,10 +603,8 @@ func (s *Station) Scan(text string) bool {
 			break
 		}
 	}
-	if !matched && err == nil && scan.Bare {
-		if s.hasFreeHead() {
-			return false // the next unit, most likely
-		}
+	if !matched && err == nil && scan.Bare && (s.hasFreeHead() || s.working(scan.Serial)) {
+		return false // the next unit, most likely, or the one on another head once more
 	}
 	select {
 	case h.scans <- text:
@@ -638,6 +637,13 @@ func (s *Station) stuck(after int) (Head, bool) {
 		}
 	}
 	return Head{}, false
+}
+
+func (s *Station) working(serial string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, busy := s.inWork[serial]
+	return busy
 }
 
 func (s *Station) hasFreeHead() bool {
@@ -749,7 +755,8 @@ func codeOf(step Step, err error) Code {
 	}{
 		{ledger.ErrSpent, CodeOrderSpent}, {ledger.ErrNotOpen, CodeOrderEarly}, {ledger.ErrExpired, CodeOrderExpired}, {ledger.ErrClosed, CodeOrderClosed},
 		{ledger.ErrNoGrant, CodeNoOrder}, {ledger.ErrOtherGrant, CodeOrderProfile}, {order.ErrSerial, CodeNotInOrder}, {order.ErrStation, CodeOrderStation},
-		{order.ErrProduct, CodeOrderProfile}, {ledger.ErrScrapped, CodeScrapped}, {mint.ErrElsewhere, CodeElsewhere},
+		{order.ErrProduct, CodeOrderProfile}, {order.ErrInvalid, CodeOrderForged}, {signed.ErrCorrupt, CodeOrderForged}, {signed.ErrUntrusted, CodeOrderForged},
+		{ledger.ErrScrapped, CodeScrapped}, {mint.ErrElsewhere, CodeElsewhere},
 		{hsm.ErrClaimed, CodeLocked}, {filelock.ErrLocked, CodeLocked}, {hsm.ErrLost, CodeToken},
 		{ledger.ErrClock, CodeClock}, {ledger.ErrRolledBack, CodeAnchor}, {ledger.ErrAnchor, CodeAnchor},
 		{ledger.ErrFull, CodeDisk}, {stamp.ErrFull, CodeDisk}, {mint.ErrNoSpace, CodeDisk},
