@@ -301,12 +301,14 @@ const crlFile = "crl.pem"
 // writeCRL writes the list of revoked certificates from the ledger.
 func (f *floor) writeCRL(ctx context.Context) error {
 	var revoked []ca.Revoked
-	for u, err := range f.ledger.Retired(ctx, "") {
+	number := int64(0) // the ledger's entry of the last ending: it grows with each
+	for u, err := range f.ledger.Endings(ctx) {
 		if err != nil {
 			return err
 		}
 		if u.Ending.Certificate != "" {
 			revoked = append(revoked, ca.Revoked{SerialNumber: u.Ending.Certificate, At: u.Ended, Reason: revocationReason[u.State]})
+			number = max(number, u.EndedLeaf)
 		}
 	}
 	if len(revoked) == 0 {
@@ -316,7 +318,7 @@ func (f *floor) writeCRL(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	crl, err := issuer.CRL(revoked, time.Now())
+	crl, err := issuer.CRL(revoked, number, time.Now())
 	if err != nil {
 		return err
 	}

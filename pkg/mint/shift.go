@@ -105,6 +105,12 @@ func (r *Run) Unit(ctx context.Context, row Row) (*Unit, error) {
 	if err := r.r.work(ctx, units); err != nil {
 		return nil, err
 	}
+	if d := &units[0]; r.r.GroupKey != nil && d.symmetric == nil {
+		// Taken up behind the step that derives it: what must not be shown has to be known.
+		if d.symmetric, err = r.r.GroupKey.MAC(ctx, make([]byte, 0, sha256.Size), []byte(row.RegistrationID)); err != nil {
+			return nil, err
+		}
+	}
 	return u, nil
 }
 
