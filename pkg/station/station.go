@@ -87,7 +87,6 @@ type Station struct {
 type headState struct {
 	Head
 	scans chan string // what was scanned while it asks for its label
-	row   mint.Row
 }
 
 // New makes a station. A shift is begun by [Station.Begin].
