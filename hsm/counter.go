@@ -69,6 +69,20 @@ type Counter interface {
 	TakeOver(ctx context.Context, c Claim) error
 }
 
+// A MarkedCounter keeps a mark with its value: what the caller means by it. It tells two who each went on from the same value apart,
+// one of whom only believes that the counter was moved for it. PKCS#11 tokens have them; the counters of TPMs are numbers and no
+// more.
+type MarkedCounter interface {
+	Counter
+	// IncrementMarked is Increment, and has the next value keep a mark: at most 128 printable ASCII characters.
+	IncrementMarked(ctx context.Context, from uint64, mark string) (uint64, error)
+	// Mark returns the mark of the value that the counter stands at; empty for one that has none.
+	Mark(ctx context.Context) (string, error)
+}
+
+// MaxMark bounds a mark.
+const MaxMark = 128
+
 // ValidCounterName reports whether a counter may be called that.
 func ValidCounterName(name string) bool { return ValidName(name) && len(name) <= 32 }
 

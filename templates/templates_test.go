@@ -87,7 +87,7 @@ func TestOwnTemplates(t *testing.T) {
 	if text, err := templates.Certificate("device", own); err != nil || !strings.Contains(text, "mine") {
 		t.Errorf("the line's own template does not come first: %q, %v", text, err)
 	}
-	if len(templates.Profiles()) != 4 {
+	if len(templates.Profiles()) != 6 {
 		t.Errorf("profiles: %v", templates.Profiles())
 	}
 }

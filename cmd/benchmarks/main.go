@@ -72,7 +72,7 @@ func main() {
 		run  func()
 	}{
 		{"mint-x509", func() { b.mintX509("mint-x509", temp) }}, {"mint-x509-disk", func() { b.mintX509("mint-x509-disk", disk) }},
-		{"mint-x509-token", b.mintX509Token},
+		{"mint-x509-token", b.mintX509Token}, {"mint-nvs", func() { b.mintNVS("mint-nvs", "# encrypted") }}, {"mint-nvs-encrypted", func() { b.mintNVS("mint-nvs-encrypted", "encrypted") }},
 		{"derive", func() { b.derive("derive", temp) }}, {"derive-disk", func() { b.derive("derive-disk", disk) }}, {"derive-token", b.deriveToken},
 		{"token-sign", b.tokenSign}, {"token-hmac", b.tokenHMAC}, {"token-keygen", b.tokenKeygen}, {"token-crowded", b.tokenCrowded},
 		{"tpm-create", b.tpmCreate}, {"tpm-sign", b.tpmSign},
@@ -203,9 +203,13 @@ func newKeyFiles() hsm.Store {
 
 // mintRun mints n devices as the command does, in a fresh ledger, and returns devices per second.
 func (f *factory) mintRun(profile string, n int, stamps bool) float64 {
+	return f.mintProfile(profile, templates.Profiles()[profile], n, stamps)
+}
+
+func (f *factory) mintProfile(profile, text string, n int, stamps bool) float64 {
 	ctx := context.Background()
 	dir := must(os.MkdirTemp(f.dir, "run-*"))
-	p := must(mint.LoadProfile(profile, strings.NewReader(templates.Profiles()[profile])))
+	p := must(mint.LoadProfile(profile, strings.NewReader(text)))
 	var csv strings.Builder
 	csv.WriteString("serial\n")
 	for i := range n {
@@ -258,6 +262,15 @@ func (b *bench) mintX509(name, in string) {
 			must(x509.CreateCertificate(rand.Reader, leaf, parent, key.Public(), caKey))
 		})
 	})
+}
+
+// mint-nvs, mint-nvs-encrypted: x509 devices with an image of an ESP32's NVS partition each; against the same devices without.
+func (b *bench) mintNVS(name, encrypted string) {
+	f := newFactory(newKeyFiles(), temp)
+	defer f.close()
+	n := 2000 * b.scale
+	text := strings.Replace(templates.Profiles()["esp32-nvs"], "# encrypted", encrypted, 1)
+	b.compare(name, "devices/s", func() float64 { return f.mintProfile("esp32-nvs", text, n, true) }, func() float64 { return f.mintRun("x509-group", n, true) })
 }
 
 // mint-x509-token: the same with the CA in SoftHSM; against making a key and one C_Sign in a loop on all cores.

@@ -182,7 +182,7 @@ func classify(ctx context.Context, err error) (code int, help string) {
 		return exitRefused, help
 	case errors.As(err, &refused), errors.As(err, &denied):
 		return exitRefused, help
-	case errors.As(err, &granted), errors.Is(err, order.ErrStation), errors.Is(err, order.ErrProduct), errors.Is(err, order.ErrSerial), errors.Is(err, ledger.ErrScrapped):
+	case errors.As(err, &granted), errors.Is(err, order.ErrStation), errors.Is(err, order.ErrProduct), errors.Is(err, order.ErrCounter), errors.Is(err, order.ErrSerial), errors.Is(err, ledger.ErrScrapped):
 		suggest("touchmark order list shows what may be made here; the owner signs what is missing")
 		return exitRefused, help
 	case errors.Is(err, ledger.ErrRolledBack):
@@ -199,7 +199,7 @@ func classify(ctx context.Context, err error) (code int, help string) {
 	case errors.Is(err, evidence.ErrResidency):
 		suggest("mint with a profile whose keys are made in a token or TPM, or take the bundle without --require-residency")
 		return exitUnverified, help
-	case errors.Is(err, signed.ErrCorrupt):
+	case errors.Is(err, signed.ErrCorrupt), errors.Is(err, errNoImage):
 		return exitUnverified, help
 	case errors.Is(err, ledger.ErrStation):
 		suggest("name the public key of the station that keeps this ledger with --trust")

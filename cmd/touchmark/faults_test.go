@@ -26,6 +26,8 @@ import (
 	"github.com/touchmark/touchmark/hsm/hsmtest"
 	"github.com/touchmark/touchmark/hsm/sealing"
 	"github.com/touchmark/touchmark/pkg/attest"
+	"github.com/touchmark/touchmark/pkg/stamp/nvs"
+	"github.com/touchmark/touchmark/templates"
 )
 
 var (
@@ -88,8 +90,11 @@ func newLine(t *testing.T, uri hsm.URI) (dir string) {
 	t.Helper()
 	dir = t.TempDir()
 	touchmark(t, dir, "init", "line", "--id-scope", "0ne00112233", "--key-uri", uri.String())
-	if err := os.WriteFile(filepath.Join(dir, "line", "profiles", "token.toml"), []byte(tokenProfile), 0o644); err != nil {
-		t.Fatal(err)
+	encrypted := strings.Replace(templates.Profiles()["esp32-nvs"], `# encrypted = "random"`, `encrypted = "random"`, 1)
+	for name, text := range map[string]string{"token": tokenProfile, "encrypted": encrypted} {
+		if err := os.WriteFile(filepath.Join(dir, "line", "profiles", name+".toml"), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
 	}
 	return dir
 }
@@ -104,7 +109,7 @@ func TestMintSurvivesKill(t *testing.T) {
 	for _, x := range []struct {
 		profile     string
 		size, kills int
-	}{{"x509-group", 1000, 50}, {"token", 250, 50}, {"symmetric-individual", 1000, 25}, {"symmetric-group", 1000, 25}} {
+	}{{"x509-group", 1000, 50}, {"token", 250, 50}, {"encrypted", 300, 25}, {"symmetric-individual", 1000, 25}, {"symmetric-group", 1000, 25}} {
 		t.Run(x.profile, func(t *testing.T) {
 			dir := newTokenLine(t)
 			importGroupKey(t, dir)
@@ -277,7 +282,7 @@ func checkStamps(t *testing.T, stamps, profile string, keys map[string]bool) int
 			continue
 		}
 		var leaf *x509.Certificate
-		if profile == "x509-group" {
+		if profile != "token" {
 			key, err := os.ReadFile(filepath.Join(dir, "device-key.pem"))
 			if err != nil {
 				t.Fatal(err)
@@ -288,6 +293,9 @@ func checkStamps(t *testing.T, stamps, profile string, keys map[string]bool) int
 				continue
 			}
 			leaf = pair.Leaf
+			if profile == "encrypted" {
+				checkNVS(t, dir, chain, key)
+			}
 		} else if certs, err := readCertificates(filepath.Join(dir, "device-chain.pem")); err != nil {
 			t.Error(err)
 			continue
@@ -300,6 +308,27 @@ func checkStamps(t *testing.T, stamps, profile string, keys map[string]bool) int
 		}
 	}
 	return len(entries)
+}
+
+// checkNVS holds a unit's image against the files beside it.
+func checkNVS(t *testing.T, dir string, chain, key []byte) {
+	t.Helper()
+	image, err := os.ReadFile(filepath.Join(dir, "nvs.bin"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	partition, err := os.ReadFile(filepath.Join(dir, "nvs.bin.keys"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys, err := nvs.ParseKeys(partition)
+	if err != nil {
+		t.Fatalf("%s: %v", dir, err)
+	}
+	entries, err := nvs.Parse(image, keys)
+	if err != nil || len(entries) != 5 || entries[3].Value != string(chain) || entries[4].Value != string(key) {
+		t.Errorf("%s: the image has %v, %v", dir, entries, err)
+	}
 }
 
 // smallDisk mounts a file system of that size.

@@ -154,6 +154,9 @@ func (a *app) runInit(ctx context.Context, o *initOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	if len(o.owners) > 0 && o.counter == "" {
+		a.note("warning: nothing tells the line's ledger from a copy of it, and two copies make an order twice before the service notices: say --counter NAME, which needs a token")
+	}
 	if err := made.copyOwners(o.owners); err != nil {
 		return err
 	}

@@ -50,6 +50,14 @@ func TestScripts(t *testing.T) {
 		Setup: func(e *testscript.Env) error {
 			e.Setenv("TOUCHMARK_PASSPHRASE", "words for a test")
 			e.Setenv("HOME", e.WorkDir)
+			if dir := os.Getenv("TOUCHMARK_ESP_NVS"); dir != "" {
+				e.Setenv("TOUCHMARK_ESP_NVS", dir)
+				script, err := filepath.Abs(filepath.Join("..", "..", "pkg", "stamp", "nvs", "testdata", "espressif.py"))
+				if err != nil {
+					return err
+				}
+				e.Setenv("ESPRESSIF", script)
+			}
 			e.Values["swtpm"] = make(map[string]*exec.Cmd)
 			return nil
 		},
@@ -57,8 +65,12 @@ func TestScripts(t *testing.T) {
 			"softhsm": softhsmCmd, "serve": serveCmd, "serials": serialsCmd, "flip": flipCmd, "swtpm": swtpmCmd, "exits": exitsCmd, "stdout2file": saveCmd,
 		},
 		Condition: func(cond string) (bool, error) {
-			if cond == "root" {
+			switch cond {
+			case "root":
 				return os.Geteuid() == 0, nil
+			case "espressif": // its generator is here
+				st, err := os.Stat(os.Getenv("TOUCHMARK_ESP_NVS"))
+				return err == nil && st.IsDir(), nil
 			}
 			return false, fmt.Errorf("unknown condition %q", cond)
 		},

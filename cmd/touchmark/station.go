@@ -11,9 +11,11 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -21,7 +23,6 @@ import (
 
 	"github.com/touchmark/touchmark/pkg/fixture"
 	"github.com/touchmark/touchmark/pkg/hook"
-	"github.com/touchmark/touchmark/pkg/label"
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/mint"
 	"github.com/touchmark/touchmark/pkg/order"
@@ -29,7 +30,6 @@ import (
 	"github.com/touchmark/touchmark/pkg/station/screen"
 	"github.com/touchmark/touchmark/pkg/station/texts"
 	"github.com/touchmark/touchmark/pkg/yield"
-	"github.com/touchmark/touchmark/templates"
 )
 
 // The files of a station, in its line's directory.
@@ -134,6 +134,10 @@ func (a *app) openBench(ctx context.Context, o *stationOptions) (_ *bench, err e
 	if b.profile, b.hash, err = l.profile(b.cfg.Profile); err != nil {
 		return nil, err
 	}
+	if b.profile.HasSecrets() && len(b.cfg.Flash) > 0 && !b.cfg.KeepStamps {
+		return nil, hint(usageError{fmt.Errorf("profile %s makes a key for each device that the bundle must carry, and the station would take it away after PASS", b.profile.Name)},
+			"set keep-stamps = true; once the bundle is exported, what is in %s may go", l.path(unitsDir))
+	}
 	if o.out == "" {
 		o.out = l.path(unitsDir)
 	}
@@ -148,11 +152,7 @@ func (a *app) openBench(ctx context.Context, o *stationOptions) (_ *bench, err e
 		return nil, err
 	}
 	if t := b.cfg.Label.Template; t != "" {
-		text, err := templates.Label(t, l.templateFS())
-		if err != nil {
-			return nil, usageError{err}
-		}
-		if b.setup.Label, err = label.Parse(t, strings.NewReader(text)); err != nil {
+		if b.setup.Label, err = loadLabel(t, l.templateFS()); err != nil {
 			return nil, err
 		}
 	}
@@ -256,14 +256,20 @@ func (b *bench) open(ctx context.Context, shift, operator string) (_ *station.Wo
 			_, _, err := f.retire(ctx, serial, state, why)
 			return err
 		},
-		Refuse: func(ctx context.Context, serial string, why error) { f.refuse(ctx, g, serial, why) },
-		Close:  func() error { return errors.Join(run.Close(), f.closeLedger()) },
+		Refuse: func(ctx context.Context, serial string, why error) {
+			if !b.o.dryRun {
+				f.refuse(ctx, g, serial, why)
+			}
+		},
+		Close: func() error { return errors.Join(run.Close(), f.closeLedger()) },
 	}
 	if g != nil {
 		w.Grant = g.ID()
-		w.Leased, err = f.leasedSerials(ctx, g.ID())
+		if w.Leased, err = f.leasedSerials(ctx, g.ID()); err != nil {
+			return nil, errors.Join(err, run.Close())
+		}
 	}
-	return w, err
+	return w, nil
 }
 
 // openHooks opens what tells the factory's system.
@@ -397,6 +403,8 @@ func (a *app) stationJSON(ctx context.Context, o *stationOptions, st *station.St
 	if o.operator == "" {
 		return usageError{errors.New("--json asks nobody for a badge: say who works with --operator")}
 	}
+	// Whoever reads the answers may go away: their units go on.
+	signal.Ignore(syscall.SIGPIPE)
 	if err := st.Ready(ctx, o.operator); err != nil {
 		return err
 	}
@@ -404,8 +412,13 @@ func (a *app) stationJSON(ctx context.Context, o *stationOptions, st *station.St
 		return st.Serve(ctx, a.in, a.out)
 	}
 	// What a station that was killed left there is in the way; a live one holds the ledger, so it is not here.
-	if err := os.Remove(o.socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+	if st, err := os.Lstat(o.socket); err == nil {
+		if st.Mode()&fs.ModeSocket == 0 {
+			return usageError{fmt.Errorf("--socket %s is there, and is no socket", o.socket)}
+		}
+		if err := os.Remove(o.socket); err != nil {
+			return err
+		}
 	}
 	ln, err := net.Listen("unix", o.socket)
 	if err != nil {
@@ -430,7 +443,7 @@ func (a *app) stationJSON(ctx context.Context, o *stationOptions, st *station.St
 		}
 		eg.Go(func() error {
 			defer conn.Close()
-			defer context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })()
+			defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Now().Add(time.Second)) })()
 			return st.Serve(ctx, conn, conn)
 		})
 	}
@@ -475,15 +488,12 @@ func (a *app) stationScreen(ctx context.Context, b *bench, st *station.Station) 
 		return err
 	}
 	locale := strings.ToUpper(firstOf(a.getenv("LC_ALL"), a.getenv("LC_CTYPE"), a.getenv("LANG")))
-	// The shift goes on to its end when the terminal is taken away, but takes nothing new.
 	desk := station.NewDesk(context.WithoutCancel(ctx), st, operators, golden)
-	defer context.AfterFunc(ctx, func() { desk.Function(station.End); desk.Input("") })()
 	err = screen.Run(ctx, screen.Config{
 		Station: desk, Texts: words, In: in, Out: a.out, Term: a.getenv("TERM"), Color: a.colored(a.out),
 		ASCII: b.o.ascii || !strings.Contains(locale, "UTF-8") && !strings.Contains(locale, "UTF8"),
 	})
-	desk.Finish()
-	return err
+	return errors.Join(err, desk.Finish())
 }
 
 func firstOf(words ...string) string {

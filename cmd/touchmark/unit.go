@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -181,7 +182,7 @@ func (a *app) runUnitShow(ctx context.Context, dir, serial string) (err error) {
 		if err != nil {
 			return err
 		}
-		notes, err := led.Notes(ctx, u.ID, reprintNote)
+		notes, err := led.Notes(ctx, u.ID, station.ReprintNote)
 		all = append(all, unitLine{Unit: u, KeyHash: hex.EncodeToString(u.KeyHash), Profile: job.Profile, Order: job.Grant, Operator: job.Operator, Ended: ended, Ending: why, Reprints: len(notes)})
 		return err
 	}
@@ -223,9 +224,6 @@ func (a *app) runUnitShow(ctx context.Context, dir, serial string) (err error) {
 	return a.table([]string{"REVISION", "REGISTRATION ID", "STATE", "BEGUN", "BY", "ORDER", "KEY", "ENDED"}, rows)
 }
 
-// reprintNote is the kind of the notes that count labels printed again.
-const reprintNote = "reprint"
-
 func newUnitReturn(a *app) *cobra.Command {
 	var dir, permit, operator string
 	c := &cobra.Command{
@@ -260,9 +258,6 @@ func (f *floor) giveUnitsBack(ctx context.Context, serials []string, permit, ope
 	why := ledger.Ending{Reason: clip(p.Reason, 200), Operator: operator, Proof: hex.EncodeToString(sum[:])}
 	var events []ledger.Event
 	for _, serial := range serials {
-		if !slices.Contains(p.Serials, serial) {
-			return fmt.Errorf("%w: the permit does not name %s", order.ErrSerial, serial)
-		}
 		var last ledger.RetiredUnit
 		for u, err := range f.ledger.Retired(ctx, serial) {
 			if err != nil {
@@ -277,10 +272,18 @@ func (f *floor) giveUnitsBack(ctx context.Context, serials []string, permit, ope
 		if err != nil {
 			return err
 		}
-		if name, _, _ := strings.Cut(job.Grant, "/"); name != p.Order {
-			return fmt.Errorf("%w: %s was made on %q, the permit is for %s", order.ErrProduct, serial, job.Grant, p.Order)
+		if name, _, _ := strings.Cut(job.Grant, "/"); !p.Covers(name, serial, last.Revision) {
+			return fmt.Errorf("%w: the permit is not for %s, revision %d, of order %s", order.ErrSerial, serial, last.Revision, orDash(name))
 		}
-		events = append(events, ledger.Event{State: ledger.Returned, Unit: last.ID, Data: why.Encode()})
+		mine := why
+		mine.Certificate = last.Ending.Certificate // it stays revoked
+		events = append(events, ledger.Event{State: ledger.Returned, Unit: last.ID, Data: mine.Encode()})
+	}
+	// The permit first: the service asks for it, and one that nothing was returned on does no harm.
+	for _, e := range events {
+		if _, err := f.ledger.AddNote(ctx, ledger.Note{Unit: e.Unit, Kind: mint.PermitNote, Data: bytes.TrimSuffix(b, []byte("\n"))}); err != nil {
+			return err
+		}
 	}
 	if err := f.ledger.Commit(ctx, events); err != nil {
 		return err
@@ -298,12 +301,14 @@ const crlFile = "crl.pem"
 // writeCRL writes the list of revoked certificates from the ledger.
 func (f *floor) writeCRL(ctx context.Context) error {
 	var revoked []ca.Revoked
-	for u, err := range f.ledger.Retired(ctx, "") {
+	number := int64(0) // the ledger's entry of the last ending: it grows with each
+	for u, err := range f.ledger.Endings(ctx) {
 		if err != nil {
 			return err
 		}
 		if u.Ending.Certificate != "" {
 			revoked = append(revoked, ca.Revoked{SerialNumber: u.Ending.Certificate, At: u.Ended, Reason: revocationReason[u.State]})
+			number = max(number, u.EndedLeaf)
 		}
 	}
 	if len(revoked) == 0 {
@@ -313,7 +318,7 @@ func (f *floor) writeCRL(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	crl, err := issuer.CRL(revoked, time.Now())
+	crl, err := issuer.CRL(revoked, number, time.Now())
 	if err != nil {
 		return err
 	}

@@ -68,6 +68,7 @@ type counterState struct {
 	Step    uint64     `json:"step"`
 	Value   uint64     `json:"value"`
 	Nonce   string     `json:"nonce"`
+	Mark    string     `json:"mark,omitempty"`
 	Claim   *hsm.Claim `json:"claim,omitempty"`
 }
 
@@ -89,6 +90,8 @@ func parseState(name string, b []byte) (counterState, error) {
 		return st, fmt.Errorf("a state of counter %q", st.Counter)
 	case nerr != nil || len(nonce) != 16 || hex.EncodeToString(nonce) != st.Nonce:
 		return st, errors.New("a state whose nonce is not 32 lower-case hexadecimal digits")
+	case !validMark(st.Mark):
+		return st, errors.New("a state whose mark is too long, or not printable")
 	case st.Step > maxNumber || st.Value > maxNumber:
 		return st, errors.New("a state at the end of its numbers")
 	}
@@ -98,6 +101,10 @@ func parseState(name string, b []byte) (counterState, error) {
 		}
 	}
 	return st, nil
+}
+
+func validMark(s string) bool {
+	return len(s) <= hsm.MaxMark && !strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' })
 }
 
 // held is a state on the token.
@@ -115,8 +122,8 @@ type counter struct {
 }
 
 var (
-	_ hsm.CounterStore = (*Store)(nil)
-	_ hsm.Counter      = (*counter)(nil)
+	_ hsm.CounterStore  = (*Store)(nil)
+	_ hsm.MarkedCounter = (*counter)(nil)
 )
 
 var (
@@ -417,6 +424,30 @@ func (c *counter) read(ctx context.Context) (all []held, err error) {
 
 // Increment implements [hsm.Counter].
 func (c *counter) Increment(ctx context.Context, from uint64) (uint64, error) {
+	return c.IncrementMarked(ctx, from, "")
+}
+
+// Mark implements [hsm.MarkedCounter]. Where states of one step differ, none is anybody's.
+func (c *counter) Mark(ctx context.Context) (string, error) {
+	all, err := c.read(ctx)
+	if err != nil {
+		return "", fmt.Errorf("reading counter %q: %w", c.name, err)
+	}
+	mark := ""
+	for i, o := range top(all) {
+		if i > 0 && o.Mark != mark {
+			return "", &hsm.CounterError{Name: c.name, From: o.Value, Found: value(all)}
+		}
+		mark = o.Mark
+	}
+	return mark, nil
+}
+
+// IncrementMarked implements [hsm.MarkedCounter].
+func (c *counter) IncrementMarked(ctx context.Context, from uint64, mark string) (uint64, error) {
+	if !validMark(mark) {
+		return 0, fmt.Errorf("counter %q: a mark of %d octets", c.name, len(mark))
+	}
 	mine := c.mine()
 	next, err := c.move(ctx, func(all []held, next *counterState) error {
 		now := top(all)
@@ -434,7 +465,7 @@ func (c *counter) Increment(ctx context.Context, from uint64) (uint64, error) {
 		if next.Value != from {
 			return &hsm.CounterError{Name: c.name, From: from, Found: next.Value}
 		}
-		next.Value++
+		next.Value, next.Mark = next.Value+1, mark
 		return nil
 	})
 	if errors.Is(err, errLate) {
@@ -616,7 +647,7 @@ func (c *counter) move(ctx context.Context, change func(all []held, next *counte
 			if len(all) == 0 {
 				return stale(hsm.ErrNotFound)
 			}
-			next.Step, next.Value = all[0].Step+1, value(all)
+			next.Step, next.Value, next.Mark = all[0].Step+1, value(all), all[0].Mark
 			if err := change(all, &next); err != nil {
 				return err
 			}

@@ -121,7 +121,12 @@ type RetiredDevice struct {
 	State   State     `json:"state"`
 	Reason  string    `json:"reason"`
 	At      time.Time `json:"at"`
+	// Permit is the owner's signed permit (package order) that a returned unit was given back on.
+	Permit string `json:"permit,omitempty"`
 }
+
+// maxPermit bounds a permit, in octets.
+const maxPermit = 64 << 10
 
 func (r *RetiredDevice) check() error {
 	if err := dps.CheckRegistrationID(r.RegistrationID); err != nil {
@@ -131,6 +136,9 @@ func (r *RetiredDevice) check() error {
 		if err := dps.CheckGroupID(r.Group); err != nil {
 			return err
 		}
+	}
+	if len(r.Permit) > maxPermit || r.Permit != "" && r.State != Returned {
+		return fmt.Errorf("retired device %q: a permit of at most %d octets goes with returned ones", r.RegistrationID, maxPermit)
 	}
 	if !slices.Contains(States, r.State) || len(r.Reason) > maxReason || r.At.IsZero() {
 		return fmt.Errorf("retired device %q: want one of %v, a reason of at most %d octets, and when", r.RegistrationID, States, maxReason)

@@ -105,6 +105,9 @@ func TestIssue(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
+				if size, err := p.Size(plan.Unit, pub); err != nil || size < len(der) || size > len(der)+24 {
+					t.Errorf("%s, %s: a leaf of %d octets, foreseen at most %d, %v", caKind, leafKind, len(der), size, err)
+				}
 				again, err := ca.DecodePlan(plan.Encode())
 				if err != nil {
 					t.Fatal(err)

@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"crypto"
 	"crypto/ecdsa"
+	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
@@ -115,7 +117,8 @@ type Prepared struct {
 	issuer  *Issuer
 	profile Profile
 	chain   []byte
-	checked atomic.Bool // the first leaf was verified
+	checked atomic.Bool   // the first leaf was verified
+	lintKey crypto.Signer // of the CA's kind, thrown away
 
 	// The parts of the fast path; proto is nil when the template needs rendering for each unit.
 	proto *prototype
@@ -143,8 +146,8 @@ func (i *Issuer) Prepare(p Profile) (*Prepared, error) {
 	if err := r.checkValidity(i.cfg.Now()); err != nil {
 		return nil, err
 	}
-	lintKey, err := throwAway(i.cfg.Signer.Public())
-	if err != nil {
+	var err error
+	if r.lintKey, err = throwAway(i.cfg.Signer.Public()); err != nil {
 		return nil, err
 	}
 	leafKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -161,15 +164,8 @@ func (i *Issuer) Prepare(p Profile) (*Prepared, error) {
 		if err != nil {
 			return nil, err
 		}
-		t, err := r.render(plan, leafKey.Public())
-		if err != nil {
+		if protos[n], err = r.sample(plan, leafKey.Public()); err != nil {
 			return nil, err
-		}
-		// Signed by a throw-away key in the name of the CA: what it would have signed.
-		stand := *i.cfg.Certificate
-		stand.PublicKey = lintKey.Public()
-		if protos[n], err = create(nil, t, &stand, leafKey.Public(), lintKey); err != nil {
-			return nil, fmt.Errorf("certificate template: %w", err)
 		}
 		if err := r.lint(protos[n], u); err != nil {
 			return nil, err
@@ -179,6 +175,42 @@ func (i *Issuer) Prepare(p Profile) (*Prepared, error) {
 		r.proto = fastPath(protos[0], protos[1])
 	}
 	return r, nil
+}
+
+// sample returns what the CA would sign, signed by a throw-away key in its name.
+func (r *Prepared) sample(p Plan, pub crypto.PublicKey) (*x509.Certificate, error) {
+	t, err := r.render(p, pub)
+	if err != nil {
+		return nil, err
+	}
+	stand := *r.issuer.cfg.Certificate
+	stand.PublicKey = r.lintKey.Public()
+	c, err := create(nil, t, &stand, pub, r.lintKey)
+	if err != nil {
+		return nil, fmt.Errorf("certificate template: %w", err)
+	}
+	return c, nil
+}
+
+// Size returns how many octets a leaf has at most, without signing it. Of the public key only its kind and size count.
+func (r *Prepared) Size(u Unit, pub crypto.PublicKey) (int, error) {
+	p, err := r.Plan(u)
+	if err != nil {
+		return 0, err
+	}
+	c, err := r.sample(p, pub)
+	if err != nil {
+		return 0, err
+	}
+	const lengths = 8 // lengths in DER may take more octets
+	signature := ed25519.SignatureSize
+	switch k := r.issuer.cfg.Signer.Public().(type) {
+	case *ecdsa.PublicKey:
+		signature = 2*((k.Curve.Params().BitSize+7)/8+3) + 3
+	case *rsa.PublicKey:
+		signature = k.Size()
+	}
+	return len(c.Raw) - len(c.Signature) + signature + lengths, nil
 }
 
 // lint says what is wrong with a leaf.

@@ -12,8 +12,22 @@ import (
 // ErrLocked says that another process holds the lock.
 var ErrLocked = errors.New("in use by another process")
 
+// A LockedError says who holds a lock. It is an ErrLocked.
+type LockedError struct {
+	Process string // its number
+	By      string // the lock's file
+}
+
+// Error says who holds what.
+func (e *LockedError) Error() string {
+	return fmt.Sprintf("%v (process %s, by %s)", ErrLocked, e.Process, e.By)
+}
+
+// Unwrap returns ErrLocked.
+func (e *LockedError) Unwrap() error { return ErrLocked }
+
 // Lock takes the lock that stands at a path, made if need be; closing the file gives it back. The lock is the kernel's and
-// goes with the process, however that ends. The error is ErrLocked, with the other's process number, while another holds it.
+// goes with the process, however that ends. The error is a *LockedError while another holds it.
 func Lock(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
@@ -22,7 +36,7 @@ func Lock(path string) (*os.File, error) {
 	if err := flock(f); err != nil {
 		holder := make([]byte, 32)
 		n, _ := f.ReadAt(holder, 0)
-		return nil, errors.Join(fmt.Errorf("%w (process %s, by %s)", ErrLocked, strings.TrimSpace(string(holder[:n])), filepath.Base(path)), f.Close())
+		return nil, errors.Join(&LockedError{strings.TrimSpace(string(holder[:n])), filepath.Base(path)}, f.Close())
 	}
 	// The process number is only for the message above.
 	_ = f.Truncate(0)

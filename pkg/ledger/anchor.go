@@ -3,10 +3,14 @@ package ledger
 import (
 	"context"
 	"database/sql"
+	"encoding/base64"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
+
+	"golang.org/x/mod/sumdb/tlog"
 )
 
 // A Counter stands outside the ledger's file, in a token or a TPM, where a copy of the file does not have it. hsm.Counter is one.
@@ -15,6 +19,55 @@ type Counter interface {
 	Value(ctx context.Context) (uint64, error)
 	// Increment moves the counter from a value to the next one, which it returns, and fails when it stood elsewhere.
 	Increment(ctx context.Context, from uint64) (uint64, error)
+}
+
+// A markedCounter keeps with its value the root that the ledger had then (hsm.MarkedCounter). A counter without marks tells a ledger
+// that stayed behind from one that went on, and not two that each took a step while only one of them moved the counter: that one
+// more step of a copy is then found where bundles meet, or by a witness.
+type markedCounter interface {
+	Counter
+	IncrementMarked(ctx context.Context, from uint64, mark string) (uint64, error)
+	Mark(ctx context.Context) (string, error)
+}
+
+// mark says how long the log is and what its root is.
+func mark(size int64, root tlog.Hash) string {
+	return strconv.FormatInt(size, 10) + " " + base64.StdEncoding.EncodeToString(root[:])
+}
+
+// increment moves the counter on from where the ledger takes it to be.
+func (l *Ledger) increment(ctx context.Context, from uint64) (uint64, error) {
+	if m, ok := l.cfg.Anchor.(markedCounter); ok {
+		return m.IncrementMarked(ctx, from, mark(l.size, l.edge.root()))
+	}
+	return l.cfg.Anchor.Increment(ctx, from)
+}
+
+// checkMark holds the ledger against the mark of its counter: the log must have had that root when it was that long.
+func (l *Ledger) checkMark(ctx context.Context) error {
+	m, ok := l.cfg.Anchor.(markedCounter)
+	if !ok {
+		return nil
+	}
+	have, err := m.Mark(ctx)
+	if err != nil || have == "" {
+		return err // no mark: the counter was made, and not moved for a step yet
+	}
+	text, _, _ := strings.Cut(have, " ")
+	size, err := strconv.ParseInt(text, 10, 64)
+	if err != nil || size < 1 {
+		return fmt.Errorf("%w: its mark is %.60q", ErrAnchor, have)
+	}
+	if size <= l.size {
+		root, err := tlog.TreeHash(size, hashReader{ctx, l.db})
+		if err != nil {
+			return err
+		}
+		if mark(size, root) == have {
+			return nil
+		}
+	}
+	return fmt.Errorf("%w: the counter was last moved for another ledger of this line: one of the two is a copy", ErrRolledBack)
 }
 
 // Errors of anchors.
@@ -75,9 +128,14 @@ func (l *Ledger) checkAnchor(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrAnchor, err)
 	}
+	if at == mine || at == mine-1 {
+		if err := l.checkMark(ctx); err != nil {
+			return err
+		}
+	}
 	if at == mine-1 {
 		// The last step was committed and the process died before the counter moved: nothing was made on it yet.
-		if at, err = l.cfg.Anchor.Increment(ctx, at); err != nil {
+		if at, err = l.increment(ctx, at); err != nil {
 			return fmt.Errorf("%w: %w", ErrAnchor, err)
 		}
 	}

@@ -79,7 +79,7 @@ func (l *Ledger) update(ctx context.Context, f func(*tx) error) error {
 	if t.anchored {
 		// The counter moves once the step is durable, and before the caller goes on to what cannot be undone. A crash in between
 		// leaves the ledger one ahead of its counter, which checkAnchor makes good.
-		if l.anchor, err = l.cfg.Anchor.Increment(ctx, l.anchor); err != nil {
+		if l.anchor, err = l.increment(ctx, l.anchor); err != nil {
 			l.broken = fmt.Errorf("%w: the ledger's counter could not be moved: %w", ErrAnchor, err)
 		}
 	}
@@ -208,7 +208,8 @@ func insertSQL(n int) string {
 }
 
 func (t *tx) insert(ctx context.Context, events []Event) error {
-	if err := t.spend(ctx, events); err != nil {
+	places, err := t.spend(ctx, events)
+	if err != nil {
 		return err
 	}
 	if err := t.revise(ctx, events); err != nil {
@@ -228,7 +229,7 @@ func (t *tx) insert(ctx context.Context, events []Event) error {
 		}
 		e.Unit = t.l.nextUnit
 		t.l.nextUnit++
-		idx, err := t.add(leaf{state: e.State, job: e.Job, unit: e.Unit, count: 1, revision: e.Revision, serial: e.Serial,
+		idx, err := t.add(leaf{state: e.State, job: e.Job, unit: e.Unit, count: places[i], revision: e.Revision, serial: e.Serial,
 			registrationID: e.RegistrationID, keyHash: e.KeyHash, ekHash: e.EKHash, data: e.Data})
 		if err != nil {
 			return err
@@ -246,7 +247,6 @@ func (t *tx) insert(ctx context.Context, events []Event) error {
 	if err := t.neverRetired(ctx, events); err != nil {
 		return err
 	}
-	var err error
 	if len(events) == maxRun {
 		_, err = t.StmtContext(ctx, t.l.insertMost).ExecContext(ctx, args...)
 	} else {
@@ -403,6 +403,18 @@ func (l *Ledger) duplicate(ctx context.Context, unit int64, serial, rid string, 
 			continue
 		}
 		u, err := l.unitWhere(ctx, c.where, c.arg)
+		if errors.Is(err, sql.ErrNoRows) && c.field == "endorsement key" {
+			// A scrapped unit's TPM is nobody's again.
+			for r, rerr := range l.Endings(ctx) {
+				var whose int64
+				if rerr != nil || r.State != Scrapped {
+					continue
+				}
+				if l.db.QueryRowContext(ctx, `SELECT unit FROM endorsements WHERE ek_hash = $1`, c.arg).Scan(&whose) == nil && whose == r.ID {
+					u, err = r.Unit, nil
+				}
+			}
+		}
 		if err != nil || u.ID == unit {
 			continue
 		}

@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"time"
 )
 
@@ -181,28 +182,36 @@ func (g *Grant) allow(at time.Time, n int64) error {
 }
 
 // spend books new units on the grants of their jobs, and has the step move the ledger's counter: nothing is signed, and no
-// storage written, for a unit that its grant and the counter do not know of.
-func (t *tx) spend(ctx context.Context, events []Event) error {
+// storage written, for a unit that its grant and the counter do not know of. It returns how many places each takes: one, or none
+// where it has that of a reworked unit of its serial.
+func (t *tx) spend(ctx context.Context, events []Event) ([]int64, error) {
 	if err := t.move(ctx); err != nil {
-		return err
+		return nil, err
 	}
+	var any int
+	if err := t.QueryRowContext(ctx, `SELECT EXISTS (SELECT 1 FROM retired)`).Scan(&any); err != nil {
+		return nil, err
+	}
+	places := make([]int64, len(events))
 	for i := 0; i < len(events); {
-		n := 1
-		for i+n < len(events) && events[i+n].Job == events[i].Job {
-			n++
-		}
 		id, err := t.grantOf(ctx, events[i].Job)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		if id != "" {
-			if err := t.book(ctx, id, int64(n)); err != nil {
-				return err
+		first, booked := i, int64(0)
+		for ; i < len(events) && events[i].Job == events[first].Job; i++ {
+			if id == "" || any == 0 || !t.replaces(ctx, events[i].Serial, events[i].Job, math.MaxInt64) {
+				places[i] = 1
+				booked++
 			}
 		}
-		i += n
+		if id != "" {
+			if err := t.book(ctx, id, booked); err != nil {
+				return nil, err
+			}
+		}
 	}
-	return nil
+	return places, nil
 }
 
 func (t *tx) book(ctx context.Context, id string, n int64) error {
@@ -353,8 +362,10 @@ func (l *Ledger) CloseGrant(ctx context.Context, id string) error {
 			}
 			return err // closed already
 		}
-		_, err = t.add(leaf{state: grantClosed, serial: id})
-		return err
+		if _, err := t.add(leaf{state: grantClosed, serial: id}); err != nil {
+			return err
+		}
+		return t.move(ctx) // or a copy from before would go on
 	})
 }
 

@@ -99,7 +99,8 @@ type Config struct {
 	Origin string
 	// Signer is the station key.
 	Signer crypto.Signer
-	// Anchor is the counter that the ledger moves before each step that begins units. A ledger that was anchored opens with its
+	// Anchor is the counter that the ledger moves with each step that begins units, once the step is durable and before anything is
+	// made on it. A ledger that was anchored opens with its
 	// counter only; one that was not is anchored by [Anchor] alone.
 	Anchor Counter
 	// Now tells the time; nil means time.Now.

@@ -301,7 +301,7 @@ func (s *story) add(index int64, f *leaf) error {
 	s.last = f.at
 	u := s.unit(f)
 	switch {
-	case f.job != 0 && u == nil && f.count == 1:
+	case f.job != 0 && u == nil && f.count <= 1: // 0: it has the place of a reworked unit
 		if n := len(s.units); n > 0 && s.units[n-1].State.Living() {
 			return errors.New("the serial has a living unit")
 		}

@@ -90,8 +90,8 @@ func (t *tx) revise(ctx context.Context, events []Event) error {
 }
 
 // end moves a living unit among the retired ones, or a scrapped one on to returned. What it gives back to its grant: a unit
-// that was voided before anything was signed for it, a reworked one, whose next revision is made on the same grant, and a
-// returned one.
+// that was voided before anything was signed for it, and a returned one. A reworked one gives nothing back: its serial keeps its
+// place on the grant, and the next revision takes that ([tx.spend]).
 func (t *tx) end(ctx context.Context, e Event) error {
 	if e.State == Returned {
 		return t.giveBack(ctx, e)
@@ -142,10 +142,23 @@ func (t *tx) end(ctx context.Context, e Event) error {
 		e.Unit, u.Serial, folded, hash, spelling, int64(e.State), u.Job, at, u.Leaf, u.Revision, state, idx); err != nil {
 		return err
 	}
-	if e.State == Reworked || e.State == Voided && State(state) == Begun {
+	if e.State == Voided && State(state) == Begun && !t.replaces(ctx, u.Serial, u.Job, e.Unit) {
 		return t.refund(ctx, u.Job)
 	}
 	return nil
+}
+
+// replaces reports whether a unit has the place of a reworked one of its serial: made on the same grant, that one's last.
+func (t *tx) replaces(ctx context.Context, serial string, job, before int64) bool {
+	var state int64
+	var was string
+	err := t.QueryRowContext(ctx, `SELECT state, (SELECT grant_id FROM jobs WHERE id = job) FROM retired
+		WHERE serial = $1 AND id < $2 AND NOT (state = $3 AND was = $4) ORDER BY id DESC LIMIT 1`, serial, before, int64(Voided), int64(Begun)).Scan(&state, &was)
+	if err != nil || State(state) != Reworked {
+		return false
+	}
+	grant, err := t.grantOf(ctx, job)
+	return err == nil && grant == was
 }
 
 func (t *tx) giveBack(ctx context.Context, e Event) error {
@@ -169,9 +182,18 @@ func (t *tx) giveBack(ctx context.Context, e Event) error {
 
 const retiredColumns = `SELECT id, serial, coalesce(spelling, registration_id), key_hash, state, job, at, leaf, revision, was, ending FROM retired WHERE `
 
-// Retired yields the units that ended after the unit of that ID, in the order in which they were begun, with the reasons and
-// with the data of their identities. An empty serial means all.
+// Retired yields the units that ended, in the order in which they were begun, with the reasons and with the data of their
+// identities. An empty serial means all.
 func (l *Ledger) Retired(ctx context.Context, serial string) iter.Seq2[RetiredUnit, error] {
+	return l.retired(ctx, serial, true)
+}
+
+// Endings is Retired for all, without the data of the identities, which costs the reading of an entry each.
+func (l *Ledger) Endings(ctx context.Context) iter.Seq2[RetiredUnit, error] {
+	return l.retired(ctx, "", false)
+}
+
+func (l *Ledger) retired(ctx context.Context, serial string, whole bool) iter.Seq2[RetiredUnit, error] {
 	return func(yield func(RetiredUnit, error) bool) {
 		const page = 500
 		for last := int64(0); ; {
@@ -197,7 +219,7 @@ func (l *Ledger) Retired(ctx context.Context, serial string) iter.Seq2[RetiredUn
 			}
 			for i := range units {
 				u := &units[i]
-				if err := l.tell(ctx, u); err != nil {
+				if err := l.tell(ctx, u, whole); err != nil {
 					yield(*u, err)
 					return
 				}
@@ -213,10 +235,12 @@ func (l *Ledger) Retired(ctx context.Context, serial string) iter.Seq2[RetiredUn
 	}
 }
 
-// tell reads why a unit ended, and the data of its identity.
-func (l *Ledger) tell(ctx context.Context, u *RetiredUnit) error {
-	if err := l.Fill(ctx, &u.Unit); err != nil {
-		return err
+// tell reads why a unit ended, and with whole the data of its identity.
+func (l *Ledger) tell(ctx context.Context, u *RetiredUnit, whole bool) error {
+	if whole {
+		if err := l.Fill(ctx, &u.Unit); err != nil {
+			return err
+		}
 	}
 	ending := Unit{ID: u.ID, Serial: u.Serial, Leaf: u.EndedLeaf}
 	at, err := l.fill(ctx, &ending)
@@ -225,7 +249,7 @@ func (l *Ledger) tell(ctx context.Context, u *RetiredUnit) error {
 	}
 	u.Ended = at
 	if len(ending.Data) > 0 && json.Unmarshal(ending.Data, &u.Ending) != nil {
-		return fmt.Errorf("%w: entry %d does not tell why unit %d ended", ErrDamaged, u.EndedLeaf, u.ID)
+		u.Ending = Ending{Reason: "other", Note: string(ending.Data)} // as somebody else's program wrote it
 	}
 	return nil
 }

@@ -35,7 +35,7 @@ type Report struct {
 // just what the entries say. The error wraps ErrDamaged. It takes two cores, and 64 octets of
 // memory a unit.
 func (l *Ledger) Verify(ctx context.Context, station crypto.PublicKey) (Report, error) {
-	v := verifier{l: l, grants: make(map[string]*grantSum), jobs: make(map[int64]string), leases: make(map[string]int64), ends: make(map[int64]ended)}
+	v := verifier{l: l, grants: make(map[string]*grantSum), jobs: make(map[int64]string), leases: make(map[string]int64), places: make(map[string]string), replacing: make(map[int64]bool), ends: make(map[int64]ended)}
 	_, _ = rand.Read(v.key[:]) // never fails
 	// One snapshot, so that a station at work does not look like damage.
 	stx, err := l.db.BeginTx(ctx, &sql.TxOptions{ReadOnly: true})
@@ -71,16 +71,18 @@ type verifier struct {
 	stx    *sql.Tx
 	report Report
 
-	begun  int64            // units that ever were
-	units  [][]replayed     // by unit ID - 1, in pages: a slice that grows would be there twice
-	ends   map[int64]ended  // of units that ended
-	jobs   map[int64]string // grant by job
-	grants map[string]*grantSum
-	leases map[string]int64 // by ID: how many units were used, -1 while it is out
-	key    [32]byte         // random: see pair
-	eks    uint64           // over the endorsement keys and whose they are: see pair
-	notes  uint64
-	anchor uint64
+	begun     int64            // units that ever were
+	units     [][]replayed     // by unit ID - 1, in pages: a slice that grows would be there twice
+	ends      map[int64]ended  // of units that ended
+	jobs      map[int64]string // grant by job
+	grants    map[string]*grantSum
+	places    map[string]string // grant by serial, of reworked units whose next revision has their place
+	replacing map[int64]bool    // units that have such a place
+	leases    map[string]int64  // by ID: how many units were used, -1 while it is out
+	key       [32]byte          // random: see pair
+	eks       uint64            // over the endorsement keys and whose they are: see pair
+	notes     uint64
+	anchor    uint64
 }
 
 // replayed is what the log says of a unit. Names and keys are kept by their hashes.
@@ -280,7 +282,7 @@ func (v *verifier) apply(ctx context.Context, idx int64, f *leaf) error {
 		}
 		u := replayed{name: nameSum(f.serial, f.registrationID), at: f.at.UnixMilli(), leaf: idx, job: int32(f.job), revision: int32(f.revision), state: f.state}
 		grant, known := v.jobs[f.job]
-		if !known {
+		if !known || f.count > 1 || f.count == 0 && grant == "" {
 			return fmt.Errorf("unit %d is of job %d, which never began", f.unit, f.job)
 		}
 		if grant != "" {
@@ -288,7 +290,13 @@ func (v *verifier) apply(ctx context.Context, idx int64, f *leaf) error {
 			if g == nil {
 				return fmt.Errorf("unit %d is made on grant %s, which is not there", f.unit, grant)
 			}
-			if g.spent++; g.spent+g.leased > g.quantity {
+			if f.count == 0 { // it has the place of a reworked one
+				if place, ok := v.places[f.serial]; !ok || place != grant {
+					return fmt.Errorf("unit %d takes a place on grant %s that its serial does not have", f.unit, grant)
+				}
+				delete(v.places, f.serial)
+				v.replacing[f.unit] = true
+			} else if g.spent++; g.spent+g.leased > g.quantity {
 				return fmt.Errorf("grant %s of %d is overdrawn by unit %d", grant, g.quantity, f.unit)
 			}
 		}
@@ -365,8 +373,15 @@ func (v *verifier) applyEnd(idx int64, f *leaf) error {
 			u.key = sum16(f.keyHash)
 		}
 	}
-	if grant != nil && (f.state == Returned || f.state == Reworked || f.state == Voided && u.state == Begun) {
-		grant.spent--
+	if grant != nil {
+		switch fresh := f.state == Voided && u.state == Begun; {
+		case f.state == Reworked, fresh && v.replacing[f.unit]:
+			v.places[f.serial] = v.jobs[int64(u.job)]
+		case f.state == Returned, fresh:
+			grant.spent--
+		case f.state == Voided, f.state == Scrapped:
+			delete(v.places, f.serial)
+		}
 	}
 	u.state = f.state
 	return nil

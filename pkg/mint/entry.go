@@ -1,6 +1,7 @@
 package mint
 
 import (
+	"context"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
@@ -59,10 +60,23 @@ func (r *run) entry(u *unit) (*bundle.Entry, error) {
 	return &bundle.Entry{Serial: u.row.Serial, Revision: u.revision, Individual: in, Evidence: proof}, nil
 }
 
+// PermitNote is the kind of the ledger's notes that keep the permit on which a unit was returned.
+const PermitNote = "permit"
+
 // ending tells the service of an identity that ended.
-func (r *run) ending(u *ledger.RetiredUnit) *bundle.Entry {
+func (r *run) ending(ctx context.Context, u *ledger.RetiredUnit) (*bundle.Entry, error) {
+	permit := ""
+	if u.State == ledger.Returned {
+		notes, err := r.Ledger.Notes(ctx, u.ID, PermitNote)
+		if err != nil {
+			return nil, err
+		}
+		if len(notes) > 0 {
+			permit = string(notes[len(notes)-1].Data)
+		}
+	}
 	return &bundle.Entry{Serial: u.Serial, Revision: u.Revision, Retired: &bundle.RetiredDevice{
 		RegistrationID: u.RegistrationID, Group: r.Profile.Group, KeyHash: hex.EncodeToString(u.KeyHash), State: bundle.State(u.State.String()),
-		Reason: u.Ending.Reason, At: u.Ended.UTC().Truncate(time.Second),
-	}}
+		Reason: u.Ending.Reason, At: u.Ended.UTC().Truncate(time.Second), Permit: permit,
+	}}, nil
 }

@@ -45,7 +45,11 @@ func Export(ctx context.Context, cfg Config, states []ledger.State, sink func(*b
 		if !mine[u.Job] || u.Was == ledger.Begun {
 			continue // nothing was signed that somebody could use
 		}
-		if err := sink(r.ending(&u)); err != nil {
+		e, err := r.ending(ctx, &u)
+		if err != nil {
+			return nil, err
+		}
+		if err := sink(e); err != nil {
 			return nil, err
 		}
 	}

@@ -30,7 +30,7 @@ func (r *Run) Golden(ctx context.Context, fields map[string]string) (map[string]
 	}
 	for _, c := range r.r.List.Columns {
 		if _, ok := fields[c]; !ok {
-			fields[c] = "golden"
+			fields[c] = "0" // which may go where an image has a number
 		}
 	}
 	row, err := r.Row(GoldenSerial, fields)
@@ -41,13 +41,18 @@ func (r *Run) Golden(ctx context.Context, fields map[string]string) (map[string]
 		row.RegistrationID = "golden"
 	}
 	u := &unit{row: &row, symmetric: make([]byte, sha256.Size), keyURI: "golden:"}
-	if u.blob, u.cert, err = goldenIdentity(row.RegistrationID); err != nil {
+	key, cert, err := goldenIdentity(row.RegistrationID)
+	if err != nil {
 		return nil, err
 	}
-	if p := r.r.Profile; p.Attestation == AttestationX509 && p.Key.In == keyInMemory {
-		u.keyPEM = u.blob
+	u.cert = cert
+	switch p := r.r.Profile; {
+	case p.Attestation == AttestationX509 && p.Key.In == keyInMemory:
+		u.keyPEM = key
+	case p.Attestation != AttestationX509 || p.Key.In != keyInTPM:
+		key = nil
 	}
-	if err := r.r.render(u); err != nil {
+	if u.files, err = r.r.renderFiles(u, key, standInKeys); err != nil {
 		return nil, fmt.Errorf("golden sample: %w", err)
 	}
 	sums := make(map[string]string, len(u.files))

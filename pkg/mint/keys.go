@@ -447,7 +447,7 @@ func (r *run) makeRandom(ctx context.Context, units []unit) error {
 		return err
 	}
 	for _, u := range fresh {
-		u.symmetric = make(hsm.Secret, 32)
+		u.symmetric = make(hsm.Secret, symmetricSize)
 		if _, err := io.ReadFull(r.Rand, u.symmetric); err != nil {
 			return err
 		}

@@ -13,6 +13,10 @@
 //	symmetric, derived    derived → minted → stamped as above, where there is anything to stamp
 //	symmetric, random     key staged on disk → minted → published → read back → verified
 //
+// Images of device storage ([StampImage]) are files of the stamp like others. What is random in them, the keys of an encrypted
+// partition, lives in one of those files and is taken from there again. Storage that a profile names is written once all files are
+// in place and read back, and before the unit is verified.
+//
 // A run that was killed is taken up by running it again: the same profile and list are the same job. What can be proven is
 // rolled forward with the same key and the same certificate plan; where a key is gone, its unit is voided and the serial
 // begins anew. A certificate is never signed for a serial under two plans, and a key in the token that no unit has a use
@@ -112,6 +116,7 @@ type Config struct {
 const (
 	stampGroup  = 512
 	ledgerGroup = 4096
+	groupImages = 16 << 20 // octets of images that a group has in memory at once, or one unit's
 )
 
 // A Summary says what a run did.
@@ -177,6 +182,8 @@ type run struct {
 	identityErr  error
 	identity     hsm.Identity
 
+	foreseen sync.Map // sizes of rows whose images fit
+
 	listOnce sync.Once // of the keys that earlier runs made in the token
 	listErr  error
 	inToken  map[string]hsm.Key
@@ -191,7 +198,7 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 	if r.jobs <= 0 {
 		r.jobs = runtime.GOMAXPROCS(0) + 1
 	}
-	if cfg.Out == "" && (p.Key.In == keyInMemory || p.Key.In == keyInTPM && p.Attestation == AttestationX509) {
+	if cfg.Out == "" && (len(p.images) > 0 || p.Key.In == keyInMemory || p.Key.In == keyInTPM && p.Attestation == AttestationX509) {
 		return nil, fmt.Errorf("profile %s: %w", p.Name, ErrNeedsOut)
 	}
 	if err := cfg.Ledger.CheckClock(); err != nil {
@@ -203,6 +210,9 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 	}
 	if cfg.Issuer != nil {
 		r.chain = cfg.Issuer.ChainPEM()
+	}
+	if err := r.checkImages(); err != nil {
+		return nil, err
 	}
 	job := ledger.Job{Profile: p.Name, Out: cfg.Out, Operator: cfg.Operator}
 	digest := sha256.New()
@@ -245,7 +255,7 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 		return fail(fmt.Errorf("this list was begun with profile %s on %s with --out %q: take that again, or another list", p.Name,
 			r.summary.Job.Started.Format("2006-01-02 15:04"), was))
 	}
-	if r.summary.Resumed {
+	if r.summary.Resumed && cfg.Shift == "" { // a shift asks the ledger for each unit when it comes
 		r.existing = make(map[string]ledger.Unit)
 		for u, err := range cfg.Ledger.Units(ctx, r.summary.Job.ID) {
 			if err != nil {
@@ -304,12 +314,12 @@ func (r *run) checkSpace(devices int) error {
 	if r.out == nil {
 		return nil
 	}
-	files := uint64(3 + len(r.Profile.Stamp.File)) // and the directory itself
+	files := uint64(3 + len(r.Profile.Stamp.File) + len(r.Profile.images)) // and the directory itself
 	octets, inodes, err := stamp.Free(r.Out)
 	if err != nil {
 		return err
 	}
-	need = uint64(devices) * (files + 1) * block
+	need = uint64(devices) * ((files+1)*block + uint64(r.Profile.imageSize()))
 	if octets < need {
 		return fmt.Errorf("%w: %d stamps need about %d MiB in %s, %d MiB are free", ErrNoSpace, devices, need>>20+1, r.Out, octets>>20)
 	}
@@ -331,7 +341,6 @@ type unit struct {
 	plan      ca.Plan
 	signer    crypto.Signer // x509, key in memory
 	keyPEM    []byte        // secret
-	blob      []byte        // key in a TPM: what its stamp holds, where it is not on disk; see Golden
 	pub       crypto.PublicKey
 	keyURI    string // of a key in a store
 	cert      []byte // DER
@@ -368,6 +377,7 @@ func (r *run) run(ctx context.Context, sink func(*bundle.Entry) error) error {
 		if r.out == nil && r.Profile.store == nil && r.Profile.Key.In != keyInToken {
 			size = ledgerGroup
 		}
+		size = max(1, min(size, groupImages/max(1, r.Profile.imageSize())))
 		for len(rows) > 0 {
 			n := min(size, len(rows))
 			g := &group{units: make([]unit, n), done: make(chan error, 1)}
@@ -516,6 +526,9 @@ func (r *run) inTheWay(ctx context.Context, units []*unit) error {
 				return err
 			}
 			return fmt.Errorf("serial %s: %w: %s: move it away, or stamp to another directory", u.row.Serial, stamp.ErrExists, r.out.Dir(u.row.RegistrationID))
+		}
+		if err := r.readyImages(u); err != nil {
+			return fmt.Errorf("serial %s: %w", u.row.Serial, err)
 		}
 	}
 	return nil

@@ -76,22 +76,35 @@ func (l *line) ledgerConfig() ledger.Config {
 func (l *line) out() string { return filepath.Join(l.dir, "stamps") }
 
 // mint runs a list through a profile, as a process of its own would.
-func (l *line) mint(t *testing.T, profile, csv string, store hsm.Store) (mint.Summary, error) {
+func (l *line) mint(t *testing.T, profile, csv string, store hsm.Store) (sum mint.Summary, err error) {
+	t.Helper()
+	err = l.run(t, profile, csv, store, "", func(r *mint.Run) error {
+		var err error
+		sum, err = r.Mint(t.Context(), func(*bundle.Entry) error { return nil })
+		return err
+	})
+	return sum, err
+}
+
+// run calls f with a run of a list, or with a shift of that name.
+func (l *line) run(t *testing.T, profile, csv string, store hsm.Store, shift string, f func(*mint.Run) error) error {
 	t.Helper()
 	p, err := mint.LoadProfile("test", strings.NewReader(profile))
 	if err != nil {
 		t.Fatal(err)
 	}
-	list, err := mint.ReadList("list", strings.NewReader(csv), p)
-	if err != nil {
-		t.Fatal(err)
+	list := mint.ShiftList(p)
+	if shift == "" {
+		if list, err = mint.ReadList("list", strings.NewReader(csv), p); err != nil {
+			t.Fatal(err)
+		}
 	}
 	led, err := ledger.Open(t.Context(), l.ledgerConfig())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer led.Close()
-	cfg := mint.Config{Ledger: led, Profile: p, List: list, Store: store, IDScope: "0ne1", GlobalEndpoint: "h.example", Out: l.out()}
+	cfg := mint.Config{Ledger: led, Profile: p, List: list, Store: store, IDScope: "0ne1", GlobalEndpoint: "h.example", Out: l.out(), Shift: shift}
 	for _, f := range p.Stamp.File {
 		parsed, err := templates.Parse(f.Template, nil)
 		if err != nil {
@@ -110,10 +123,10 @@ func (l *line) mint(t *testing.T, profile, csv string, store hsm.Store) (mint.Su
 	}
 	run, err := mint.Begin(t.Context(), cfg)
 	if err != nil {
-		return mint.Summary{}, err
+		return err
 	}
 	defer run.Close()
-	return run.Mint(t.Context(), func(*bundle.Entry) error { return nil })
+	return f(run)
 }
 
 // Invariant 1: a station died between putting stamps in place and writing down that it had read them back, and somebody has

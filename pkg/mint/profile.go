@@ -78,7 +78,7 @@ type Profile struct {
 
 	Stamp struct {
 		// token puts the stamp into the device's own token as well (key.store): the certificate beside the key, and each file of
-		// the stamp as a data object of its name, application "touchmark".
+		// the stamp that is no image as a data object of its name, application "touchmark".
 		Token bool `toml:"token"`
 		// nv is an index of the TPM's non-volatile memory (key.store) that gets the ID scope, global endpoint and registration ID
 		// as well, as a JSON document, and is locked against writing: "0x01800001", one of the owner's. For keys in TPMs and
@@ -86,6 +86,8 @@ type Profile struct {
 		NV string `toml:"nv"`
 		// file lists further files to render into each device's directory.
 		File []StampFile `toml:"file"`
+		// image lists images of device storage to make of them: [[stamp.image]], each with [[stamp.image.entry]].
+		Image []StampImage `toml:"image"`
 	} `toml:"stamp"`
 
 	// device-information is free-form and never sent to the hub; individual enrollments only.
@@ -110,6 +112,7 @@ type Profile struct {
 	uri        pattern.Pattern
 	store      pattern.Pattern
 	nv         uint32
+	images     []*StampImage // with the key partitions that follow from others, each after what it is made from
 }
 
 // A StampFile is one rendered file of a stamp.
@@ -264,17 +267,22 @@ func (p *Profile) check(f *settings.Faults) {
 	if b := *p.Certificate.BackdateMinutes; b < 0 || b > 7*24*60 {
 		f.Key("certificate.backdate-minutes", "certificate.backdate-minutes is %d: want 0 to 10080", b)
 	}
-	seen := map[string]bool{chainFile: true, keyFile: true, stampFile: true, "assignment.json": true}
+	keyThere := x509 && (p.Key.In == keyInMemory || p.Key.In == keyInTPM)
+	seen := map[string]bool{chainFile: x509, keyFile: keyThere, stampFile: true, "assignment.json": false} // whether it is one of the stamp
 	for _, s := range p.Stamp.File {
+		_, taken := seen[s.Name]
 		switch {
 		case s.Name == "" || s.Template == "":
 			f.Key("stamp.file", "each stamp.file needs a name and a template")
 		case !hsm.ValidName(s.Name):
 			f.Key("stamp.file", "stamp.file name %q: want letters, digits and -._ without separators", s.Name)
-		case seen[s.Name]:
+		case taken:
 			f.Key("stamp.file", "stamp.file name %q is taken", s.Name)
 		}
 		seen[s.Name] = true
+	}
+	if known {
+		p.checkImages(f, seen)
 	}
 	if p.Hubs.Allocation != "" {
 		oneOf("hubs.allocation", p.Hubs.Allocation, "hashed", "geoLatency", "static")

@@ -80,7 +80,8 @@ func (r *run) recover(ctx context.Context, units []unit, existing map[string]led
 				have.Serial, ErrUnproven, have.State, r.out.Dir(u.row.RegistrationID))
 		}
 		if errors.Is(err, errNoKey) {
-			void = append(void, ledger.Event{State: ledger.Voided, Unit: have.ID, Data: []byte("its key was lost before it reached the device")})
+			void = append(void, ledger.Event{State: ledger.Voided, Unit: have.ID,
+				Data: ledger.Ending{Reason: "key-lost", Note: "its key was lost before it reached the device"}.Encode()})
 			if r.out != nil {
 				if err := r.out.Discard(u.row.RegistrationID); err != nil {
 					return err

@@ -186,7 +186,7 @@ func checkHeader(name string, columns []string, p *Profile) error {
 // columns returns the columns that the profile needs.
 func (p *Profile) columns() []string {
 	need := []string{"serial"}
-	for _, fields := range [][]string{p.pattern.Fields(), p.uri.Fields(), p.store.Fields(), p.csr.Fields(), p.csrCommand.Fields()} {
+	for _, fields := range [][]string{p.pattern.Fields(), p.uri.Fields(), p.store.Fields(), p.csr.Fields(), p.csrCommand.Fields(), p.imageColumns()} {
 		for _, f := range fields {
 			if !slices.Contains(need, f) {
 				need = append(need, f)

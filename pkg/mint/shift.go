@@ -105,6 +105,12 @@ func (r *Run) Unit(ctx context.Context, row Row) (*Unit, error) {
 	if err := r.r.work(ctx, units); err != nil {
 		return nil, err
 	}
+	if d := &units[0]; r.r.GroupKey != nil && d.symmetric == nil {
+		// Taken up behind the step that derives it: what must not be shown has to be known.
+		if d.symmetric, err = r.r.GroupKey.MAC(ctx, make([]byte, 0, sha256.Size), []byte(row.RegistrationID)); err != nil {
+			return nil, err
+		}
+	}
 	return u, nil
 }
 
@@ -191,12 +197,23 @@ func (u *Unit) Dir() string {
 
 // Public returns the device's public key, where it has a certificate.
 func (u *Unit) Public() (crypto.PublicKey, error) {
-	if u.r.Profile.Attestation != AttestationX509 {
-		return nil, fmt.Errorf("attestation %s: %w", u.r.Profile.Attestation, hsm.ErrUnsupported)
-	}
-	cert, err := x509.ParseCertificate(u.u.cert)
+	return publicKey(u.u.cert)
+}
+
+// PublicKey returns the public key of a unit in the ledger, its data filled in; the error is hsm.ErrUnsupported for one without a
+// certificate.
+func PublicKey(u ledger.Unit) (crypto.PublicKey, error) {
+	der, _, err := splitCertificate(u.Data)
 	if err != nil {
-		return nil, fmt.Errorf("serial %s: the certificate in the ledger: %w", u.u.row.Serial, err)
+		der = nil
+	}
+	return publicKey(der)
+}
+
+func publicKey(der []byte) (crypto.PublicKey, error) {
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, fmt.Errorf("a device without a certificate: %w", hsm.ErrUnsupported)
 	}
 	return cert.PublicKey, nil
 }

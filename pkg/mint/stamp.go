@@ -12,6 +12,7 @@ import (
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/stamp"
+	"github.com/touchmark/touchmark/pkg/stamp/nvs"
 	"github.com/touchmark/touchmark/templates"
 )
 
@@ -44,6 +45,11 @@ func (r *run) stamp(ctx context.Context, units []unit) error {
 			return err
 		}
 	}
+	for _, u := range minted {
+		if err := r.stampDevices(ctx, u); err != nil {
+			return fmt.Errorf("serial %s: %w", u.row.Serial, err)
+		}
+	}
 	return r.commit(ctx, minted, r.stamped, nil)
 }
 
@@ -73,7 +79,7 @@ func (r *run) stampToken(ctx context.Context, u *unit) error {
 		return err
 	}
 	return r.withKeys(ctx, u, func(store hsm.Store) error {
-		return stamp.ToToken(ctx, store, r.keyName(u), cert, u.files)
+		return stamp.ToToken(ctx, store, r.keyName(u), cert, u.files[:len(u.files)-len(r.Profile.images)])
 	})
 }
 
@@ -141,32 +147,40 @@ type provisioning struct {
 	SymmetricKey     string `json:"symmetricKey,omitempty"`
 }
 
-// render makes the files of a unit's stamp. The key file of a key in memory comes first.
-func (r *run) render(u *unit) error {
+// render makes the files of a unit's stamp: the key file of a key in memory first, images last.
+func (r *run) render(u *unit) (err error) {
 	if u.files != nil {
 		return nil
 	}
+	key := u.keyPEM
+	if r.Profile.Key.In == keyInTPM && r.Profile.Attestation == AttestationX509 {
+		if key, err = r.onDisk(u, keyFile); err != nil {
+			return fmt.Errorf("serial %s: its key: %w", u.row.Serial, err)
+		}
+	}
+	if u.files, err = r.renderFiles(u, key, func(name string) (*nvs.Keys, error) { return r.nvsKeys(u, name) }); err != nil {
+		u.files = nil
+		return fmt.Errorf("serial %s: %w", u.row.Serial, err)
+	}
+	return nil
+}
+
+// renderFiles makes the files of a unit's stamp, with the content of its key file, if it has one.
+func (r *run) renderFiles(u *unit, key []byte, keys func(string) (*nvs.Keys, error)) ([]stamp.File, error) {
 	doc := provisioning{IDScope: r.IDScope, GlobalEndpoint: r.GlobalEndpoint, RegistrationID: u.row.RegistrationID}
-	files := make([]stamp.File, 0, 3+len(r.Templates))
+	files := make([]stamp.File, 0, 3+len(r.Templates)+len(r.Profile.images))
 	var chain []byte
 	if r.Profile.Attestation == AttestationX509 {
 		doc.Attestation, doc.CertificateChain = "x509", chainFile
-		if r.Profile.Key.In == keyInMemory {
+		if key != nil {
+			files = append(files, stamp.File{Name: keyFile, Data: key, Secret: true})
+		}
+		switch r.Profile.Key.In {
+		case keyInMemory:
 			doc.PrivateKey = keyFile
-			files = append(files, stamp.File{Name: keyFile, Data: u.keyPEM, Secret: true})
-		} else if r.Profile.Key.In == keyInTPM {
-			doc.KeyURI = u.keyURI
-			blob := u.blob
-			if blob == nil {
-				var err error
-				if blob, err = r.onDisk(u, keyFile); err != nil {
-					return fmt.Errorf("serial %s: its key: %w", u.row.Serial, err)
-				}
-			}
-			files = append(files, stamp.File{Name: keyFile, Data: blob, Secret: true})
-		} else if r.Profile.Key.In == keyInCSR {
+		case keyInCSR:
 			doc.KeyURI = r.Profile.uri.ExpandURI(r.List.values(u.row.Fields))
-		} else {
+		default:
 			doc.KeyURI = u.keyURI
 		}
 		chain = append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: u.cert}), r.chain...)
@@ -178,7 +192,7 @@ func (r *run) render(u *unit) error {
 	}
 	b, err := json.Marshal(doc)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	files = append(files, stamp.File{Name: stampFile, Data: append(b, '\n'), Secret: doc.SymmetricKey != ""})
 	for i, t := range r.Templates {
@@ -191,18 +205,24 @@ func (r *run) render(u *unit) error {
 		}
 		out, err := t.Render(nil, device)
 		if err != nil {
-			return fmt.Errorf("serial %s: %s: %w", u.row.Serial, s.Name, err)
+			return nil, fmt.Errorf("%s: %w", s.Name, err)
 		}
 		if !s.Secret {
 			shows, err := t.ShowsSecret(out, device)
 			if shows || err != nil {
-				return errors.Join(err, fmt.Errorf("serial %s: %s would show the device's key to everybody: set secret = true for it in profile %s", u.row.Serial, s.Name, r.Profile.Name))
+				return nil, errors.Join(err, fmt.Errorf("%s would show the device's key to everybody: set secret = true for it in profile %s", s.Name, r.Profile.Name))
 			}
 		}
 		files = append(files, stamp.File{Name: s.Name, Data: out, Secret: s.Secret})
 	}
-	u.files = files
-	return nil
+	for _, m := range r.Profile.images {
+		f, err := m.build(&source{files: files, symmetric: u.symmetric, keys: keys, field: func(name string) (string, error) { return r.imageField(u.row, &doc, name) }})
+		if err != nil {
+			return nil, fmt.Errorf("image %s: %w", m.Name, err)
+		}
+		files = append(files, f)
+	}
+	return files, nil
 }
 
 func (r *run) fields(row *Row) map[string]string {

@@ -212,8 +212,16 @@ func (in *intake) prepare(e *bundle.Entry) (prepared, error) {
 	}
 	if r := e.Retired; r != nil {
 		device.ID, device.Group, device.Revision = dps.Fold(r.RegistrationID), dps.Fold(r.Group), -1
-		return prepared{id: r.RegistrationID, device: device, ending: &Ending{
-			ID: device.ID, Revision: e.Revision, KeyHash: r.KeyHash, State: r.State, Reason: r.Reason, At: r.At, Station: in.cfg.Station}}, nil
+		p := prepared{id: r.RegistrationID, device: device, ending: &Ending{
+			ID: device.ID, Revision: e.Revision, KeyHash: r.KeyHash, State: r.State, Reason: r.Reason, At: r.At, Station: in.cfg.Station}}
+		if r.State == bundle.Returned && in.grant != nil {
+			// A station's word alone makes no room on an order.
+			permit, err := order.OpenPermit([]byte(r.Permit), in.s.cfg.Owners)
+			if err != nil || !permit.Covers(in.grant.Order.ID, e.Serial, e.Revision) {
+				p.problem = "it is said to be returned, and no owner's permit for it is there"
+			}
+		}
+		return p, nil
 	}
 	s := in.s
 	d := &document{kind: Individual, individual: e.Individual}

@@ -138,6 +138,26 @@ func gone(n int, revision int64, state bundle.State) bundle.Entry {
 		State: state, Reason: "for a test", At: time.Unix(1767225600, 0)}}
 }
 
+// permitted gives an entry of a returned unit the owner's permit.
+func (f *factory) permitted(t testing.TB, grant []byte, e bundle.Entry) bundle.Entry {
+	t.Helper()
+	if e.Retired == nil || e.Retired.State != bundle.Returned || e.Retired.Permit != "" || grant == nil {
+		return e
+	}
+	g, err := order.Describe(grant)
+	if err != nil {
+		return e
+	}
+	b, err := (&order.Permit{Version: 1, Order: g.Order.ID, Units: []order.PermitUnit{{Serial: e.Serial, Revision: e.Revision}}, At: time.Unix(1767225600, 0).UTC(), Reason: "seen"}).Sign(f.owner.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := *e.Retired
+	r.Permit = string(b)
+	e.Retired = &r
+	return e
+}
+
 // bundle writes entries into a bundle of a station, and imports what comes out of it: nothing gets in but through the reader.
 func (f *factory) bundle(t testing.TB, s *registration.Service, station party, grant []byte, dryRun bool, e ...bundle.Entry) (registration.ImportResult, error) {
 	t.Helper()
@@ -153,7 +173,8 @@ func (f *factory) bundle(t testing.TB, s *registration.Service, station party, g
 	defer w.Abort()
 	w.SetGrant(grant)
 	for i := range e {
-		if err := w.Add(&e[i]); err != nil {
+		p := f.permitted(t, grant, e[i])
+		if err := w.Add(&p); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -421,6 +442,25 @@ func TestReturned(t *testing.T) {
 	}
 	step("0 new, 0 unchanged, 0 conflicting, 0 replaced, 0 retired, 0 stale, 1 refused", registration.Tally{Used: 3, Imported: 3, Refused: 1}, unit(4, 0))
 	step("0 new, 0 unchanged, 0 conflicting, 0 replaced, 1 retired, 0 stale, 0 refused", registration.Tally{Used: 3, Imported: 2, Scrapped: 1, Refused: 1}, gone(2, 0, bundle.Scrapped))
+	// The owner's permit for another unit, for another order, and the station's own.
+	for name, permit := range map[string]*order.Permit{"another unit": {Order: "PO-1", Units: []order.PermitUnit{{Serial: "X"}}}, "another order": {Order: "PO-2", Units: []order.PermitUnit{{Serial: unit(2, 0).Serial}}},
+		"another revision": {Order: "PO-1", Units: []order.PermitUnit{{Serial: unit(2, 0).Serial, Revision: 1}}},
+		"the station's":    {Order: "PO-1", Units: []order.PermitUnit{{Serial: unit(2, 0).Serial}}}} {
+		permit.Version, permit.At = 1, time.Unix(1767225600, 0).UTC()
+		by := f.owner.key
+		if name == "the station's" {
+			by = f.holder.key
+		}
+		b, err := permit.Sign(by)
+		if err != nil {
+			t.Fatal(err)
+		}
+		e := gone(2, 0, bundle.Returned)
+		e.Retired.Permit = string(b)
+		if res := f.must(t, f.holder, grant, e); res.Retired != 0 || len(res.Conflicts) != 1 || !strings.Contains(res.Conflicts[0].Reason, "permit") {
+			t.Errorf("%s: %+v", name, res)
+		}
+	}
 	step("0 new, 0 unchanged, 0 conflicting, 0 replaced, 1 retired, 0 stale, 0 refused", registration.Tally{Used: 2, Imported: 2, Returned: 1, Refused: 1}, gone(2, 0, bundle.Returned))
 	step("1 new, 0 unchanged, 0 conflicting, 0 replaced, 0 retired, 0 stale, 0 refused", registration.Tally{Used: 3, Imported: 3, Returned: 1}, unit(4, 0))
 	step("0 new, 1 unchanged, 0 conflicting, 0 replaced, 0 retired, 0 stale, 0 refused", registration.Tally{Used: 3, Imported: 3, Returned: 1}, unit(4, 0))

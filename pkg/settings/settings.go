@@ -24,9 +24,10 @@ func (e *Error) Error() string { return strings.Join(e.Faults, "\n") }
 // Faults collects what is wrong with a file.
 type Faults struct {
 	file   string
-	lines  map[string]int  // where each setting first stands
-	wrong  map[string]bool // settings that have a fault already
-	broken bool            // the file could not be read to its end, so what is missing may not be
+	lines  map[string]int   // where each setting stands: with indexes, as in "file[1].name", or the first without
+	names  map[place]string // what a setting is called with indexes
+	wrong  map[string]bool  // settings that have a fault already
+	broken bool             // the file could not be read to its end, so what is missing may not be
 	list   []fault
 }
 
@@ -35,10 +36,17 @@ type fault struct {
 	text string
 }
 
+// A place is where a setting stands, and what it is called without indexes.
+type place struct {
+	line int
+	key  string
+}
+
 // Decode reads a file into v. The name stands before each fault, as in "profile pumps, line 4: …". The caller adds what it
 // finds wrong with the values, and asks Err.
 func Decode(name string, b []byte, v any) *Faults {
-	f := &Faults{file: name, lines: keyLines(b), wrong: make(map[string]bool)}
+	f := &Faults{file: name, lines: make(map[string]int), names: make(map[place]string), wrong: make(map[string]bool)}
+	f.keyLines(b)
 	var syntax map[string]any
 	if err := toml.Unmarshal(b, &syntax); err != nil {
 		f.broken = true
@@ -56,7 +64,7 @@ func Decode(name string, b []byte, v any) *Faults {
 			for _, e := range unknown.Errors {
 				line, _ := e.Position()
 				key := strings.Join(e.Key(), ".")
-				f.wrong[key] = true
+				f.wrong[f.name(line, key)] = true
 				f.at(line, "%s is not a setting here", key)
 			}
 			return f
@@ -96,12 +104,21 @@ func (f *Faults) decode(err error) int {
 	if m := wrongType.FindStringSubmatch(text); m != nil {
 		text = fmt.Sprintf("%s is %s: want %s", key, article(m[1]), typeName(m[2]))
 	}
-	f.wrong[key] = true
+	name := f.name(line, key)
+	f.wrong[name] = true
 	f.at(line, "%s", text)
-	if key == "" || f.lines[key] != line {
+	if key == "" || f.lines[name] != line {
 		return 0
 	}
 	return line
+}
+
+// name returns what a setting on a line is called with indexes.
+func (f *Faults) name(line int, key string) string {
+	if name, ok := f.names[place{line, key}]; ok {
+		return name
+	}
+	return key
 }
 
 func article(kind string) string {
@@ -136,15 +153,16 @@ func (f *Faults) at(line int, format string, args ...any) {
 	f.list = append(f.list, fault{line, fmt.Sprintf(format, args...)})
 }
 
-// Key reports a fault at the line where a setting stands, or at its table, or behind the others. A setting that has a fault
-// already gets no second one.
+// Key reports a fault at the line where a setting stands, or at its table, or behind the others. In arrays of tables a setting
+// is called by indexes from 0, as in "file[1].name"; without them it is the first of its name. A setting that has a fault already
+// gets no second one.
 func (f *Faults) Key(key, format string, args ...any) {
 	if f.broken || f.wrong[key] {
 		return
 	}
 	line, ok := f.lines[key]
-	for !ok && strings.Contains(key, ".") {
-		key = key[:strings.LastIndexByte(key, '.')]
+	for !ok && strings.ContainsAny(key, ".[") {
+		key = key[:strings.LastIndexAny(key, ".[")] // the table, or the whole array
 		line, ok = f.lines[key]
 	}
 	f.at(line, format, args...)
@@ -168,33 +186,46 @@ func (f *Faults) Err() error {
 	return e
 }
 
-// keyLines maps each setting's dotted name to the line where it first stands.
-func keyLines(b []byte) map[string]int {
-	lines := make(map[string]int)
+// keyLines finds out where each setting stands.
+func (f *Faults) keyLines(b []byte) {
 	p := unstable.Parser{}
 	p.Reset(b)
-	var table []string
+	tables := make(map[string]int) // how many tables an array has so far
+	var table, indexed string
 	for p.NextExpression() {
 		e := p.Expression()
-		var parts []string
+		key, name := table, indexed
+		if e.Kind != unstable.KeyValue {
+			key, name = "", ""
+		}
 		line := 0
 		for it := e.Key(); it.Next(); {
 			n := it.Node()
 			if line == 0 {
 				line = p.Shape(n.Raw).Start.Line
+			} else if count := tables[name]; count > 0 {
+				name = fmt.Sprintf("%s[%d]", name, count-1)
 			}
-			parts = append(parts, string(n.Data))
+			if key != "" {
+				key, name = key+".", name+"."
+			}
+			key, name = key+string(n.Data), name+string(n.Data)
 		}
 		switch e.Kind {
-		case unstable.Table, unstable.ArrayTable:
-			table = parts
-		case unstable.KeyValue:
-			parts = append(slices.Clone(table), parts...)
+		case unstable.ArrayTable:
+			tables[name]++
+			fallthrough
+		case unstable.Table:
+			if count := tables[name]; count > 0 {
+				name = fmt.Sprintf("%s[%d]", name, count-1)
+			}
+			table, indexed = key, name
 		}
-		name := strings.Join(parts, ".")
-		if _, ok := lines[name]; !ok {
-			lines[name] = line
+		for _, k := range []string{key, name} {
+			if _, ok := f.lines[k]; !ok {
+				f.lines[k] = line
+			}
 		}
+		f.names[place{line, key}] = name
 	}
-	return lines
 }

@@ -36,6 +36,7 @@ func TestAllFaultsAtOnce(t *testing.T) {
 		"tables":          {"file = 1", []string{"f, line 1: file is an integer: want tables, as in [[name]]", "f: name is missing"}},
 		"syntax":          {"name = 5\ndays = \n", []string{"f, line 2: "}},
 		"twice":           {"name = \"a\"\nname = \"b\"", []string{"f, line 2: "}},
+		"second table":    {"name = \"a\"\n[[file]]\nname = \"x\"\n[[file]]\nname = 1\nsize = 2\n[[file]]\nname = 3", []string{"f, line 5: file.name is an integer: want a string", "f, line 6: file.size is not a setting here", "f, line 8: file.name is an integer: want a string"}},
 		"missing":         {"days = 1", []string{"f: name is missing"}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -61,6 +62,55 @@ func TestAllFaultsAtOnce(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// Arrays of tables, in each other, by index; and what stands nowhere is at the table that lacks it.
+func TestIndexes(t *testing.T) {
+	var v struct {
+		Stamp struct {
+			Image []struct {
+				Name  string `toml:"name"`
+				Entry []struct {
+					Key  string `toml:"key"`
+					Size int    `toml:"size"`
+				} `toml:"entry"`
+			} `toml:"image"`
+			Inline []struct {
+				Key string `toml:"key"`
+			} `toml:"inline"`
+		} `toml:"stamp"`
+	}
+	f := settings.Decode("f", []byte(`[stamp]
+inline = [{key = "a"}, {key = "b"}]
+[[stamp.image]]
+name = "a"
+[[stamp.image.entry]]
+key = "1"
+[[stamp.image]]
+name = "b"
+[[stamp.image.entry]]
+key = "2"
+[[stamp.image.entry]]
+key = "3"
+size = "x"
+`), &v)
+	for _, key := range []string{"stamp.image[0].name", "stamp.image[0].size", "stamp.image[1].name", "stamp.image[1].entry[0].key", "stamp.image[1].entry[1].key", "stamp.image[1].entry[1].as",
+		"stamp.image[1].entry[1].size", "stamp.image.name", "stamp.inline[1].key", "stamp.image[0].entry[0].key"} {
+		f.Key(key, "%s", key)
+	}
+	want := `f, line 2: stamp.inline[1].key
+f, line 3: stamp.image[0].size
+f, line 4: stamp.image[0].name
+f, line 4: stamp.image.name
+f, line 6: stamp.image[0].entry[0].key
+f, line 8: stamp.image[1].name
+f, line 10: stamp.image[1].entry[0].key
+f, line 11: stamp.image[1].entry[1].as
+f, line 12: stamp.image[1].entry[1].key
+f, line 13: stamp.image.entry.size is a string: want a whole number`
+	if err := f.Err(); err == nil || err.Error() != want {
+		t.Errorf("got\n%v\nwant\n%s", err, want)
 	}
 }
 

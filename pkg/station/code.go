@@ -26,6 +26,7 @@ const (
 	CodeOrderStation Code = "E-205" // for other stations: {order}
 	CodeNoOrder      Code = "E-206" // the line needs an order and has none
 	CodeOrderProfile Code = "E-207" // for another product or profile: {order}
+	CodeOrderForged  Code = "E-208" // not what its owner signed: {order}
 
 	CodeClock     Code = "E-301" // the clock is wrong
 	CodeDisk      Code = "E-302" // no room: {where}
@@ -73,7 +74,7 @@ const (
 func Codes() []Code {
 	return []Code{
 		CodeNotSerial, CodeMade, CodeInWork, CodeTries, CodeNotInOrder, CodeProduct, CodeScrapped, CodeNotMade, CodeBusy, CodeElsewhere, CodeNotFinished,
-		CodeOrderEarly, CodeOrderExpired, CodeOrderSpent, CodeOrderClosed, CodeOrderStation, CodeNoOrder, CodeOrderProfile,
+		CodeOrderEarly, CodeOrderExpired, CodeOrderSpent, CodeOrderClosed, CodeOrderStation, CodeNoOrder, CodeOrderProfile, CodeOrderForged,
 		CodeClock, CodeDisk, CodeToken, CodeTokenPIN, CodePrinter, CodeAnchor, CodeLedger, CodeLocked, CodeBadge, CodePIN, CodePINLocked, CodeLead, CodeGolden,
 		CodeProbe, CodeProbeTimeout, CodeFlash, CodeFlashTimeout, CodeReadBack, CodeReadBackFailed, CodeChallenge, CodeNoChallenge, CodeRegister,
 		CodePrint, CodePaper, CodeOtherLabel, CodeNoScan,

@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/touchmark/touchmark/pkg/label"
 	"github.com/touchmark/touchmark/pkg/ledger"
@@ -34,6 +35,7 @@ type Desk struct {
 	function Function
 	subject  string
 	reason   string
+	head     int       // whose unit is to be given up
 	person   *Operator // who gave a badge and still owes a PIN
 	operator *Operator
 	approved *Operator // the lead who allows the function
@@ -43,7 +45,12 @@ type Desk struct {
 	help     bool
 	lock     lockout
 	ending   bool
+	leave    context.CancelFunc // of the ended shift's counts
+	closed   error              // from closing the line
 }
+
+// linger is how long the counts of a shift that has ended stay, unless somebody leaves them.
+const linger = 10 * time.Second
 
 // NewDesk puts a desk in front of a station. The context ends what the desk starts. Operators may be nil, and so may golden, which
 // holds the line against its golden sample.
@@ -66,8 +73,8 @@ func (d *Desk) touch() {
 	}
 }
 
-// Changed ticks after there is something new to show; several changes may be one tick. It is closed when the shift has ended and
-// all units have their verdicts.
+// Changed ticks after there is something new to show; several changes may be one tick. It is closed when the shift has ended, all
+// units have their verdicts, and somebody has seen the counts or ten seconds have passed.
 func (d *Desk) Changed() <-chan struct{} { return d.changed }
 
 // View returns what there is to show.
@@ -81,9 +88,12 @@ func (d *Desk) View() View {
 	if d.operator != nil {
 		v.Operator = d.operator.Name
 	}
+	if d.ending && d.phase == PhaseWork && d.function == "" {
+		v.Function = End
+	}
 	if d.phase == PhaseWork && d.function == "" {
 		if asking := s.asking(); len(asking) > 0 {
-			v.Ask, v.AskHead = AskLabel, asking[0].Number
+			v.Function, v.Ask, v.AskHead = "", AskLabel, asking[0].Number
 		}
 	}
 	if d.ask == AskReason {
@@ -130,7 +140,15 @@ func (d *Desk) Input(line string) {
 	case AskReason:
 		d.pickReason(line)
 	case AskConfirm:
-		d.confirm()
+		if line == "" { // a scan is no answer
+			d.confirm()
+		}
+	case AskClose:
+		d.leave()
+	case AskNothing:
+		if d.phase == PhaseWork { // the last labels of a shift
+			d.s.Scan(line)
+		}
 	}
 }
 
@@ -144,15 +162,19 @@ func (d *Desk) Function(f Function) {
 	case f == Help:
 		d.help = !d.help
 		return
+	case d.ask == AskClose:
+		d.leave()
+		return
 	case f == Cancel:
 		d.help = false
-		d.cancel()
+		d.escape()
 		return
-	case f == End && d.phase != PhaseEnded:
+	case f == End && !d.ending:
 		if d.phase != PhaseWork {
 			d.end()
 			return
 		}
+		d.cancel()
 		d.function, d.ask = End, AskConfirm
 	case d.phase != PhaseWork || d.ending:
 		return
@@ -167,10 +189,26 @@ func (d *Desk) Function(f Function) {
 	d.help = false
 }
 
+// escape leaves a function, or asks whether a unit that waits is to be given up: first of the first head, then of the next.
+func (d *Desk) escape() {
+	after := 0
+	if d.function == Cancel {
+		after = d.head
+	}
+	other := d.function != "" && d.function != Cancel
+	d.cancel()
+	if h, ok := d.s.stuck(after); ok && !other && d.phase == PhaseWork {
+		d.function, d.ask, d.subject, d.head = Cancel, AskConfirm, h.Serial, h.Number
+	}
+}
+
 func (d *Desk) cancel() {
 	switch {
 	case d.phase == PhaseWork:
 		d.function, d.subject, d.reason, d.person, d.approved, d.ask = "", "", "", nil, nil, AskSerial
+		if d.ending {
+			d.ask = AskNothing
+		}
 	case d.phase == PhaseBadge:
 		d.person, d.ask = nil, AskBadge
 	}
@@ -189,6 +227,10 @@ func (d *Desk) badge(line string) {
 		}
 	}
 	if p.PIN != "" {
+		if d.lock.locked(d.s.setup.Now()) {
+			d.say(CodePINLocked, nil)
+			return
+		}
 		d.person, d.ask = p, AskPIN
 		return
 	}
@@ -204,14 +246,11 @@ func clip(s string, n int) string {
 
 func (d *Desk) pin(line string) {
 	now := d.s.setup.Now()
-	if d.lock.locked(now) {
-		d.say(CodePINLocked, nil)
-		return
-	}
 	if d.person.CheckPIN(line) != nil {
 		d.lock.miss(now)
 		d.say(CodePIN, nil)
 		if d.lock.locked(now) {
+			d.person, d.ask = nil, AskBadge
 			d.say(CodePINLocked, nil)
 		}
 		return
@@ -263,16 +302,17 @@ func (d *Desk) runChecks(operator string) {
 			d.setCheck(n, CheckRunning, nil)
 		}
 		err := f()
-		failed := ""
+		failed, state := "", CheckOK
 		if err != nil {
 			good, failed = false, checkOf(codeOf("", err), names)
 		}
 		for _, n := range names {
 			if n == failed {
 				d.setCheck(n, CheckFailed, err)
-				break
+				state = CheckWaiting // nobody got there
+				continue
 			}
-			d.setCheck(n, CheckOK, nil)
+			d.setCheck(n, state, nil)
 		}
 	}
 	run([]string{"disk"}, s.checkDisk)
@@ -290,7 +330,7 @@ func (d *Desk) runChecks(operator string) {
 	defer d.mu.Unlock()
 	defer d.touch()
 	switch {
-	case d.phase == PhaseEnded:
+	case d.ending:
 	case good:
 		d.phase, d.ask = PhaseWork, AskSerial
 	default:
@@ -314,17 +354,17 @@ func checkOf(c Code, names []string) string {
 }
 
 func (d *Desk) setCheck(name string, state CheckState, err error) {
+	var fields map[string]string
+	if err != nil {
+		fields = d.s.explain(d.ctx, codeOf("", err), "", err)
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for i := range d.checks {
 		if d.checks[i].Name == "check."+name {
 			d.checks[i].State = state
 			if err != nil {
-				d.checks[i].Code, d.checks[i].Detail = codeOf("", err), err.Error()
-				var f *failure
-				if errors.As(err, &f) {
-					d.checks[i].Fields = f.fields
-				}
+				d.checks[i].Code, d.checks[i].Detail, d.checks[i].Fields = codeOf("", err), err.Error(), fields
 			}
 		}
 	}
@@ -388,7 +428,7 @@ func (d *Desk) serial(line string) {
 	d.subject = serial
 	switch d.function {
 	case Reprint:
-		d.run(func(ctx context.Context) error { _, err := d.s.Reprint(ctx, serial); return err })
+		d.run(StepLabel, serial, func(ctx context.Context) error { _, err := d.s.Reprint(ctx, serial); return err })
 		d.cancel()
 	default:
 		d.ask = AskReason
@@ -398,10 +438,6 @@ func (d *Desk) serial(line string) {
 // start begins a unit on a free head.
 func (d *Desk) start(serial string) {
 	if d.ending {
-		return
-	}
-	if !d.s.hasFreeHead() {
-		d.say(CodeBusy, nil)
 		return
 	}
 	d.work.Add(1)
@@ -430,8 +466,13 @@ func (d *Desk) pickReason(line string) {
 }
 
 func (d *Desk) confirm() {
-	if d.function == End {
+	switch d.function {
+	case End:
 		d.end()
+		return
+	case Cancel:
+		d.s.Cancel(d.head)
+		d.cancel()
 		return
 	}
 	state := ledger.Reworked
@@ -443,23 +484,20 @@ func (d *Desk) confirm() {
 		who += ", " + d.approved.Name
 	}
 	serial, reason := d.subject, d.reason
-	d.run(func(ctx context.Context) error { return d.s.Retire(ctx, serial, state, reason, who) })
+	d.run("", serial, func(ctx context.Context) error { return d.s.Retire(ctx, serial, state, reason, who) })
 	d.cancel()
 }
 
 // run does something beside, and shows what went wrong.
-func (d *Desk) run(f func(context.Context) error) {
+func (d *Desk) run(step Step, serial string, f func(context.Context) error) {
 	d.work.Add(1)
 	go func() {
 		defer d.work.Done()
 		if err := f(d.ctx); err != nil {
-			fields := map[string]string{}
-			var fl *failure
-			if errors.As(err, &fl) {
-				fields = fl.fields
-			}
+			code := codeOf(step, err)
+			fields := d.s.explain(d.ctx, code, serial, err)
 			d.mu.Lock()
-			d.say(codeOf(StepLabel, err), fields)
+			d.say(code, fields)
 			d.mu.Unlock()
 		}
 		d.touch()
@@ -467,25 +505,41 @@ func (d *Desk) run(f func(context.Context) error) {
 }
 
 // Finish ends the shift at once: units in work are stopped where they are, for the next shift to take up. It returns when none is
-// in work any more.
-func (d *Desk) Finish() {
+// in work any more, with what closing the line says.
+func (d *Desk) Finish() error {
 	d.stop()
 	d.mu.Lock()
 	d.end()
 	d.mu.Unlock()
 	for range d.changed { // until it is closed
 	}
+	return d.closed
 }
 
-// end takes no more units, and closes the shift once those in work have their verdicts.
+// end takes no more units, and closes the shift once those in work have their verdicts: their labels are still asked for.
 func (d *Desk) end() {
 	if d.ending {
 		return
 	}
-	d.ending, d.phase, d.ask, d.function = true, PhaseEnded, AskNothing, ""
+	d.cancel()
+	d.ending, d.ask = true, AskNothing
+	counts := d.phase == PhaseWork
+	if !counts {
+		d.phase = PhaseEnded
+	}
 	go func() {
 		d.work.Wait()
-		_ = d.s.Close()
+		d.closed = d.s.Close()
+		if counts {
+			seen, leave := context.WithTimeout(d.ctx, linger)
+			defer leave()
+			d.mu.Lock()
+			d.cancel()
+			d.phase, d.ask, d.leave = PhaseEnded, AskClose, leave
+			d.mu.Unlock()
+			d.touch()
+			<-seen.Done()
+		}
 		d.tick.Lock()
 		defer d.tick.Unlock()
 		d.over = true

@@ -87,7 +87,6 @@ type Station struct {
 type headState struct {
 	Head
 	scans chan string // what was scanned while it asks for its label
-	row   mint.Row
 }
 
 // New makes a station. A shift is begun by [Station.Begin].
@@ -128,7 +127,7 @@ func (s *Station) Begin(ctx context.Context, operator string) error {
 
 // open is called with workMu held for writing.
 func (s *Station) open(ctx context.Context) error {
-	w, err := s.setup.Open(ctx, s.shift, s.operator)
+	w, err := s.setup.Open(ctx, s.shift, s.operatorName())
 	if err != nil {
 		return err
 	}
@@ -144,6 +143,12 @@ func (s *Station) open(ctx context.Context) error {
 
 // transit reports whether stamps are at the station only until their devices have them.
 func (s *Station) transit() bool { return s.cfg.flash != nil && !s.cfg.KeepStamps }
+
+func (s *Station) operatorName() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.operator
+}
 
 // Close ends the shift. Units in work must have ended.
 func (s *Station) Close() error {
@@ -162,8 +167,9 @@ func lost(err error) bool {
 	return errors.Is(err, hsm.ErrLost) || errors.Is(err, ledger.ErrBroken)
 }
 
-// with calls f with the line. When the line goes away it is opened anew, for as long as that takes, and f is called again: f finds
-// out by the ledger what it did already. A ledger that breaks twice, or for want of room, is opened anew for whoever comes next.
+// with calls f with the line. When the line goes away it is opened anew, and f is called again: f finds out by the ledger what it did
+// already. A head waits for that as long as it takes; without a head it is tried once. A ledger that breaks twice, or for want of
+// room, is opened anew for whoever comes next.
 func (s *Station) with(ctx context.Context, h *headState, f func(w *Work, gen int) error) error {
 	for broke := false; ; broke = true {
 		gen, err := s.try(f)
@@ -209,21 +215,24 @@ func (s *Station) reopen(ctx context.Context, h *headState, gen int, why error) 
 		if err == nil {
 			return nil
 		}
-		if !lost(err) && !errors.Is(err, hsm.ErrNotFound) {
+		if h == nil || !lost(err) && !errors.Is(err, hsm.ErrNotFound) {
 			return err
 		}
-		if err := sleep(ctx, s.setup.Retry); err != nil {
-			return errors.Join(err, why)
+		if err := s.retry(ctx, h, why); err != nil {
+			return err
 		}
 	}
 }
 
-func sleep(ctx context.Context, d time.Duration) error {
+// retry waits before what is away is asked for again. It returns why when the unit was given up meanwhile.
+func (s *Station) retry(ctx context.Context, h *headState, why error) error {
 	select {
-	case <-time.After(d):
+	case <-time.After(s.setup.Retry):
 		return nil
+	case <-h.scans:
+		return why
 	case <-ctx.Done():
-		return ctx.Err()
+		return errors.Join(ctx.Err(), why)
 	}
 }
 
@@ -283,6 +292,10 @@ func (s *Station) freeHead(number int, serial string) (*headState, *Verdict) {
 		free := h.State == HeadIdle || h.State == HeadPassed || h.State == HeadFailed
 		if free && (number == 0 || number == h.Number) {
 			s.inWork[serial] = h.Number
+			select {
+			case <-h.scans: // meant for the last unit
+			default:
+			}
 			now := s.setup.Now()
 			h.Head = Head{Number: h.Number, State: HeadWorking, Serial: serial, Started: now, Stepped: now, Of: len(s.steps)}
 			return h, nil
@@ -322,40 +335,48 @@ func (s *Station) Busy() bool {
 	return len(s.inWork) > 0
 }
 
-// decide writes down a verdict: for the screen, the numbers, and whoever wants to be told.
+// decide writes down a verdict: for the screen, the numbers, and whoever wants to be told. A unit that was stopped on its way has
+// none, and what never came onto a head says nothing about a unit.
 func (s *Station) decide(h *headState, v Verdict, steps []yield.Step) Verdict {
 	now := s.setup.Now()
 	v.At, v.DryRun = now.UTC().Truncate(time.Second), s.setup.DryRun
+	if h == nil {
+		return v
+	}
 	s.mu.Lock()
 	operator := s.operator
-	if h != nil {
-		v.Head, v.Seconds = h.Number, now.Sub(h.Started).Round(10*time.Millisecond).Seconds()
-		delete(s.inWork, v.Serial)
-		h.State, h.Waiting = HeadPassed, ""
-		if !v.Pass {
-			h.State = HeadFailed
-		}
-		shown := v
-		h.Verdict = &shown
-		if countable(v.Code) && !s.setup.DryRun {
-			s.tally.Try(yield.Try{Was: s.standing[v.Serial], Pass: v.Pass, Code: string(v.Code), Steps: steps})
-			s.standing[v.Serial] = yield.Failed
-			s.tries[v.Serial]++
-			if v.Pass {
-				s.standing[v.Serial] = yield.Passed
-				delete(s.tries, v.Serial)
-			}
-		}
-		s.last = append([]Verdict{v}, s.last[:min(len(s.last), 9)]...)
+	v.Head, v.Seconds = h.Number, now.Sub(h.Started).Round(10*time.Millisecond).Seconds()
+	delete(s.inWork, v.Serial)
+	if v.Stopped() {
+		h.Head = Head{Number: h.Number, State: HeadIdle}
+		s.mu.Unlock()
+		return v
 	}
+	h.State, h.Waiting = HeadPassed, ""
+	if !v.Pass {
+		h.State = HeadFailed
+	}
+	shown := v
+	h.Verdict = &shown
+	if countable(v.Code) && !s.setup.DryRun {
+		s.tally.Try(yield.Try{Was: s.standing[v.Serial], Pass: v.Pass, Code: string(v.Code), Steps: steps})
+		s.standing[v.Serial] = yield.Failed
+		s.tries[v.Serial]++
+		if v.Pass {
+			s.standing[v.Serial] = yield.Passed
+			delete(s.tries, v.Serial)
+		}
+	}
+	s.last = append([]Verdict{v}, s.last[:min(len(s.last), 9)]...)
 	s.mu.Unlock()
 	s.tell(v, operator)
 	s.notify()
 	return v
 }
 
-// countable reports whether a verdict says something about the making of a unit, and not only that it was scanned wrongly.
-func countable(c Code) bool { return c == "" || c >= "E-4" || c == CodeProduct }
+// countable reports whether a verdict says something about the making of a unit, and not only that it was scanned wrongly, or that
+// somebody did not wait for the printer.
+func countable(c Code) bool { return c == "" || c >= "E-4" && c != CodePaper || c == CodeProduct }
 
 // EventFields are the fields of the events that a station tells of a verdict; which are empty depends on the verdict.
 var EventFields = []string{"serial", "registration-id", "revision", "code", "step", "head", "seconds", "operator", "station", "order"}

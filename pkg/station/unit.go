@@ -16,7 +16,9 @@ import (
 	"time"
 
 	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/hsm/signed"
 	"github.com/touchmark/touchmark/hsm/tpm/residency"
+	"github.com/touchmark/touchmark/pkg/filelock"
 	"github.com/touchmark/touchmark/pkg/fixture"
 	"github.com/touchmark/touchmark/pkg/label"
 	"github.com/touchmark/touchmark/pkg/ledger"
@@ -75,12 +77,18 @@ func (s *Station) make(ctx context.Context, number int, serial string, given map
 	maps.Copy(m.fields, s.cfg.heads[h.Number-1].fields)
 	maps.Copy(m.fields, given)
 	m.fields["serial"], m.fields["head"], m.fields["product"], m.fields["order"] = serial, strconv.Itoa(h.Number), s.setup.Product, s.setup.Order
+	s.mu.Lock()
+	v := Verdict{Serial: serial, Attempt: s.tries[serial] + 1}
+	s.mu.Unlock()
 	err := m.walk(ctx)
-	v := Verdict{Pass: err == nil, Serial: serial}
+	v.Pass = err == nil
 	if m.unit != nil {
 		v.RegistrationID, v.Revision = m.unit.RegistrationID(), int(m.unit.Revision())
 	}
-	if err != nil {
+	switch {
+	case err != nil && ctx.Err() != nil:
+		v.Detail = "stopped: " + err.Error()
+	case err != nil:
 		v = m.failed(ctx, v, err)
 	}
 	if m.unit != nil {
@@ -97,15 +105,9 @@ func (m *making) failed(ctx context.Context, v Verdict, err error) Verdict {
 	s := m.s
 	s.mu.Lock()
 	v.Step = m.h.Step
-	v.Attempt = s.tries[m.serial] + 1
 	s.mu.Unlock()
 	v.Code, v.Detail = codeOf(v.Step, err), err.Error()
-	v.Fields = map[string]string{"serial": m.serial, "order": s.setup.Order, "scan": m.serial}
-	var f *failure
-	if errors.As(err, &f) {
-		maps.Copy(v.Fields, f.fields)
-	}
-	m.explain(ctx, &v, err)
+	v.Fields = s.explain(ctx, v.Code, m.serial, err)
 	// Written down although the shift is being stopped; but a line that is away is not waited for then.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
@@ -113,10 +115,10 @@ func (m *making) failed(ctx context.Context, v Verdict, err error) Verdict {
 		if refusable(v.Code) {
 			w.Refuse(ctx, m.serial, err)
 		}
-		if m.unit == nil || s.setup.DryRun {
+		if m.unit == nil || s.setup.DryRun || !countable(v.Code) {
 			return nil
 		}
-		note, _ := json.Marshal(map[string]any{"code": v.Code, "step": v.Step, "head": m.h.Number, "operator": s.operator})
+		note, _ := json.Marshal(map[string]any{"code": v.Code, "step": v.Step, "head": m.h.Number, "operator": s.operatorName()})
 		_, err := w.Ledger.AddNote(ctx, ledger.Note{Unit: m.unit.ID(), Kind: failNote, Data: note})
 		return err
 	})
@@ -125,31 +127,55 @@ func (m *making) failed(ctx context.Context, v Verdict, err error) Verdict {
 
 // refusable reports whether a code is about what the order does not allow.
 func refusable(c Code) bool {
-	return c[:3] == "E-2" || slices.Contains([]Code{CodeMade, CodeNotInOrder, CodeProduct, CodeScrapped, CodeElsewhere, CodeTwice, CodeAnchor}, c)
+	return c[:3] == "E-2" || slices.Contains([]Code{CodeMade, CodeNotInOrder, CodeProduct, CodeScrapped, CodeElsewhere, CodeTwice, CodeAnchor, CodeLocked}, c)
 }
 
-// explain fills in what the sentence of a code shows.
-func (m *making) explain(ctx context.Context, v *Verdict, err error) {
+// explain returns what the sentence of a code shows. The serial is empty where the error is not about a unit.
+func (s *Station) explain(ctx context.Context, code Code, serial string, err error) map[string]string {
+	const minutes = "2006-01-02 15:04"
+	fields := map[string]string{"serial": serial, "order": orDash(s.setup.Order), "scan": serial}
+	var f *failure
+	if errors.As(err, &f) {
+		maps.Copy(fields, f.fields)
+	}
 	var dup *ledger.DuplicateError
 	var granted *ledger.GrantError
+	var locked *filelock.LockedError
+	var claimed *hsm.ClaimedError
 	switch {
 	case errors.As(err, &dup):
-		v.Fields["serial"], v.Fields["when"] = dup.Unit.Serial, dup.Unit.At.Local().Format("2006-01-02 15:04")
-		v.Fields["operator"], v.Fields["station"] = orDash(dup.Job.Operator), m.s.setup.Name
+		fields["serial"], fields["when"] = dup.Unit.Serial, dup.Unit.At.Local().Format(minutes)
+		fields["operator"], fields["station"] = orDash(dup.Job.Operator), s.setup.Name
 	case errors.As(err, &granted):
-		v.Fields["quantity"] = strconv.FormatInt(granted.Grant.Quantity, 10)
-		v.Fields["from"], v.Fields["until"] = granted.Grant.Opens.Format("2006-01-02 15:04"), granted.Grant.Ends.Format("2006-01-02 15:04")
-	case v.Code == CodeScrapped:
-		_ = m.s.with(ctx, nil, func(w *Work, _ int) error {
-			for u, err := range w.Ledger.Retired(ctx, m.serial) {
+		fields["order"], fields["quantity"] = granted.Grant.ID, strconv.FormatInt(granted.Grant.Quantity, 10)
+		fields["from"], fields["until"] = granted.Grant.Opens.Format(minutes), granted.Grant.Ends.Format(minutes)
+	case errors.As(err, &claimed):
+		fields["owner"] = fmt.Sprintf("%s, process %d", claimed.Claim.Host, claimed.Claim.PID)
+	case errors.As(err, &locked):
+		fields["owner"] = "process " + locked.Process
+	case code == CodeDisk && fields["where"] == "":
+		fields["where"] = s.setup.Out
+		if errors.Is(err, ledger.ErrFull) {
+			_, _ = s.try(func(w *Work, _ int) error { fields["where"] = w.Ledger.Path(); return nil })
+		}
+	case code == CodeElsewhere:
+		_, _ = s.try(func(w *Work, _ int) error {
+			u, err := w.Ledger.Find(ctx, serial)
+			fields["when"] = u.At.Local().Format(minutes)
+			return err
+		})
+	case code == CodeScrapped:
+		_, _ = s.try(func(w *Work, _ int) error {
+			for u, err := range w.Ledger.Retired(ctx, serial) {
 				if err != nil {
 					return err
 				}
-				v.Fields["when"], v.Fields["operator"] = u.Ended.Local().Format("2006-01-02 15:04"), orDash(u.Ending.Operator)
+				fields["when"], fields["operator"] = u.Ended.Local().Format(minutes), orDash(u.Ending.Operator)
 			}
 			return nil
 		})
 	}
+	return fields
 }
 
 func orDash(s string) string {
@@ -457,7 +483,7 @@ func (m *making) label(ctx context.Context) error {
 		return err
 	}
 	m.step(StepLabel)
-	printed, err := s.printed(ctx, m.unit.ID())
+	printed, err := m.printed(ctx)
 	if err != nil {
 		return err
 	}
@@ -466,7 +492,7 @@ func (m *making) label(ctx context.Context) error {
 			return err
 		}
 		if err := s.with(ctx, m.h, func(w *Work, _ int) error {
-			_, err := w.Ledger.AddNote(ctx, ledger.Note{Unit: m.unit.ID(), Kind: labelNote})
+			_, err := w.Ledger.AddNote(ctx, ledger.Note{Unit: m.unit.ID(), Kind: LabelNote})
 			return err
 		}); err != nil {
 			return err
@@ -482,15 +508,15 @@ func (m *making) label(ctx context.Context) error {
 // The kinds of notes that a station keeps of a unit: a try that failed, its label printed, and printed again.
 const (
 	failNote    = "fail"
-	labelNote   = "label"
-	reprintNote = "reprint"
+	LabelNote   = "label"
+	ReprintNote = "reprint"
 )
 
 // printed reports whether the unit's label came out of the printer in an earlier try. One whose note a crash lost is printed
 // again: two labels of one unit say the same.
-func (s *Station) printed(ctx context.Context, unit int64) (was bool, err error) {
-	err = s.with(ctx, nil, func(w *Work, _ int) error {
-		notes, err := w.Ledger.Notes(ctx, unit, labelNote)
+func (m *making) printed(ctx context.Context) (was bool, err error) {
+	err = m.s.with(ctx, m.h, func(w *Work, _ int) error {
+		notes, err := w.Ledger.Notes(ctx, m.unit.ID(), LabelNote)
 		was = len(notes) > 0
 		return err
 	})
@@ -512,14 +538,10 @@ func (m *making) print(ctx context.Context, l label.Label) error {
 		if err == nil || !away || errors.Is(err, label.ErrUncertain) {
 			return err
 		}
-		// Not the unit's fault: somebody loads paper or switches the printer on, and it goes on by itself. A scan of anything gives up.
+		// Not the unit's fault: somebody loads paper or switches the printer on, and it goes on by itself.
 		s.setHead(m.h, func(h *Head) { h.State, h.Waiting = HeadWaiting, codeOf(StepLabel, err) })
-		select {
-		case <-time.After(s.setup.Retry):
-		case <-m.h.scans:
+		if err := s.retry(ctx, m.h, err); err != nil {
 			return err
-		case <-ctx.Done():
-			return errors.Join(ctx.Err(), err)
 		}
 		s.setHead(m.h, func(h *Head) { h.State, h.Waiting = HeadWorking, "" })
 	}
@@ -581,10 +603,8 @@ func (s *Station) Scan(text string) bool {
 			break
 		}
 	}
-	if !matched && err == nil && scan.Bare {
-		if s.hasFreeHead() {
-			return false // the next unit, most likely
-		}
+	if !matched && err == nil && scan.Bare && (s.hasFreeHead() || s.working(scan.Serial)) {
+		return false // the next unit, most likely, or the one on another head once more
 	}
 	select {
 	case h.scans <- text:
@@ -609,6 +629,23 @@ func (s *Station) Cancel(number int) bool {
 	return false
 }
 
+// stuck returns the next head, by its number, that waits for something to come back or for its label.
+func (s *Station) stuck(after int) (Head, bool) {
+	for _, h := range s.Heads() {
+		if h.Number > after && (h.State == HeadWaiting || h.State == HeadAsking) {
+			return h, true
+		}
+	}
+	return Head{}, false
+}
+
+func (s *Station) working(serial string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, busy := s.inWork[serial]
+	return busy
+}
+
 func (s *Station) hasFreeHead() bool {
 	for _, h := range s.Heads() {
 		if h.State == HeadIdle || h.State == HeadPassed || h.State == HeadFailed {
@@ -628,7 +665,7 @@ func (s *Station) Reprint(ctx context.Context, serial string) (copies int64, err
 		if u, err = w.Run.Finished(ctx, serial); err != nil || s.setup.DryRun {
 			return err
 		}
-		copies, err = w.Ledger.AddNote(ctx, ledger.Note{Unit: u.ID(), Kind: reprintNote, Data: []byte(s.operator)})
+		copies, err = w.Ledger.AddNote(ctx, ledger.Note{Unit: u.ID(), Kind: ReprintNote, Data: []byte(s.operatorName())})
 		return err
 	})
 	if errors.Is(err, ledger.ErrNotFound) {
@@ -654,7 +691,7 @@ func (s *Station) Reprint(ctx context.Context, serial string) (copies int64, err
 	s.mu.Lock()
 	s.reprints++
 	s.mu.Unlock()
-	s.event("reprint", map[string]string{"serial": serial, "copy": strconv.FormatInt(copies, 10), "operator": s.operator})
+	s.event("reprint", map[string]string{"serial": serial, "copy": strconv.FormatInt(copies, 10), "operator": s.operatorName()})
 	return copies, nil
 }
 
@@ -662,6 +699,14 @@ func (s *Station) Reprint(ctx context.Context, serial string) (copies int64, err
 func (s *Station) Retire(ctx context.Context, serial string, state ledger.State, reason, operator string) error {
 	s.mu.Lock()
 	n, busy := s.inWork[serial]
+	if !busy {
+		s.inWork[serial] = 0 // nobody begins its next identity while this one is taken away
+		defer func() {
+			s.mu.Lock()
+			delete(s.inWork, serial)
+			s.mu.Unlock()
+		}()
+	}
 	s.mu.Unlock()
 	if busy {
 		return fail(CodeInWork, map[string]string{"serial": serial, "head": strconv.Itoa(n)}, nil)
@@ -708,20 +753,26 @@ func codeOf(step Step, err error) Code {
 		}
 		return CodeTwice
 	}
+	var claimed *hsm.ClaimedError
+	if errors.As(err, &claimed) && claimed.Claim.ID == "" {
+		return CodeAnchor // somebody took the counter over
+	}
 	for _, c := range []struct {
 		is   error
 		code Code
 	}{
 		{ledger.ErrSpent, CodeOrderSpent}, {ledger.ErrNotOpen, CodeOrderEarly}, {ledger.ErrExpired, CodeOrderExpired}, {ledger.ErrClosed, CodeOrderClosed},
 		{ledger.ErrNoGrant, CodeNoOrder}, {ledger.ErrOtherGrant, CodeOrderProfile}, {order.ErrSerial, CodeNotInOrder}, {order.ErrStation, CodeOrderStation},
-		{order.ErrProduct, CodeOrderProfile}, {ledger.ErrScrapped, CodeScrapped}, {mint.ErrElsewhere, CodeElsewhere},
-		{ledger.ErrClock, CodeClock}, {ledger.ErrRolledBack, CodeAnchor}, {hsm.ErrClaimed, CodeAnchor}, {ledger.ErrAnchor, CodeAnchor},
+		{order.ErrProduct, CodeOrderProfile}, {order.ErrInvalid, CodeOrderForged}, {signed.ErrCorrupt, CodeOrderForged}, {signed.ErrUntrusted, CodeOrderForged},
+		{ledger.ErrScrapped, CodeScrapped}, {mint.ErrElsewhere, CodeElsewhere},
+		{hsm.ErrClaimed, CodeLocked}, {filelock.ErrLocked, CodeLocked}, {hsm.ErrLost, CodeToken},
+		{ledger.ErrClock, CodeClock}, {ledger.ErrRolledBack, CodeAnchor}, {ledger.ErrAnchor, CodeAnchor},
 		{ledger.ErrFull, CodeDisk}, {stamp.ErrFull, CodeDisk}, {mint.ErrNoSpace, CodeDisk},
-		{hsm.ErrPINIncorrect, CodeTokenPIN}, {hsm.ErrPINLocked, CodeTokenPIN}, {hsm.ErrLost, CodeToken}, {ledger.ErrBroken, CodeLedger}, {ledger.ErrDamaged, CodeLedger},
+		{hsm.ErrPINIncorrect, CodeTokenPIN}, {hsm.ErrPINLocked, CodeTokenPIN}, {ledger.ErrBroken, CodeLedger}, {ledger.ErrDamaged, CodeLedger},
 		{residency.ErrNotProven, CodeGenuine},
 		{fixture.ErrMismatch, CodeReadBack}, {fixture.ErrSignature, CodeChallenge},
 		{label.ErrPaper, CodePaper}, {label.ErrPrinter, CodePrinter},
-		{stamp.ErrMismatch, CodeStamp}, {stamp.ErrExists, CodeStamp},
+		{stamp.ErrMismatch, CodeStamp}, {stamp.ErrExists, CodeStamp}, {hsm.ErrNotFound, CodeToken},
 	} {
 		if errors.Is(err, c.is) {
 			return c.code

@@ -25,6 +25,7 @@ const (
 	AskLabel   Ask = "label"   // the label of the unit on head AskHead is scanned back
 	AskReason  Ask = "reason"  // a number out of Reasons
 	AskConfirm Ask = "confirm" // Enter does it, a second function key leaves it
+	AskClose   Ask = "close"   // the shift has ended: Enter leaves its counts
 	AskNothing Ask = ""
 )
 
@@ -38,7 +39,7 @@ const (
 	Reprint Function = "reprint" // F4: the label of a finished unit again
 	Help    Function = "help"    // F1
 	End     Function = "end"     // F10: end of shift
-	Cancel  Function = "cancel"  // Esc: leaves a function
+	Cancel  Function = "cancel"  // Esc: leaves a function; without one it gives up a unit that waits, after asking
 )
 
 // A CheckState is how a check at the start of a shift stands.
@@ -123,6 +124,9 @@ type Verdict struct {
 	Seconds        float64           `json:"seconds"`
 }
 
+// Stopped reports whether the unit came to no verdict: the shift was stopped at once. It is taken up when it is scanned again.
+func (v *Verdict) Stopped() bool { return !v.Pass && v.Code == "" }
+
 // Counts are the numbers of a shift.
 type Counts struct {
 	Passed    int64 `json:"passed"`
@@ -150,7 +154,7 @@ type View struct {
 	Phase    Phase             `json:"phase"`
 	Ask      Ask               `json:"ask,omitempty"`
 	AskHead  int               `json:"askHead,omitempty"`  // AskLabel: whose label
-	Function Function          `json:"function,omitempty"` // being done: AskSerial, AskReason and AskConfirm belong to it
+	Function Function          `json:"function,omitempty"` // being done: AskSerial, AskReason and AskConfirm belong to it; End alone waits for the heads
 	Subject  string            `json:"subject,omitempty"`  // the serial that Function is for
 	Reasons  []string          `json:"reasons,omitempty"`  // words of the catalogue ("reason.fell"); the answer is a number from 1
 	Checks   []Check           `json:"checks,omitempty"`

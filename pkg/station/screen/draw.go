@@ -300,7 +300,16 @@ func (d *drawing) ask() string {
 		if d.Phase == station.PhaseEnded {
 			return ""
 		}
-		return d.word("ask.wait")
+		var busy []string
+		for _, h := range d.Heads {
+			if h.State == station.HeadWorking || h.State == station.HeadAsking || h.State == station.HeadWaiting {
+				busy = append(busy, strconv.Itoa(h.Number))
+			}
+		}
+		if d.Function == station.End && busy != nil {
+			return function + d.phrase("ask.ending", map[string]string{"head": strings.Join(busy, ", ")})
+		}
+		return function + d.word("ask.wait")
 	case station.AskConfirm:
 		if d.Function == "" {
 			return d.word("ask.confirm")

@@ -317,6 +317,9 @@ func (m *model) refresh() tea.Cmd {
 
 // key takes one key; it says whether to go on.
 func (m *model) key(k key) bool {
+	if k.kind != keyInterrupt {
+		m.interrupted = time.Time{} // somebody went on working
+	}
 	switch k.kind {
 	case keyRune:
 		if len(m.line) < maxLine {

@@ -120,7 +120,7 @@ func TestCatalogue(t *testing.T) {
 			t.Errorf("%s: its action shows %v", c, got)
 		}
 	}
-	want := []string{"head", "ask.wait", "ask.end", "ask.rework", "ask.scrap", "ask.reprint",
+	want := []string{"head", "ask.wait", "ask.end", "ask.ending", "ask.cancel", "ask.rework", "ask.scrap", "ask.reprint",
 		"check.clock", "check.disk", "check.token", "check.ledger", "check.order", "check.printer", "check.golden", "check.fixture"}
 	for _, g := range []struct{ typ, prefix string }{{"Ask", "ask."}, {"Phase", "phase."}, {"HeadState", "head."}, {"Step", "step."},
 		{"CheckState", "check."}, {"Function", "function."}, {"Function", "help."}} {
