@@ -388,6 +388,9 @@ func (s *Station) Ready(ctx context.Context, operator string) error {
 				return nil
 			}
 		}
+		if err != nil && !s.setup.DryRun {
+			w.Refuse(ctx, "", err)
+		}
 		return err
 	})
 	return err

@@ -109,7 +109,7 @@ func (m *making) failed(ctx context.Context, v Verdict, err error) Verdict {
 	v.Code, v.Detail = codeOf(v.Step, err), err.Error()
 	v.Fields = s.explain(ctx, v.Code, m.serial, err)
 	// Written down although the shift is being stopped; but a line that is away is not waited for then.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
 	_ = s.with(ctx, nil, func(w *Work, _ int) error {
 		if refusable(v.Code) {
