@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"time"
 )
 
 // ErrLocked says that another process holds the lock.
@@ -26,6 +28,9 @@ func (e *LockedError) Error() string {
 // Unwrap returns ErrLocked.
 func (e *LockedError) Unwrap() error { return ErrLocked }
 
+// ownTries is how often a lock that this process itself held last is tried again, at ten milliseconds.
+const ownTries = 50
+
 // Lock takes the lock that stands at a path, made if need be; closing the file gives it back. The lock is the kernel's and
 // goes with the process, however that ends. The error is a *LockedError while another holds it.
 func Lock(path string) (*os.File, error) {
@@ -33,10 +38,15 @@ func Lock(path string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := flock(f); err != nil {
+	for try := 0; flock(f) != nil; try++ {
 		holder := make([]byte, 32)
 		n, _ := f.ReadAt(holder, 0)
-		return nil, errors.Join(&LockedError{strings.TrimSpace(string(holder[:n])), filepath.Base(path)}, f.Close())
+		process := strings.TrimSpace(string(holder[:n]))
+		// A program that this process is just starting has a copy of the old lock until it runs: a moment, and the lock is free.
+		if process != strconv.Itoa(os.Getpid()) || try == ownTries {
+			return nil, errors.Join(&LockedError{process, filepath.Base(path)}, f.Close())
+		}
+		time.Sleep(10 * time.Millisecond)
 	}
 	// The process number is only for the message above.
 	_ = f.Truncate(0)
