@@ -162,7 +162,7 @@ func TestOverProduction(t *testing.T) {
 		}, exitUnverified, "", ""},
 		{"a return of another unit than was permitted", func() (int, string) {
 			return cli("unit", "return", "SN200001", "--line", "line", "--permit", "permit")
-		}, exitRefused, "the permit does not name SN200001", ""},
+		}, exitRefused, "the permit is not for SN200001", ""},
 		{"a copy of the line, behind it", func() (int, string) {
 			copyDir("line", "copy")
 			if code, text := make1("line", "PO-1", "SN000100"); code != 0 || !strings.Contains(text, "pass=true") {

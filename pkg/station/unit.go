@@ -280,7 +280,7 @@ func (m *making) interlocks(ctx context.Context) error {
 		if w.Grant == "" {
 			return nil
 		}
-		_, err = w.Ledger.CheckGrant(ctx, w.Grant, 1)
+		_, err = w.Ledger.CheckSerial(ctx, w.Grant, m.serial)
 		return err
 	})
 }
