@@ -164,18 +164,15 @@ func (l *Ledger) CheckGrant(ctx context.Context, id string, n int64) (Grant, err
 	return g, g.allow(at, n)
 }
 
-// CheckSerial says what keeps a unit of a serial from being begun on a grant now. One that was reworked has its place already.
-func (l *Ledger) CheckSerial(ctx context.Context, id, serial string) (Grant, error) {
+// HasPlace reports whether a serial has a place on a grant: its last unit was made there and reworked.
+func (l *Ledger) HasPlace(ctx context.Context, id, serial string) (bool, error) {
 	var state int64
 	var was string
 	err := l.db.QueryRowContext(ctx, lastOfSerial, serial, int64(math.MaxInt64), int64(Voided), int64(Begun)).Scan(&state, &was)
-	if err != nil && !errors.Is(err, sql.ErrNoRows) {
-		return Grant{}, err
+	if errors.Is(err, sql.ErrNoRows) {
+		return false, nil
 	}
-	if err == nil && State(state) == Reworked && was == id {
-		return l.CheckGrant(ctx, id, 0)
-	}
-	return l.CheckGrant(ctx, id, 1)
+	return State(state) == Reworked && was == id, err
 }
 
 func (g *Grant) allow(at time.Time, n int64) error {
