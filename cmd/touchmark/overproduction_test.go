@@ -106,6 +106,9 @@ func TestOverProduction(t *testing.T) {
 			r.order("PO-13", 1)
 			make1("line", "PO-13.order", "SN130000")
 			touchmark(t, r.dir, "unit", "rework", "SN130000", "--line", "line", "--reason", "board", "--yes")
+			r.write("again.csv", "serial\nSN130000\n")
+			touchmark(t, r.dir, "mint", "--line", "line", "--profile", "x509-group", "--serials", "again.csv", "--out", "stamps", "--order", "PO-13")
+			touchmark(t, r.dir, "unit", "rework", "SN130000", "--line", "line", "--reason", "board", "--yes")
 			return make1("line", "PO-13", "SN130000", "SN130001")
 		}, 0, "SN130000 pass=true \nSN130001 " + refused(station.CodeOrderSpent), "spent"},
 		{"a serial beyond the range", func() (int, string) { return make1("line", "PO-3", "SN300010") }, 0, refused(station.CodeNotInOrder), "serial"},
@@ -162,7 +165,7 @@ func TestOverProduction(t *testing.T) {
 		}, exitUnverified, "", ""},
 		{"a return of another unit than was permitted", func() (int, string) {
 			return cli("unit", "return", "SN200001", "--line", "line", "--permit", "permit")
-		}, exitRefused, "the permit does not name SN200001", ""},
+		}, exitRefused, "the permit is not for SN200001", ""},
 		{"a copy of the line, behind it", func() (int, string) {
 			copyDir("line", "copy")
 			if code, text := make1("line", "PO-1", "SN000100"); code != 0 || !strings.Contains(text, "pass=true") {

@@ -6,9 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
-	"time"
 )
 
 // ErrLocked says that another process holds the lock.
@@ -28,28 +26,24 @@ func (e *LockedError) Error() string {
 // Unwrap returns ErrLocked.
 func (e *LockedError) Unwrap() error { return ErrLocked }
 
-// ownTries is how often a lock that this process itself held last is tried again, at ten milliseconds.
-const ownTries = 50
-
-// Lock takes the lock that stands at a path, made if need be; closing the file gives it back. The lock is the kernel's and
+// Lock takes the lock that stands at a path, made if need be; Unlock gives it back. The lock is the kernel's and
 // goes with the process, however that ends. The error is a *LockedError while another holds it.
 func Lock(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	for try := 0; flock(f) != nil; try++ {
+	if err := flock(f); err != nil {
 		holder := make([]byte, 32)
 		n, _ := f.ReadAt(holder, 0)
-		process := strings.TrimSpace(string(holder[:n]))
-		// A program that this process is just starting has a copy of the old lock until it runs: a moment, and the lock is free.
-		if process != strconv.Itoa(os.Getpid()) || try == ownTries {
-			return nil, errors.Join(&LockedError{process, filepath.Base(path)}, f.Close())
-		}
-		time.Sleep(10 * time.Millisecond)
+		return nil, errors.Join(&LockedError{strings.TrimSpace(string(holder[:n])), filepath.Base(path)}, f.Close())
 	}
 	// The process number is only for the message above.
 	_ = f.Truncate(0)
 	_, _ = f.WriteAt([]byte(fmt.Sprintf("%d\n", os.Getpid())), 0)
 	return f, nil
 }
+
+// Unlock gives a lock back, and closes its file. Closing alone would leave the lock to a program that is being started at this
+// moment, until it runs.
+func Unlock(f *os.File) error { return errors.Join(funlock(f), f.Close()) }

@@ -148,12 +148,15 @@ func (t *tx) end(ctx context.Context, e Event) error {
 	return nil
 }
 
+// lastOfSerial finds what became of the last unit of a serial, before a unit, that anything was signed for, and its grant.
+const lastOfSerial = `SELECT state, (SELECT grant_id FROM jobs WHERE id = job) FROM retired
+	WHERE serial = $1 AND id < $2 AND NOT (state = $3 AND was = $4) ORDER BY id DESC LIMIT 1`
+
 // replaces reports whether a unit has the place of a reworked one of its serial: made on the same grant, that one's last.
 func (t *tx) replaces(ctx context.Context, serial string, job, before int64) bool {
 	var state int64
 	var was string
-	err := t.QueryRowContext(ctx, `SELECT state, (SELECT grant_id FROM jobs WHERE id = job) FROM retired
-		WHERE serial = $1 AND id < $2 AND NOT (state = $3 AND was = $4) ORDER BY id DESC LIMIT 1`, serial, before, int64(Voided), int64(Begun)).Scan(&state, &was)
+	err := t.QueryRowContext(ctx, lastOfSerial, serial, before, int64(Voided), int64(Begun)).Scan(&state, &was)
 	if err != nil || State(state) != Reworked {
 		return false
 	}

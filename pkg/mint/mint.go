@@ -266,7 +266,7 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 	}
 	fresh := len(cfg.List.Rows) - len(r.existing)
 	if cfg.Grant != nil && fresh > 0 {
-		if _, err := cfg.Ledger.CheckGrant(ctx, job.Grant, int64(fresh)); err != nil {
+		if err := r.checkGrant(ctx, job.Grant, fresh); err != nil {
 			return fail(err)
 		}
 	}
@@ -277,6 +277,29 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 		return fail(err)
 	}
 	return r, nil
+}
+
+// checkGrant says what keeps the list's fresh units from being begun. Those that replace reworked ones have their places.
+func (r *run) checkGrant(ctx context.Context, id string, fresh int) error {
+	_, err := r.Ledger.CheckGrant(ctx, id, int64(fresh))
+	if !errors.Is(err, ledger.ErrSpent) {
+		return err
+	}
+	for i := range r.List.Rows {
+		serial := r.List.Rows[i].Serial
+		if _, have := r.existing[serial]; have {
+			continue
+		}
+		kept, err := r.Ledger.HasPlace(ctx, id, serial)
+		if err != nil {
+			return err
+		}
+		if kept {
+			fresh--
+		}
+	}
+	_, err = r.Ledger.CheckGrant(ctx, id, int64(fresh))
+	return err
 }
 
 // admitted refuses a list that has serials which the grant does not.

@@ -382,9 +382,9 @@ func (s *Station) Ready(ctx context.Context, operator string) error {
 		}
 		_, err := w.Ledger.CheckGrant(ctx, w.Grant, 1)
 		if errors.Is(err, ledger.ErrSpent) || errors.Is(err, ledger.ErrExpired) {
-			// What was begun in time is finished all the same.
+			// What was begun in time is finished all the same, and what was reworked is made again.
 			units, uerr := w.Ledger.GrantUnits(ctx, w.Grant)
-			if uerr == nil && units[ledger.Begun]+units[ledger.Minted]+units[ledger.Stamped]+units[ledger.Verified] > 0 {
+			if uerr == nil && units[ledger.Begun]+units[ledger.Minted]+units[ledger.Stamped]+units[ledger.Verified]+units[ledger.Reworked] > 0 {
 				return nil
 			}
 		}

@@ -280,7 +280,13 @@ func (m *making) interlocks(ctx context.Context) error {
 		if w.Grant == "" {
 			return nil
 		}
-		_, err = w.Ledger.CheckGrant(ctx, w.Grant, 1)
+		wanted := int64(1)
+		if kept, err := w.Ledger.HasPlace(ctx, w.Grant, m.serial); err != nil {
+			return err
+		} else if kept {
+			wanted = 0
+		}
+		_, err = w.Ledger.CheckGrant(ctx, w.Grant, wanted)
 		return err
 	})
 }
