@@ -266,7 +266,17 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 	}
 	fresh := len(cfg.List.Rows) - len(r.existing)
 	if cfg.Grant != nil && fresh > 0 {
-		if _, err := cfg.Ledger.CheckGrant(ctx, job.Grant, int64(fresh)); err != nil {
+		var serials []string
+		for i := range cfg.List.Rows {
+			if _, have := r.existing[cfg.List.Rows[i].Serial]; !have {
+				serials = append(serials, cfg.List.Rows[i].Serial)
+			}
+		}
+		places, err := cfg.Ledger.Places(ctx, job.Grant, serials...)
+		if err == nil {
+			_, err = cfg.Ledger.CheckGrant(ctx, job.Grant, places)
+		}
+		if err != nil {
 			return fail(err)
 		}
 	}

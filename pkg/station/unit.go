@@ -280,7 +280,10 @@ func (m *making) interlocks(ctx context.Context) error {
 		if w.Grant == "" {
 			return nil
 		}
-		_, err = w.Ledger.CheckGrant(ctx, w.Grant, 1)
+		places, err := w.Ledger.Places(ctx, w.Grant, m.serial)
+		if err == nil {
+			_, err = w.Ledger.CheckGrant(ctx, w.Grant, places)
+		}
 		return err
 	})
 }
