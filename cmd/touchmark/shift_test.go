@@ -172,7 +172,7 @@ var passing = []struct {
 	{regexp.MustCompile(`\d\d:\d\d:\d\d`), "hh:mm:ss"},
 	{regexp.MustCompile(`\b\d\d:\d\d SN\d\d\d\d`), "hh:mm SNnnnn"}, // two heads end when they end
 	{regexp.MustCompile(`process \d+\. (.*\.) +│`), "process n. ${1} │"},
-	{regexp.MustCompile(`/hsm-test-\d+`), "/n"},
+	{regexp.MustCompile(`opening ledger \S+`), "opening ledger n"},
 	{regexp.MustCompile(` +\d+ s\b`), " n s"},
 	{regexp.MustCompile(`(PASS|E-\d\d\d)( +)\d+`), "${1}${2}n"},
 	{regexp.MustCompile(`Per hour +\d+ +`), "Per hour n "},
