@@ -20,6 +20,7 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/touchmark/touchmark/pkg/fixture"
 	"github.com/touchmark/touchmark/pkg/hook"
@@ -37,6 +38,7 @@ const (
 	stationConfigFile = "station.toml"
 	unitsDir          = "units"
 	hooksDir          = "hooks"
+	stationLog        = "station.log" // what would have gone across the screen
 )
 
 type stationOptions struct {
@@ -449,8 +451,28 @@ func (a *app) stationJSON(ctx context.Context, o *stationOptions, st *station.St
 	}
 }
 
+// quietScreen has standard error go to a file of the line until restore is called: vendors' modules write there when they please, across
+// the screen. Without a terminal on it there is nothing to do.
+func (b *bench) quietScreen() (restore func() error, err error) {
+	const stderr = 2
+	if !isTerminal(os.Stderr) {
+		return func() error { return nil }, nil
+	}
+	log, err := os.OpenFile(b.line.path(stationLog), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	kept, err := unix.FcntlInt(stderr, unix.F_DUPFD_CLOEXEC, stderr+1)
+	if err != nil {
+		return nil, err
+	}
+	restore = func() error { return errors.Join(unix.Dup3(kept, stderr, 0), unix.Close(kept)) }
+	return restore, unix.Dup3(int(log.Fd()), stderr, 0)
+}
+
 // stationScreen serves a person.
-func (a *app) stationScreen(ctx context.Context, b *bench, st *station.Station) error {
+func (a *app) stationScreen(ctx context.Context, b *bench, st *station.Station) (err error) {
 	in, ok := a.in.(*os.File)
 	if !ok || !isTerminal(a.in) || !isTerminal(a.out) {
 		return hint(usageError{errors.New("the station's screen needs a terminal")}, "touchmark station --json is for machines")
@@ -488,6 +510,11 @@ func (a *app) stationScreen(ctx context.Context, b *bench, st *station.Station) 
 		return err
 	}
 	locale := strings.ToUpper(firstOf(a.getenv("LC_ALL"), a.getenv("LC_CTYPE"), a.getenv("LANG")))
+	restore, err := b.quietScreen()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, restore()) }()
 	desk := station.NewDesk(context.WithoutCancel(ctx), st, operators, golden)
 	err = screen.Run(ctx, screen.Config{
 		Station: desk, Texts: words, In: in, Out: a.out, Term: a.getenv("TERM"), Color: a.colored(a.out),

@@ -164,17 +164,6 @@ func (l *Ledger) CheckGrant(ctx context.Context, id string, n int64) (Grant, err
 	return g, g.allow(at, n)
 }
 
-// HasPlace reports whether a serial has a place on a grant: its last unit was made there and reworked.
-func (l *Ledger) HasPlace(ctx context.Context, id, serial string) (bool, error) {
-	var state int64
-	var was string
-	err := l.db.QueryRowContext(ctx, lastOfSerial, serial, int64(math.MaxInt64), int64(Voided), int64(Begun)).Scan(&state, &was)
-	if errors.Is(err, sql.ErrNoRows) {
-		return false, nil
-	}
-	return State(state) == Reworked && was == id, err
-}
-
 func (g *Grant) allow(at time.Time, n int64) error {
 	var why error
 	switch {

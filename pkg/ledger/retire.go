@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"math"
 	"time"
 )
 
@@ -148,20 +149,39 @@ func (t *tx) end(ctx context.Context, e Event) error {
 	return nil
 }
 
-// lastOfSerial finds what became of the last unit of a serial, before a unit, that anything was signed for, and its grant.
-const lastOfSerial = `SELECT state, (SELECT grant_id FROM jobs WHERE id = job) FROM retired
-	WHERE serial = $1 AND id < $2 AND NOT (state = $3 AND was = $4) ORDER BY id DESC LIMIT 1`
-
 // replaces reports whether a unit has the place of a reworked one of its serial: made on the same grant, that one's last.
 func (t *tx) replaces(ctx context.Context, serial string, job, before int64) bool {
-	var state int64
-	var was string
-	err := t.QueryRowContext(ctx, lastOfSerial, serial, before, int64(Voided), int64(Begun)).Scan(&state, &was)
-	if err != nil || State(state) != Reworked {
+	grant, err := t.grantOf(ctx, job)
+	if err != nil {
 		return false
 	}
-	grant, err := t.grantOf(ctx, job)
-	return err == nil && grant == was
+	return replaces(t.QueryRowContext(ctx, lastEnding, serial, before, int64(Voided), int64(Begun)), grant)
+}
+
+// lastEnding finds what became of the last unit of a serial, before a unit, that anything was signed for, and its grant.
+const lastEnding = `SELECT state, (SELECT grant_id FROM jobs WHERE id = job) FROM retired
+	WHERE serial = $1 AND id < $2 AND NOT (state = $3 AND was = $4) ORDER BY id DESC LIMIT 1`
+
+func replaces(last *sql.Row, grant string) bool {
+	var state int64
+	var was string
+	err := last.Scan(&state, &was)
+	return err == nil && State(state) == Reworked && was == grant
+}
+
+// Places returns how many places on a grant new units of these serials take: one each, but none for the next revision of a unit that
+// was reworked there.
+func (l *Ledger) Places(ctx context.Context, grant string, serials ...string) (n int64, err error) {
+	var any int
+	if err := l.db.QueryRowContext(ctx, `SELECT EXISTS (SELECT 1 FROM retired)`).Scan(&any); err != nil || any == 0 {
+		return int64(len(serials)), err
+	}
+	for _, serial := range serials {
+		if !replaces(l.db.QueryRowContext(ctx, lastEnding, serial, int64(math.MaxInt64), int64(Voided), int64(Begun)), grant) {
+			n++
+		}
+	}
+	return n, nil
 }
 
 func (t *tx) giveBack(ctx context.Context, e Event) error {

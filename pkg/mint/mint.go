@@ -266,7 +266,17 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 	}
 	fresh := len(cfg.List.Rows) - len(r.existing)
 	if cfg.Grant != nil && fresh > 0 {
-		if err := r.checkGrant(ctx, job.Grant, fresh); err != nil {
+		var serials []string
+		for i := range cfg.List.Rows {
+			if _, have := r.existing[cfg.List.Rows[i].Serial]; !have {
+				serials = append(serials, cfg.List.Rows[i].Serial)
+			}
+		}
+		places, err := cfg.Ledger.Places(ctx, job.Grant, serials...)
+		if err == nil {
+			_, err = cfg.Ledger.CheckGrant(ctx, job.Grant, places)
+		}
+		if err != nil {
 			return fail(err)
 		}
 	}
@@ -277,29 +287,6 @@ func newRun(ctx context.Context, cfg Config) (*run, error) {
 		return fail(err)
 	}
 	return r, nil
-}
-
-// checkGrant says what keeps the list's fresh units from being begun. Those that replace reworked ones have their places.
-func (r *run) checkGrant(ctx context.Context, id string, fresh int) error {
-	_, err := r.Ledger.CheckGrant(ctx, id, int64(fresh))
-	if !errors.Is(err, ledger.ErrSpent) {
-		return err
-	}
-	for i := range r.List.Rows {
-		serial := r.List.Rows[i].Serial
-		if _, have := r.existing[serial]; have {
-			continue
-		}
-		kept, err := r.Ledger.HasPlace(ctx, id, serial)
-		if err != nil {
-			return err
-		}
-		if kept {
-			fresh--
-		}
-	}
-	_, err = r.Ledger.CheckGrant(ctx, id, int64(fresh))
-	return err
 }
 
 // admitted refuses a list that has serials which the grant does not.

@@ -283,7 +283,7 @@ func (d *Desk) startChecks() {
 		if name == "golden" && d.golden == nil {
 			continue
 		}
-		d.checks = append(d.checks, Check{Name: "check." + name, State: CheckWaiting})
+		d.checks = append(d.checks, Check{Name: name, State: CheckWaiting})
 	}
 	operator := d.operator.Name
 	d.work.Add(1)
@@ -361,7 +361,7 @@ func (d *Desk) setCheck(name string, state CheckState, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for i := range d.checks {
-		if d.checks[i].Name == "check."+name {
+		if d.checks[i].Name == name {
 			d.checks[i].State = state
 			if err != nil {
 				d.checks[i].Code, d.checks[i].Detail, d.checks[i].Fields = codeOf("", err), err.Error(), fields
@@ -380,9 +380,9 @@ func (s *Station) Ready(ctx context.Context, operator string) error {
 		if err := w.Ledger.CheckClock(); err != nil || w.Grant == "" {
 			return err
 		}
-		_, err := w.Ledger.CheckGrant(ctx, w.Grant, 1)
-		if errors.Is(err, ledger.ErrSpent) || errors.Is(err, ledger.ErrExpired) {
-			// What was begun in time is finished all the same, and what was reworked is made again.
+		// A spent order still has its units to finish, to rework and to print labels for.
+		_, err := w.Ledger.CheckGrant(ctx, w.Grant, 0)
+		if errors.Is(err, ledger.ErrExpired) { // what was begun in time is finished all the same
 			units, uerr := w.Ledger.GrantUnits(ctx, w.Grant)
 			if uerr == nil && units[ledger.Begun]+units[ledger.Minted]+units[ledger.Stamped]+units[ledger.Verified]+units[ledger.Reworked] > 0 {
 				return nil
@@ -441,9 +441,11 @@ func (d *Desk) start(serial string) {
 		return
 	}
 	d.work.Add(1)
+	started := make(chan struct{}) // units take their heads in the order of their scans
+	defer func() { <-started }()
 	go func() {
 		defer d.work.Done()
-		v := d.s.Make(d.ctx, 0, serial, nil)
+		v := d.s.make(d.ctx, 0, serial, nil, func() { close(started) })
 		if v.Head == 0 || v.Code == CodeInWork { // it never got onto a head
 			d.mu.Lock()
 			d.say(v.Code, v.Fields)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -281,16 +282,34 @@ func (s *Station) WithRun(f func(*mint.Run) error) error {
 	return err
 }
 
-// freeHead takes a head for a serial: the one of that number, or with 0 the first that is free. The reason why not is a code.
+// freeHead takes a head for a serial: the one of that number, or with 0 the one where the unit was last, as its board may still be
+// there, or the first that is free. The reason why not is a code.
 func (s *Station) freeHead(number int, serial string) (*headState, *Verdict) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if n, busy := s.inWork[serial]; busy {
 		return nil, &Verdict{Serial: serial, Head: n, Code: CodeInWork, Fields: map[string]string{"serial": serial, "head": strconv.Itoa(n)}}
 	}
-	for _, h := range s.heads {
-		free := h.State == HeadIdle || h.State == HeadPassed || h.State == HeadFailed
-		if free && (number == 0 || number == h.Number) {
+	free := func(h *headState) bool {
+		return (h.State == HeadIdle || h.State == HeadPassed || h.State == HeadFailed) && (number == 0 || number == h.Number)
+	}
+	heads := slices.Clone(s.heads)
+	slices.SortStableFunc(heads, func(a, b *headState) int {
+		if (a.Serial == serial) == (b.Serial == serial) {
+			return 0
+		}
+		if a.Serial == serial {
+			return -1
+		}
+		return 1
+	})
+	for _, h := range heads {
+		if free(h) {
+			for _, old := range heads {
+				if old.Serial == serial {
+					old.Head = Head{Number: old.Number, State: HeadIdle} // what it shows is over
+				}
+			}
 			s.inWork[serial] = h.Number
 			select {
 			case <-h.scans: // meant for the last unit

@@ -287,13 +287,10 @@ func (m *making) interlocks(ctx context.Context) error {
 		if w.Grant == "" {
 			return nil
 		}
-		wanted := int64(1)
-		if kept, err := w.Ledger.HasPlace(ctx, w.Grant, m.serial); err != nil {
-			return err
-		} else if kept {
-			wanted = 0
+		places, err := w.Ledger.Places(ctx, w.Grant, m.serial)
+		if err == nil {
+			_, err = w.Ledger.CheckGrant(ctx, w.Grant, places)
 		}
-		_, err = w.Ledger.CheckGrant(ctx, w.Grant, wanted)
 		return err
 	})
 }

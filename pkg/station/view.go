@@ -53,7 +53,7 @@ const (
 	CheckFailed  CheckState = "failed"
 )
 
-// A Check is one look at the station itself: its name is a word of the catalogue ("check.clock").
+// A Check is one look at the station itself: "clock" is "check.clock" in the catalogue.
 type Check struct {
 	Name   string            `json:"name"`
 	State  CheckState        `json:"state"`
