@@ -695,6 +695,24 @@ func TestStationFaults(t *testing.T) {
 		t.Errorf("twice at once: exit code %d, %+v", s.code, s.verdicts[serial])
 	}
 
+	// The station dies once a unit is verified, and another board is on the head when its serial comes again.
+	swapped := r.next(1)
+	r.write("faults/print.before", "kill -9 $PPID; exit 1\n")
+	if s := r.run(swapped, 0); !s.killed {
+		t.Errorf("exit code %d", s.code)
+	}
+	device, aside := r.path("device/"+strings.ToLower(swapped[0])), r.path("aside")
+	if err := errors.Join(os.Rename(device, aside), os.CopyFS(device, os.DirFS(r.path("device/sn000000")))); err != nil {
+		t.Fatal(err)
+	}
+	if s := r.run(swapped, 0); s.verdicts[swapped[0]].Code != station.CodeReadBack {
+		t.Errorf("another board: %+v", s.verdicts[swapped[0]])
+	}
+	if err := errors.Join(os.RemoveAll(device), os.Rename(aside, device)); err != nil {
+		t.Fatal(err)
+	}
+	r.finish(swapped)
+
 	// The last of an order is begun, and the station dies: it is finished although the order is spent.
 	r.order("PO-9", 1)
 	r.write("faults/flash.half", "kill -9 $PPID; exit 1\n")

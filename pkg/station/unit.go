@@ -216,10 +216,17 @@ func (m *making) walk(ctx context.Context) error {
 	if s.setup.DryRun {
 		return m.renderLabel(nil)
 	}
-	if m.unit.State() < ledger.Verified {
+	written := m.unit.State() >= ledger.Verified
+	if !written {
 		if err := m.write(ctx); err != nil {
 			return err
 		}
+	}
+	// A unit that was verified before proves itself again: another board may be on the head now.
+	if err := m.prove(ctx); err != nil {
+		return err
+	}
+	if !written {
 		if err := m.onUnit(ctx, m.unitVerified); err != nil {
 			return err
 		}
@@ -388,17 +395,23 @@ func (m *making) input(u *mint.Unit) fixture.Input {
 	return in
 }
 
-// write flashes the device, reads it back and has it prove that it has its key.
+// write flashes the device.
 func (m *making) write(ctx context.Context) error {
-	s := m.s
-	if s.cfg.flash != nil {
-		m.step(StepFlash)
-		for _, c := range s.cfg.flash {
-			if _, err := m.command(c).Run(ctx, m.input(m.unit)); err != nil {
-				return err
-			}
+	if m.s.cfg.flash == nil {
+		return nil
+	}
+	m.step(StepFlash)
+	for _, c := range m.s.cfg.flash {
+		if _, err := m.command(c).Run(ctx, m.input(m.unit)); err != nil {
+			return err
 		}
 	}
+	return nil
+}
+
+// prove reads the device back, and has it prove that it has its key.
+func (m *making) prove(ctx context.Context) error {
+	s := m.s
 	if s.cfg.back != nil {
 		m.step(StepReadBack)
 		for i, c := range s.cfg.back {
