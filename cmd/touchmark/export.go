@@ -38,6 +38,7 @@ of a shift or a day.
 	f.StringVar(&o.out, "out", "", "bundle to write (required)")
 	f.StringVar(&o.recipient, "recipient", "", "age recipient that secrets in the bundle are sealed to (the service prints its own)")
 	f.BoolVar(&o.all, "all", false, "also what other bundles have")
+	a.completeOrder(c, &o.line)
 	_ = c.MarkFlagRequired("profile")
 	_ = c.MarkFlagRequired("out")
 	return c

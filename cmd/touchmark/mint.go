@@ -53,7 +53,7 @@ where it stopped. A serial never gets two identities.`,
 	f.StringVar(&o.recipient, "recipient", "", "age recipient that secrets in the bundle are sealed to (the service prints its own)")
 	f.StringVar(&o.order, "order", "", "the production order that is worked on: its file, or its ID once it was taken")
 	f.StringVar(&o.operator, "operator", "", "who works; for the ledger")
-	_ = c.MarkFlagFilename("order")
+	a.completeOrder(c, &o.line)
 	f.IntVar(&o.jobs, "jobs", 0, "groups of devices to work on at once (default: one more than processors)")
 	_ = c.MarkFlagRequired("profile")
 	_ = c.MarkFlagRequired("serials")

@@ -184,6 +184,29 @@ func stationID(path string) (string, error) {
 	return signed.KeyID(pub)
 }
 
+// completeOrder offers the orders and leases of the line for a flag.
+func (a *app) completeOrder(c *cobra.Command, line *string) {
+	_ = c.RegisterFlagCompletionFunc("order", func(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+		l, err := a.loadLine(*line)
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveDefault // a file, then
+		}
+		led, err := ledger.View(cmd.Context(), l.path(ledgerFile))
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveDefault
+		}
+		defer led.Close()
+		all, err := led.Grants(cmd.Context())
+		var ids []string
+		for _, g := range all {
+			if err == nil && !g.Closed {
+				ids = append(ids, g.ID)
+			}
+		}
+		return ids, cobra.ShellCompDirectiveDefault
+	})
+}
+
 // parseDay reads a day or a time. A day begins at midnight, or ends at the next one; nothing is now.
 func parseDay(s string, end bool) (time.Time, error) {
 	if s == "" {

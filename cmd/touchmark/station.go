@@ -68,7 +68,7 @@ Killed at any instant, it goes on when it is started again and the serial is sca
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.runStation(cmd.Context(), o) },
 	}
-	stationFlags(c, o)
+	a.stationFlags(c, o)
 	f := c.Flags()
 	f.StringVar(&o.operator, "operator", "", "who works; for the ledger, where no badge is asked for")
 	f.StringVar(&o.socket, "socket", "", "with --json: Unix socket to serve requests on, instead of standard input")
@@ -80,13 +80,13 @@ Killed at any instant, it goes on when it is started again and the serial is sca
 	return c
 }
 
-func stationFlags(c *cobra.Command, o *stationOptions) {
+func (a *app) stationFlags(c *cobra.Command, o *stationOptions) {
 	lineFlag(c, &o.line)
 	f := c.Flags()
 	f.StringVar(&o.config, "config", "", "what the station does (default: station.toml of the line)")
 	f.StringVar(&o.order, "order", "", "the production order: its file, or its ID once it was taken (default: the one that is open)")
 	f.StringVar(&o.out, "out", "", "directory that stamps go to (default: units in the line)")
-	_ = c.MarkFlagFilename("order")
+	a.completeOrder(c, &o.line)
 	_ = c.MarkFlagDirname("out")
 }
 
@@ -542,7 +542,7 @@ that golden of station.toml names. Nothing is minted. --accept takes what there 
 		Example: "  touchmark station golden --line line-3 --accept\n  touchmark station golden --line line-3",
 		RunE:    func(cmd *cobra.Command, _ []string) error { return a.runGolden(cmd.Context(), o, accept) },
 	}
-	stationFlags(c, o)
+	a.stationFlags(c, o)
 	c.Flags().BoolVar(&accept, "accept", false, "take what the line makes now for right")
 	return c
 }
