@@ -28,7 +28,18 @@ func newCA(a *app) *cobra.Command {
 	export.Flags().StringVar(&out, "out", "-", "file to write, or - for standard output")
 	export.Flags().BoolVar(&force, "force", false, "overwrite the file")
 	_ = export.RegisterFlagCompletionFunc("which", cobra.FixedCompletions([]string{"root", "issuing", "chain"}, cobra.ShellCompDirectiveNoFileComp))
-	return parent("ca", "The line's certificate authorities", show, export)
+	var crlLine string
+	crl := &cobra.Command{
+		Use: "crl --line DIR", Short: "Write the list of revoked certificates anew", Args: cobra.NoArgs,
+		Long: `crl writes crl.pem of the line: the certificates of units that were reworked, scrapped, voided or returned. Each of these writes it
+as well; it says that it is current for 90 days.`,
+		Example: "  touchmark ca crl --line line-3",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return a.onFloor(cmd.Context(), crlLine, func(f *floor) error { return f.writeCRL(cmd.Context()) })
+		},
+	}
+	lineFlag(crl, &crlLine)
+	return parent("ca", "The line's certificate authorities", show, export, crl)
 }
 
 func (a *app) runCAShow(dir string) error {

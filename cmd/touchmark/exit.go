@@ -186,7 +186,7 @@ func classify(ctx context.Context, err error) (code int, help string) {
 		return exitRefused, help
 	case errors.As(err, &refused), errors.As(err, &denied):
 		return exitRefused, help
-	case errors.As(err, &granted), errors.Is(err, order.ErrStation), errors.Is(err, order.ErrProduct), errors.Is(err, order.ErrSerial), errors.Is(err, ledger.ErrScrapped):
+	case errors.As(err, &granted), errors.Is(err, order.ErrStation), errors.Is(err, order.ErrProduct), errors.Is(err, order.ErrCounter), errors.Is(err, order.ErrSerial), errors.Is(err, ledger.ErrScrapped):
 		suggest("touchmark order list shows what may be made here; the owner signs what is missing")
 		return exitRefused, help
 	case errors.Is(err, ledger.ErrRolledBack):

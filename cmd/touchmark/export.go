@@ -3,13 +3,10 @@ package main
 import (
 	"context"
 	"fmt"
-	"strings"
 	"time"
 
-	"filippo.io/age"
 	"github.com/spf13/cobra"
 
-	"github.com/touchmark/touchmark/hsm/sealing"
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/mint"
@@ -61,13 +58,9 @@ func (f *floor) export(ctx context.Context, o *exportOptions) error {
 	if err := f.covers(g, p, hash); err != nil {
 		return err
 	}
-	var recipients []age.Recipient
-	if o.recipient != "" {
-		r, err := sealing.ParseRecipient(strings.TrimSpace(o.recipient))
-		if err != nil {
-			return usageError{fmt.Errorf("--recipient: %w", err)}
-		}
-		recipients = append(recipients, r)
+	recipients, err := parseRecipients(o.recipient)
+	if err != nil {
+		return err
 	}
 	if p.HasSecrets() && recipients == nil {
 		return usageError{fmt.Errorf("the bundle of profile %s carries device keys: name whom they are for with --recipient", p.Name)}

@@ -98,7 +98,7 @@ func (l *line) noteAnchor(err error) {
 	if errors.Is(err, hsm.ErrLost) {
 		return // it said nothing
 	}
-	if errors.Is(err, ledger.ErrAnchor) || errors.Is(err, ledger.ErrRolledBack) || errors.Is(err, hsm.ErrClaimed) {
+	if !errors.Is(err, hsm.ErrLost) && (errors.Is(err, ledger.ErrAnchor) || errors.Is(err, ledger.ErrRolledBack) || errors.Is(err, hsm.ErrClaimed)) {
 		l.keepRefusal(newRefusal(nil, "", err))
 	}
 }
@@ -217,6 +217,11 @@ func (f *floor) takeGrant(ctx context.Context, name string) (*order.Grant, ledge
 		f.refuse(ctx, nil, "", err)
 		return nil, none, fmt.Errorf("%s: %w", name, err)
 	}
+	if want := g.Order.Counter; want != "" && g.Lease == nil && (f.counter == nil || f.Orders.Counter != want) {
+		err := fmt.Errorf("%s: %w: %q, the line has %q", g.ID(), order.ErrCounter, want, f.Orders.Counter)
+		f.refuse(ctx, g, "", err)
+		return nil, none, hint(err, "the ledger that was tied to it is the one to work with")
+	}
 	from, until := g.Window()
 	have, err := f.ledger.TakeGrant(ctx, ledger.Grant{ID: g.ID(), Document: g.Document, Quantity: g.Quantity(), Opens: from, Ends: until})
 	if err != nil {
@@ -237,8 +242,7 @@ func readDocument(path string) ([]byte, error) {
 	return os.ReadFile(path)
 }
 
-// grant returns the order that work is for: the one that is named, or, where the line needs one and names none, an error. An
-// order's own blocks that were leased to others are left out.
+// grant returns the order that work is for: the one that is named, or, where the line needs one and names none, an error.
 func (f *floor) grant(ctx context.Context, name string) (*order.Grant, error) {
 	if name == "" {
 		if f.Orders.Required {

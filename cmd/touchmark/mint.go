@@ -101,13 +101,9 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	var recipients []age.Recipient
-	if o.recipient != "" {
-		r, err := sealing.ParseRecipient(strings.TrimSpace(o.recipient))
-		if err != nil {
-			return usageError{fmt.Errorf("--recipient: %w", err)}
-		}
-		recipients = append(recipients, r)
+	recipients, err := parseRecipients(o.recipient)
+	if err != nil {
+		return err
 	}
 	if p.HasSecrets() && o.bundle != "" && recipients == nil {
 		return hint(usageError{fmt.Errorf("the bundle of profile %s carries device keys: name whom they are for with --recipient", p.Name)},
@@ -211,6 +207,18 @@ func (a *app) runMint(ctx context.Context, o *mintOptions) (err error) {
 		return a.printJSON(res)
 	}
 	return a.printMint(&res)
+}
+
+// parseRecipients reads whom secrets are sealed to; nobody where it is empty.
+func parseRecipients(text string) ([]age.Recipient, error) {
+	if text == "" {
+		return nil, nil
+	}
+	r, err := sealing.ParseRecipient(strings.TrimSpace(text))
+	if err != nil {
+		return nil, usageError{fmt.Errorf("--recipient: %w", err)}
+	}
+	return []age.Recipient{r}, nil
 }
 
 // attestTPM has a TPM prove that a key lives in it.

@@ -49,6 +49,7 @@ type draft struct {
 	} `toml:"serials"`
 	Holder    string    `toml:"holder"`
 	Stations  []string  `toml:"stations"`
+	Counter   string    `toml:"counter,omitempty"`
 	NotBefore time.Time `toml:"not-before"`
 	NotAfter  time.Time `toml:"not-after"`
 }
@@ -56,13 +57,14 @@ type draft struct {
 func (d *draft) order() *order.Order {
 	return &order.Order{
 		Version: 1, ID: d.ID, Product: d.Product, Quantity: d.Quantity, Profile: d.Profile, ProfileSHA256: d.ProfileSHA256, IDScope: d.IDScope,
-		GlobalEndpoint: d.GlobalEndpoint, Issuer: d.Issuer, Holder: d.Holder, Stations: d.Stations, NotBefore: d.NotBefore.UTC(), NotAfter: d.NotAfter.UTC(),
+		GlobalEndpoint: d.GlobalEndpoint, Issuer: d.Issuer, Holder: d.Holder, Stations: d.Stations, Counter: d.Counter, NotBefore: d.NotBefore.UTC(), NotAfter: d.NotAfter.UTC(),
 		Serials: order.Serials{Pattern: d.Serials.Pattern, From: d.Serials.From, To: d.Serials.To, List: d.Serials.List},
 	}
 }
 
 type orderNewOptions struct {
 	id, product, profile, scope, endpoint, issuer, holder string
+	counter                                               string
 	pattern, from, to, serials                            string
 	since, until                                          string
 	stations                                              []string
@@ -98,6 +100,7 @@ you saw.`,
 	f.StringVar(&o.issuer, "issuer", "", "PEM file with the issuing CA, for X.509 profiles")
 	f.StringVar(&o.holder, "holder", "", "PEM file with the public key of the station that gets the order (required)")
 	f.StringArrayVar(&o.stations, "station", nil, "PEM file with the public key of a station that may work on leases; may be repeated")
+	f.StringVar(&o.counter, "counter", "", "counter that the holder's ledger must be tied to (its line says which): then no other ledger serves, not even a new one")
 	f.StringVar(&o.since, "from", "", "day or time (UTC) from when units may be begun (default: now)")
 	f.StringVar(&o.until, "until", "", "day or time (UTC) until when units may be begun; a day counts to its end (required)")
 	f.StringVar(&o.out, "out", "", "file to write (required)")
@@ -108,7 +111,7 @@ you saw.`,
 }
 
 func (a *app) runOrderNew(o *orderNewOptions) error {
-	d := draft{ID: o.id, Product: o.product, Quantity: o.quantity, IDScope: o.scope, GlobalEndpoint: o.endpoint, Stations: []string{}}
+	d := draft{ID: o.id, Product: o.product, Quantity: o.quantity, IDScope: o.scope, GlobalEndpoint: o.endpoint, Counter: o.counter, Stations: []string{}}
 	text, err := readSmall(o.profile)
 	if err != nil {
 		return usageError{fmt.Errorf("reading the profile: %w", err)}
@@ -505,7 +508,21 @@ func (f *floor) lease(ctx context.Context, o *orderLeaseOptions) (err error) {
 	if l.Station, err = stationID(o.station); err != nil {
 		return err
 	}
-	if o.name == "" {
+	if o.name != "" {
+		// Cut before, and lost on its way: the same again.
+		all, err := f.ledger.Leases(ctx, g.Order.ID)
+		if err != nil {
+			return err
+		}
+		for _, have := range all {
+			if d, err := order.Describe(have.Document); err == nil && have.ID == g.Order.ID+"/"+o.name && d.Lease.Station == l.Station && d.Lease.Quantity == o.quantity {
+				if err := writeFile(o.out, append(have.Document, '\n'), 0o644, false); err != nil {
+					return err
+				}
+				return f.a.printGrant(d, true)
+			}
+		}
+	} else {
 		var random [4]byte
 		_, _ = rand.Read(random[:])
 		o.name = hex.EncodeToString(random[:])
@@ -553,7 +570,7 @@ func (f *floor) lease(ctx context.Context, o *orderLeaseOptions) (err error) {
 		return err
 	}
 	if err := writeFile(o.out, append(document, '\n'), 0o644, false); err != nil {
-		return hint(err, "the lease is booked: touchmark order receive takes it back, or cut it again once the cause is mended")
+		return hint(err, "the lease is booked: touchmark order lease %s --name %s with the same station and quantity writes it again", g.Order.ID, o.name)
 	}
 	return f.a.printGrant(&order.Grant{Order: g.Order, Lease: l}, true)
 }
@@ -585,7 +602,17 @@ func (f *floor) leasedSerials(ctx context.Context, id string) ([]order.Serials, 
 		if err != nil {
 			return nil, err
 		}
-		if _, counted := g.Lease.Serials.Count(); counted {
+		_, counted := g.Lease.Serials.Count()
+		switch {
+		case l.Used >= 0: // it is back: what it made is made, the rest is free again
+			r, err := order.DescribeReturn(l.Receipt)
+			if err != nil {
+				return nil, err
+			}
+			if len(r.Serials) > 0 {
+				all = append(all, order.Serials{List: r.Serials})
+			}
+		case counted:
 			all = append(all, g.Lease.Serials)
 		}
 	}
@@ -616,7 +643,7 @@ func newOrderReturn(a *app) *cobra.Command {
 	c := &cobra.Command{
 		Use: "return LEASE --line DIR --out FILE", Short: "Give back what is left of a lease", Args: cobra.ExactArgs(1),
 		Long: `return ends a lease at the station that had it, and writes a signed return for the holder of the order, who takes it in with
-touchmark order receive. Units that were begun are finished first.`,
+touchmark order receive. Finish the units that were begun first: no more can be begun, and those count as used.`,
 		Example: "  touchmark order return PO-1234/a --line line-4 --out a.return",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.onFloor(cmd.Context(), dir, func(f *floor) error { return f.giveBack(cmd.Context(), args[0], out) })
@@ -633,12 +660,16 @@ func (f *floor) giveBack(ctx context.Context, id, out string) error {
 	if err != nil {
 		return err
 	}
+	id = g.ID() // it may have been named by its file
 	if g.Lease == nil {
 		return hint(usageError{fmt.Errorf("%s is an order, no lease", id)}, "touchmark order close reports on an order")
 	}
 	report, used, err := f.report(ctx, g)
 	if err != nil {
 		return err
+	}
+	if _, err := report.Sign(f.station); err != nil {
+		return err // before anything is closed
 	}
 	if err := f.ledger.CloseGrant(ctx, id); err != nil {
 		return err
@@ -752,16 +783,18 @@ func (f *floor) closeOrder(ctx context.Context, id, out string, keep bool) error
 	if err != nil {
 		return err
 	}
-	if !keep {
-		if err := f.ledger.CloseGrant(ctx, id); err != nil {
-			return err
-		}
-	}
 	r, _, err := f.report(ctx, g)
 	if err != nil {
 		return err
 	}
-	b, err := r.Sign(f.station)
+	b, err := r.Sign(f.station) // a report that cannot be made closes nothing
+	if err == nil && !keep {
+		if err = f.ledger.CloseGrant(ctx, g.ID()); err == nil {
+			if r, _, err = f.report(ctx, g); err == nil {
+				b, err = r.Sign(f.station)
+			}
+		}
+	}
 	if err != nil {
 		return err
 	}
@@ -834,7 +867,7 @@ func (f *floor) report(ctx context.Context, g *order.Grant) (*order.Report, []st
 		case ledger.Returned:
 			r.Returned++
 		}
-		if !seen[u.Serial] {
+		if !seen[u.Serial] && u.State != ledger.Returned { // returned: its order makes another in its place
 			r.Missing = append(r.Missing, order.MissingUnit{Serial: u.Serial, Revision: u.Revision, State: u.State.String(), Reason: u.Ending.Reason})
 		}
 	}
@@ -869,6 +902,9 @@ func (f *floor) report(ctx context.Context, g *order.Grant) (*order.Report, []st
 	return r, used, err
 }
 
+// maxUnmade bounds how many serials that were never made a report names; more are counted.
+const maxUnmade = 100_000
+
 // unmade names the serials of a range or a list that nobody made: as far as the order counted on them.
 func unmade(g *order.Grant, seen map[string]bool, elsewhere []order.Serials, n int64) []string {
 	serials := &g.Order.Serials
@@ -876,7 +912,7 @@ func unmade(g *order.Grant, seen map[string]bool, elsewhere []order.Serials, n i
 		serials = &g.Lease.Serials
 	}
 	total, counted := serials.Count()
-	if !counted || total != g.Quantity() || n <= 0 {
+	if !counted || total != g.Quantity() || n <= 0 || n > maxUnmade {
 		return nil // more serials than units: nobody can say which of them were meant
 	}
 	var out []string
@@ -947,13 +983,17 @@ func orDash(s string) string {
 
 func newOrderPermit(a *app) *cobra.Command {
 	var uri, key, out, reason string
+	var revision int64
 	c := &cobra.Command{
 		Use: "permit ORDER SERIAL… --reason TEXT --store URI --key NAME --out FILE", Short: "Permit an order to replace scrapped units", Args: cobra.MinimumNArgs(2),
 		Long: `permit is the owner's word that scrapped units were seen destroyed: with it touchmark unit return gives them back to their
 order, which may then make others.`,
 		Example: "  touchmark order permit PO-1234 SN00007 SN00019 --reason 'shredded, certificate 77' --store file:office --key owner --out permit",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			p := &order.Permit{Version: 1, Order: args[0], Serials: args[1:], At: time.Now().UTC().Truncate(time.Second), Reason: reason}
+			p := &order.Permit{Version: 1, Order: args[0], At: time.Now().UTC().Truncate(time.Second), Reason: reason}
+			for _, serial := range args[1:] {
+				p.Units = append(p.Units, order.PermitUnit{Serial: serial, Revision: revision})
+			}
 			return a.signWith(cmd.Context(), uri, key, func(k hsm.SigningKey) error {
 				b, err := p.Sign(k)
 				if err != nil {
@@ -964,6 +1004,7 @@ order, which may then make others.`,
 		},
 	}
 	signFlags(c, &uri, &key, &out)
+	c.Flags().Int64Var(&revision, "revision", 0, "revision of the units that were destroyed (touchmark unit show)")
 	c.Flags().StringVar(&reason, "reason", "", "how it is known that they are destroyed (required)")
 	_ = c.MarkFlagRequired("reason")
 	return c

@@ -42,7 +42,7 @@ func refusalKind(err error) string {
 		{ledger.ErrSpent, "spent"}, {ledger.ErrExpired, "expired"}, {ledger.ErrNotOpen, "early"}, {ledger.ErrClosed, "closed"},
 		{ledger.ErrOtherGrant, "replayed"}, {ledger.ErrRolledBack, "rolled-back"}, {ledger.ErrScrapped, "scrapped"}, {ledger.ErrClock, "clock"},
 		{hsm.ErrClaimed, "copied"}, {hsm.ErrCounter, "copied"}, {ledger.ErrAnchor, "anchor"}, {filelock.ErrLocked, "second"},
-		{order.ErrStation, "station"}, {order.ErrProduct, "product"}, {order.ErrSerial, "serial"}, {order.ErrInvalid, "invalid"},
+		{order.ErrStation, "station"}, {order.ErrProduct, "product"}, {order.ErrCounter, "counter"}, {order.ErrSerial, "serial"}, {order.ErrInvalid, "invalid"},
 		{signed.ErrUntrusted, "untrusted"}, {signed.ErrCorrupt, "edited"},
 	} {
 		if errors.Is(err, k.is) {
@@ -89,6 +89,9 @@ func (l *line) keepRefusal(r refusal) {
 		return
 	}
 	b, _ := json.Marshal(r)
+	if st, err := f.Stat(); err != nil || st.Size() > maxRefusals*1024 {
+		b = nil // enough of them wait already
+	}
 	_, _ = f.Write(append(b, '\n'))
 	_ = f.Sync()
 	_ = f.Close()
@@ -97,7 +100,7 @@ func (l *line) keepRefusal(r refusal) {
 // absorbRefusals brings what was written beside the ledger into it. A line that is there twice after a crash in between is twice
 // in the report, which is better than not at all.
 func (f *floor) absorbRefusals(ctx context.Context) error {
-	b, err := readSmall(f.path(refusalsFile))
+	b, err := os.ReadFile(f.path(refusalsFile))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

@@ -868,9 +868,7 @@ func (s *technician) reconcile() {
 			shown = append(shown, serial)
 		}
 	}
-	for _, serial := range s.unseen {
-		shown = append(shown, serial)
-	}
+	shown = append(shown, s.unseen...)
 	slices.Sort(shown)
 	if !slices.Equal(shown, sealed) {
 		t.Errorf("on the screen %v\nin the ledger %v", shown, sealed)

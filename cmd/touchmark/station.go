@@ -136,6 +136,10 @@ func (a *app) openBench(ctx context.Context, o *stationOptions) (_ *bench, err e
 	if b.profile, b.hash, err = l.profile(b.cfg.Profile); err != nil {
 		return nil, err
 	}
+	if b.profile.HasSecrets() && len(b.cfg.Flash) > 0 && !b.cfg.KeepStamps {
+		return nil, hint(usageError{fmt.Errorf("profile %s makes a key for each device that the bundle must carry, and the station would take it away after PASS", b.profile.Name)},
+			"set keep-stamps = true; once the bundle is exported, what is in %s may go", l.path(unitsDir))
+	}
 	if o.out == "" {
 		o.out = l.path(unitsDir)
 	}
@@ -254,14 +258,20 @@ func (b *bench) open(ctx context.Context, shift, operator string) (_ *station.Wo
 			_, _, err := f.retire(ctx, serial, state, why)
 			return err
 		},
-		Refuse: func(ctx context.Context, serial string, why error) { f.refuse(ctx, g, serial, why) },
-		Close:  func() error { return errors.Join(run.Close(), f.closeLedger()) },
+		Refuse: func(ctx context.Context, serial string, why error) {
+			if !b.o.dryRun {
+				f.refuse(ctx, g, serial, why)
+			}
+		},
+		Close: func() error { return errors.Join(run.Close(), f.closeLedger()) },
 	}
 	if g != nil {
 		w.Grant = g.ID()
-		w.Leased, err = f.leasedSerials(ctx, g.ID())
+		if w.Leased, err = f.leasedSerials(ctx, g.ID()); err != nil {
+			return nil, errors.Join(err, run.Close())
+		}
 	}
-	return w, err
+	return w, nil
 }
 
 // openHooks opens what tells the factory's system.
@@ -404,8 +414,13 @@ func (a *app) stationJSON(ctx context.Context, o *stationOptions, st *station.St
 		return st.Serve(ctx, a.in, a.out)
 	}
 	// What a station that was killed left there is in the way; a live one holds the ledger, so it is not here.
-	if err := os.Remove(o.socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+	if st, err := os.Lstat(o.socket); err == nil {
+		if st.Mode()&fs.ModeSocket == 0 {
+			return usageError{fmt.Errorf("--socket %s is there, and is no socket", o.socket)}
+		}
+		if err := os.Remove(o.socket); err != nil {
+			return err
+		}
 	}
 	ln, err := net.Listen("unix", o.socket)
 	if err != nil {
@@ -430,7 +445,7 @@ func (a *app) stationJSON(ctx context.Context, o *stationOptions, st *station.St
 		}
 		eg.Go(func() error {
 			defer conn.Close()
-			defer context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })()
+			defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Now().Add(time.Second)) })()
 			return st.Serve(ctx, conn, conn)
 		})
 	}

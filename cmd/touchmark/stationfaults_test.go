@@ -11,6 +11,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"math/rand/v2"
@@ -24,7 +25,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/hsm/hsmtest"
+	"github.com/touchmark/touchmark/hsm/pkcs11"
+	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/station"
 )
 
@@ -34,7 +38,8 @@ type rig struct {
 	t       *testing.T
 	dir     string
 	profile string
-	env     []string
+	uri     hsm.URI // of the line's token
+	office  string  // of the owner's
 	mend    func() bool
 	made    int             // serials that were asked for
 	passed  map[string]bool // serials that the station said PASS of
@@ -80,7 +85,7 @@ printer = "command:bin/print {name}"
 var rigScripts = map[string]string{
 	"probe":    "hit probe.before\necho product=pump\nhit probe.after\n",
 	"flash":    "hit flash.before\nmkdir -p \"$2\"\nfor f in \"$1\"/*; do cp \"$f\" \"$2/.new\" && mv \"$2/.new\" \"$2/${f##*/}\" || exit 1; hit flash.half; done\nhit flash.after\n",
-	"readback": "hit readback.before\ncat \"$1\"\nhit readback.after\n",
+	"readback": "hit readback.before\ncat \"$1\" || exit 1\nhit readback.after\n",
 	"sign":     "hit sign.before\nopenssl dgst -sha256 -sign \"$1/device-key.pem\" | base64 -w0\nhit sign.after\n",
 	"print":    "hit print.before\ncat > labels/$1\necho >> labels/$1.times\nhit print.after\n",
 }
@@ -88,6 +93,7 @@ var rigScripts = map[string]string{
 // rigHit is what a step does when it is to break something: kill the station, fill the disk, hang, fail, or whatever stands in the
 // file.
 const rigHit = `#!/bin/sh
+first=$1 second=$2
 hit() { if mv "faults/$1" "faults/.$1.$$" 2>/dev/null; then . "./faults/.$1.$$"; fi; }
 `
 
@@ -103,6 +109,7 @@ func newRigIn(t *testing.T, dir, profile string, initArgs ...string) *rig {
 	r := &rig{t: t, dir: dir, profile: profile, mend: hsmtest.Mender(t), passed: map[string]bool{}, retired: map[string]bool{}}
 	office := uri
 	office.Token = "office"
+	r.uri, r.office = uri, office.String()
 	touchmark(t, r.dir, "key", "new", "--store", office.String(), "--name", "owner", "--algorithm", "EC-P256")
 	touchmark(t, r.dir, "key", "export-public", "--store", office.String(), "--name", "owner", "--out", "owner.pem")
 	touchmark(t, r.dir, append([]string{"init", "line", "--id-scope", "0ne00112233", "--key-uri", uri.String(), "--owner", "owner.pem"}, initArgs...)...)
@@ -123,11 +130,23 @@ func newRigIn(t *testing.T, dir, profile string, initArgs ...string) *rig {
 			t.Fatal(err)
 		}
 	}
-	touchmark(t, r.dir, "order", "new", "PO-1", "--product", "pump", "--quantity", "100000", "--profile", "line/profiles/"+profile+".toml", "--serial-pattern", "SN######",
-		"--id-scope", "0ne00112233", "--issuer", "line/issuing.pem", "--holder", "line/station.pem", "--until", "2099-12-31", "--out", "PO-1.toml")
-	touchmark(t, r.dir, "order", "sign", "PO-1.toml", "--store", office.String(), "--key", "owner", "--out", "PO-1.order")
+	r.order("PO-1", 100000, "--serial-pattern", "SN######")
 	touchmark(t, r.dir, "order", "take", "PO-1.order", "--line", "line")
 	return r
+}
+
+// order signs an order for the line, with more flags of order new than it needs.
+func (r *rig) order(id string, quantity int, flags ...string) {
+	r.t.Helper()
+	args := []string{"order", "new", id, "--product", "pump", "--quantity", strconv.Itoa(quantity), "--profile", "line/profiles/" + r.profile + ".toml",
+		"--id-scope", "0ne00112233", "--issuer", "line/issuing.pem", "--holder", "line/station.pem", "--until", "2099-12-31", "--out", id + ".toml"}
+	touchmark(r.t, r.dir, append(args, flags...)...)
+	r.sign(id+".toml", id+".order")
+}
+
+func (r *rig) sign(draft, out string) {
+	r.t.Helper()
+	touchmark(r.t, r.dir, "order", "sign", draft, "--store", r.office, "--key", "owner", "--out", out)
 }
 
 func (r *rig) path(name string) string { return filepath.Join(r.dir, name) }
@@ -173,7 +192,12 @@ func (r *rig) run(serials []string, after time.Duration, under ...string) *shift
 		fmt.Fprintf(&in, "{\"op\":\"make\",\"serial\":%q}\n", s)
 	}
 	fmt.Fprintln(&in, `{"op":"end"}`)
-	return r.talk(&in, after, append(under, program(r.t), "station", "--line", "line", "--order", "PO-1", "--json", "--operator", "mai")...)
+	return r.talk(&in, after, append(under, r.station("line", "PO-1")...)...)
+}
+
+// station is the command that starts the station of a line for a machine.
+func (r *rig) station(line, order string) []string {
+	return []string{program(r.t), "station", "--line", line, "--order", order, "--json", "--operator", "mai"}
 }
 
 func (r *rig) talk(in *bytes.Buffer, after time.Duration, args ...string) *shift {
@@ -181,7 +205,7 @@ func (r *rig) talk(in *bytes.Buffer, after time.Duration, args ...string) *shift
 	ctx, cancel := context.WithTimeout(r.t.Context(), rigPatience)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
-	cmd.Dir, cmd.Stdin, cmd.Env = r.dir, in, append(os.Environ(), r.env...)
+	cmd.Dir, cmd.Stdin = r.dir, in
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.StdoutPipe()
@@ -447,8 +471,7 @@ func (r *rig) end(serial string, scrap bool, under func() []string) (kills int) 
 	r.revoked++
 	for s := (&shift{killed: true}); s.killed; {
 		_ = r.mend()
-		args := append(under(), program(r.t), "station", "--line", "line", "--order", "PO-1", "--json", "--operator", "mai")
-		if s = r.talk(bytes.NewBufferString(request+"\n"), 0, args...); s.killed {
+		if s = r.talk(bytes.NewBufferString(request+"\n"), 0, append(under(), r.station("line", "PO-1")...)...); s.killed {
 			kills++
 		} else if s.code != 0 {
 			r.t.Fatalf("%s: exit code %d\n%s", request, s.code, s.stderr)
@@ -606,4 +629,308 @@ func TestStationDiskFull(t *testing.T) {
 	}
 	t.Logf("%d units and %d starts met a full disk", full, refused)
 	r.balance()
+}
+
+// What else breaks at a station, each with the real thing broken: the next try of the unit, or the next start, goes on. Covered
+// elsewhere: a kill at any instant, above; a power cut, in TestPowerCut; a full disk, in TestStationDiskFull, TestDiskFull and
+// TestLedgerDiskFull; a module that dies while a list is minted, in TestModuleDies; a full token, in TestTokenFull; serials that two
+// stations have, in order.txtar (leases) and in TestTwoAtOnce (one directory); orders that are edited, expired, replayed, or for another
+// product, and a ledger that was copied or restored, in TestOverProduction; printers, one by one, in pkg/label.
+func TestStationFaults(t *testing.T) {
+	r := newRig(t, "x509-group")
+	config, err := os.ReadFile(r.path("line/station.toml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.write("line/station.toml", strings.ReplaceAll(string(config), `"20s"`, `"2s"`)) // hanging takes its time
+	for _, x := range []struct {
+		name, at, does string
+		code           station.Code // empty: it passes all the same
+	}{
+		{"a board that does not answer", "probe.before", "exit 1", station.CodeProbe},
+		{"a probe that hangs", "probe.before", "exec sleep 1000", station.CodeProbeTimeout},
+		{"a flash command that hangs", "flash.before", "exec sleep 1000", station.CodeFlashTimeout},
+		{"one that hangs and will not be told", "flash.half", "trap '' TERM; while :; do sleep 1; done", station.CodeFlashTimeout},
+		{"one that fails", "flash.before", "exit 3", station.CodeFlash},
+		{"one that fails after half", "flash.half", "exit 3", station.CodeFlash},
+		{"one that stops after half and says nothing", "flash.half", "rm \"$second/device-chain.pem\"; exit 0", station.CodeReadBackFailed},
+		{"one that lies", "flash.after", "echo x >> \"$second/device-chain.pem\"", station.CodeReadBack},
+		{"the cable pulled before the device is read", "readback.before", "exit 7", station.CodeReadBackFailed},
+		{"the cable pulled while it is read", "readback.before", "head -c 100 \"$first\"; exit 0", station.CodeReadBack},
+		{"a device that was not read but remembered", "readback.before", "cat device/sn000000/device-chain.pem; exit 0", station.CodeReadBack},
+		{"a device that does not sign", "sign.before", "exit 1", station.CodeNoChallenge},
+		{"a device that signs with another's key", "sign.before", "openssl dgst -sha256 -sign device/sn000000/device-key.pem | base64 -w0; exit 0", station.CodeChallenge},
+		{"a printer that refuses, once", "print.before", "exit 1", ""},
+	} {
+		serials := r.next(2)
+		if x.name == "a board that does not answer" {
+			r.finish(serials) // the one that others are taken for
+			serials = r.next(2)
+		}
+		r.write("faults/"+x.at, x.does+"\n")
+		s := r.run(serials, 0)
+		if s.code != 0 {
+			t.Fatalf("%s: exit code %d\n%s", x.name, s.code, s.stderr)
+		}
+		// Whichever head came first is hit; the other's unit passes.
+		var codes []string
+		for _, serial := range serials {
+			if v := s.verdicts[serial]; v.Pass != (v.Code == "") || strings.Contains(v.Detail, "PRIVATE") {
+				t.Errorf("%s: %+v", x.name, v)
+			}
+			codes = append(codes, string(s.verdicts[serial].Code))
+		}
+		if slices.Sort(codes); !slices.Equal(codes, []string{"", string(x.code)}) {
+			t.Errorf("%s: %q", x.name, codes)
+		}
+		r.finish(serials)
+	}
+	r.balance()
+
+	// A serial that is on a head already.
+	serial := r.next(1)[0]
+	request := fmt.Sprintf("{\"op\":\"make\",\"serial\":%q}\n", serial)
+	s := r.talk(bytes.NewBufferString(request+request), 0, r.station("line", "PO-1")...)
+	if s.code != 0 || !r.passed[serial] {
+		t.Errorf("twice at once: exit code %d, %+v", s.code, s.verdicts[serial])
+	}
+
+	// The last of an order is begun, and the station dies: it is finished although the order is spent.
+	r.order("PO-9", 1)
+	r.write("faults/flash.half", "kill -9 $PPID; exit 1\n")
+	last := bytes.NewBufferString(`{"op":"make","serial":"LAST"}` + "\n")
+	if s := r.talk(bytes.NewBuffer(last.Bytes()), 0, r.station("line", "PO-9.order")...); !s.killed {
+		t.Errorf("exit code %d", s.code)
+	}
+	if s := r.talk(bytes.NewBuffer(last.Bytes()), 0, r.station("line", "PO-9")...); s.code != 0 || !r.passed["LAST"] {
+		t.Errorf("the last of an order: exit code %d, %+v\n%s", s.code, s.verdicts["LAST"], s.stderr)
+	}
+
+	// The clock is set back a year, as the ledger sees it: its last entry was made in a year's time.
+	if err := os.CopyFS(r.path("future"), os.DirFS(r.path("line"))); err != nil {
+		t.Fatal(err)
+	}
+	r.ahead("future", 365*24*time.Hour)
+	before := touchmark(t, r.dir, "ledger", "show", "--line", "future", "--json")
+	s = r.talk(bytes.NewBufferString(request), 0, r.station("future", "PO-1")...)
+	if s.code != exitFailed || !strings.Contains(s.stderr, "clock is behind the ledger") {
+		t.Errorf("a year back: exit code %d\n%s", s.code, s.stderr)
+	}
+	if now := touchmark(t, r.dir, "ledger", "show", "--line", "future", "--json"); now != before {
+		t.Errorf("a year back: %s, was %s", now, before)
+	}
+}
+
+// ahead makes an entry in a line's ledger as its station would after that time.
+func (r *rig) ahead(line string, by time.Duration) {
+	r.t.Helper()
+	ctx := r.t.Context()
+	store, err := pkcs11.Open(ctx, pkcs11.Config{URI: r.uri, PIN: func(context.Context) (hsm.Secret, error) { return hsm.Secret(hsmtest.PIN), nil }})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	defer store.Close()
+	key, err := openSigner(ctx, store, "station")
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	led, err := ledger.Open(ctx, ledger.Config{Path: r.path(line + "/ledger.db"), Origin: "touchmark/line", Signer: key, Now: func() time.Time { return time.Now().Add(by) }})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	_, err = led.AddNote(ctx, ledger.Note{Kind: "test"})
+	if err := errors.Join(err, led.Close()); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// A talk is a station that is running, for tests that look at it meanwhile.
+type talk struct {
+	r     *rig
+	cmd   *exec.Cmd
+	in    io.WriteCloser
+	lines *bufio.Scanner
+	err   bytes.Buffer
+}
+
+func (r *rig) start(line string) *talk {
+	r.t.Helper()
+	_ = r.mend()
+	args := r.station(line, "PO-1")
+	k := &talk{r: r, cmd: exec.Command(args[0], args[1:]...)}
+	k.cmd.Dir, k.cmd.Stderr = r.dir, &k.err
+	out, err := k.cmd.StdoutPipe()
+	if err == nil {
+		k.in, err = k.cmd.StdinPipe()
+	}
+	if err == nil {
+		err = k.cmd.Start()
+	}
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	k.lines = bufio.NewScanner(out)
+	stop := time.AfterFunc(rigPatience, func() { _ = k.cmd.Process.Signal(syscall.SIGQUIT) })
+	r.t.Cleanup(func() { stop.Stop(); _ = k.cmd.Process.Kill() })
+	return k
+}
+
+func (k *talk) say(format string, args ...any) { fmt.Fprintf(k.in, format+"\n", args...) }
+
+// until reads answers up to one that is wanted.
+func (k *talk) until(want func(station.Answer) bool) station.Answer {
+	k.r.t.Helper()
+	for k.lines.Scan() {
+		var a station.Answer
+		if err := json.Unmarshal(k.lines.Bytes(), &a); err != nil {
+			k.r.t.Fatal(err)
+		}
+		if a.Verdict != nil && a.Verdict.Pass {
+			k.r.passed[a.Serial] = true
+		}
+		if want(a) {
+			return a
+		}
+	}
+	k.r.t.Fatalf("the station ended: %v\n%s", k.cmd.Wait(), k.err.String())
+	return station.Answer{}
+}
+
+// wait waits for the end, and returns the exit code.
+func (k *talk) wait() int {
+	for k.lines.Scan() {
+	}
+	_ = k.cmd.Wait()
+	return k.cmd.ProcessState.ExitCode()
+}
+
+func ready(a station.Answer) bool { return a.Event == "status" }
+
+// Two processes on one ledger: the second refuses and names the first, as long as that lives.
+func TestTwoStations(t *testing.T) {
+	for name, flags := range map[string][]string{"lock": nil, "counter": {"--counter", "line-3"}} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, "x509-group", flags...)
+			first := r.start("line")
+			first.say(`{"op":"status"}`)
+			first.until(ready)
+			pid := strconv.Itoa(first.cmd.Process.Pid)
+			for _, line := range []string{"line", "copy"} {
+				if line == "copy" {
+					if name == "lock" {
+						continue // nothing tells a copy without a counter
+					}
+					if err := os.CopyFS(r.path("copy"), os.DirFS(r.path("line"))); err != nil {
+						t.Fatal(err)
+					}
+				}
+				second := r.talk(bytes.NewBufferString(`{"op":"make","serial":"SN000000"}`+"\n"), 0, r.station(line, "PO-1")...)
+				if second.code == 0 || len(second.verdicts) > 0 || !strings.Contains(second.stderr, pid) {
+					t.Errorf("%s: the second does not name process %s: exit code %d\n%s", line, pid, second.code, second.stderr)
+				}
+			}
+			serials := r.next(2)
+			first.say(`{"op":"make","serial":%q}`, serials[0])
+			if v := first.until(func(a station.Answer) bool { return a.Verdict != nil }); !v.Verdict.Pass {
+				t.Errorf("the first goes on: %+v", v.Verdict)
+			}
+			if err := first.cmd.Process.Kill(); err != nil {
+				t.Fatal(err)
+			}
+			first.wait()
+			r.finish(serials)
+			r.balance()
+		})
+	}
+}
+
+// The token goes away while units are made: once for a moment, with the process that has its module loaded, and the station goes on by
+// itself; then for good, and it is stopped. Nothing of a unit is lost.
+func TestStationTokenGone(t *testing.T) {
+	if _, err := exec.LookPath("p11-kit"); err != nil {
+		hsmtest.Require(t, "p11-kit (apt-get install p11-kit p11-kit-modules)")
+	}
+	for _, profile := range []string{"x509-group", "token"} {
+		t.Run(profile, func(t *testing.T) {
+			r := newRig(t, profile)
+			edited, err := os.ReadFile(r.path("line/touchmark.toml"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.write("line/touchmark.toml", strings.Replace(string(edited), "module-path=", "module-path=p11-kit:", 1))
+			pull := func(k *talk) {
+				t.Helper()
+				pids := children(k.cmd.Process.Pid, "libsofthsm2")
+				if len(pids) == 0 {
+					t.Error("the module is in no process of its own")
+				}
+				for _, pid := range pids {
+					_ = syscall.Kill(pid, syscall.SIGKILL)
+				}
+			}
+			k := r.start("line")
+			k.say(`{"op":"status"}`)
+			k.until(ready)
+			serials := r.next(4)
+			for _, serial := range serials[:2] {
+				k.say(`{"op":"make","serial":%q}`, serial)
+				k.until(func(a station.Answer) bool { return a.Step == station.StepProbe })
+				pull(k)
+				_ = r.mend()
+				if a := k.until(func(a station.Answer) bool { return a.Verdict != nil }); !a.Verdict.Pass {
+					t.Errorf("%+v", a.Verdict)
+				}
+			}
+			tokens := filepath.Join(filepath.Dir(os.Getenv("SOFTHSM2_CONF")), "tokens")
+			if err := os.Rename(tokens, tokens+".away"); err != nil {
+				t.Fatal(err)
+			}
+			pull(k)
+			k.say(`{"op":"make","serial":%q}`, serials[2])
+			k.until(func(a station.Answer) bool { return a.Waiting == station.CodeToken })
+			if err := k.cmd.Process.Signal(os.Interrupt); err != nil {
+				t.Fatal(err)
+			}
+			if code := k.wait(); code != exitInterrupted {
+				t.Errorf("exit code %d\n%s", code, k.err.String())
+			}
+			s := r.run(serials[2:], 0)
+			if s.code == 0 || len(s.verdicts) > 0 {
+				t.Errorf("without a token: exit code %d, %v\n%s", s.code, s.verdicts, s.stderr)
+			}
+			if err := os.Rename(tokens+".away", tokens); err != nil {
+				t.Fatal(err)
+			}
+			r.finish(serials)
+			r.balance()
+		})
+	}
+}
+
+// A list is edited while its job is half done: nothing that was made is made again or forgotten, and both lists come to their ends.
+func TestListEdited(t *testing.T) {
+	dir := newTokenLine(t)
+	lists := 0
+	list := func(name string, serials ...string) []string {
+		lists++
+		if err := os.WriteFile(filepath.Join(dir, name), []byte("serial\n"+strings.Join(serials, "\n")+"\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return []string{"mint", "--line", "line", "--profile", "x509-group", "--serials", name, "--out", "stamps", "--bundle", fmt.Sprintf("%d.tmb", lists), "--json"}
+	}
+	touchmark(t, dir, list("s.csv", "SN1", "SN2", "SN3")...)
+	before := touchmark(t, dir, "ledger", "show", "--line", "line", "--json")
+	for name, serials := range map[string][]string{"one more": {"SN1", "SN2", "SN3", "SN4"}, "another order": {"SN3", "SN1", "SN2"}, "one less": {"SN1", "SN2"}, "twice": {"SN4", "SN4"}} {
+		code, text := attempt(t, dir, list("s.csv", serials...)...)
+		if code == 0 || name != "twice" && !strings.Contains(text, "was first made on") {
+			t.Errorf("%s: exit code %d\n%s", name, code, text)
+		}
+		if now := touchmark(t, dir, "ledger", "show", "--line", "line", "--json"); now != before {
+			t.Errorf("%s: the ledger has %s, had %s", name, now, before)
+		}
+	}
+	lists = 0
+	touchmark(t, dir, list("s.csv", "SN1", "SN2", "SN3")...) // put back, it is the same job
+	touchmark(t, dir, list("more.csv", "SN4")...)
+	touchmark(t, dir, "ledger", "verify", "--line", "line")
 }

@@ -258,9 +258,6 @@ func (f *floor) giveUnitsBack(ctx context.Context, serials []string, permit, ope
 	why := ledger.Ending{Reason: clip(p.Reason, 200), Operator: operator, Proof: hex.EncodeToString(sum[:])}
 	var events []ledger.Event
 	for _, serial := range serials {
-		if !slices.Contains(p.Serials, serial) {
-			return fmt.Errorf("%w: the permit does not name %s", order.ErrSerial, serial)
-		}
 		var last ledger.RetiredUnit
 		for u, err := range f.ledger.Retired(ctx, serial) {
 			if err != nil {
@@ -275,10 +272,12 @@ func (f *floor) giveUnitsBack(ctx context.Context, serials []string, permit, ope
 		if err != nil {
 			return err
 		}
-		if name, _, _ := strings.Cut(job.Grant, "/"); name != p.Order {
-			return fmt.Errorf("%w: %s was made on %q, the permit is for %s", order.ErrProduct, serial, job.Grant, p.Order)
+		if name, _, _ := strings.Cut(job.Grant, "/"); !p.Covers(name, serial, last.Revision) {
+			return fmt.Errorf("%w: the permit is not for %s, revision %d, of order %s", order.ErrSerial, serial, last.Revision, orDash(name))
 		}
-		events = append(events, ledger.Event{State: ledger.Returned, Unit: last.ID, Data: why.Encode()})
+		mine := why
+		mine.Certificate = last.Ending.Certificate // it stays revoked
+		events = append(events, ledger.Event{State: ledger.Returned, Unit: last.ID, Data: mine.Encode()})
 	}
 	// The permit first: the service asks for it, and one that nothing was returned on does no harm.
 	for _, e := range events {
@@ -302,12 +301,14 @@ const crlFile = "crl.pem"
 // writeCRL writes the list of revoked certificates from the ledger.
 func (f *floor) writeCRL(ctx context.Context) error {
 	var revoked []ca.Revoked
-	for u, err := range f.ledger.Retired(ctx, "") {
+	number := int64(0) // the ledger's entry of the last ending: it grows with each
+	for u, err := range f.ledger.Endings(ctx) {
 		if err != nil {
 			return err
 		}
 		if u.Ending.Certificate != "" {
 			revoked = append(revoked, ca.Revoked{SerialNumber: u.Ending.Certificate, At: u.Ended, Reason: revocationReason[u.State]})
+			number = max(number, u.EndedLeaf)
 		}
 	}
 	if len(revoked) == 0 {
@@ -317,7 +318,7 @@ func (f *floor) writeCRL(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	crl, err := issuer.CRL(revoked, time.Now())
+	crl, err := issuer.CRL(revoked, number, time.Now())
 	if err != nil {
 		return err
 	}

@@ -22,13 +22,12 @@ type Revoked struct {
 	Reason       int
 }
 
-// crlValidity is how long a list says that it is current; the next ending makes a new one anyway.
+// crlValidity is how long a list says that it is current; the next ending makes a new one, and touchmark ca crl does.
 const crlValidity = 90 * 24 * time.Hour
 
-// CRL returns the issuer's list of revoked certificates (RFC 5280 §5) in PEM. Its number is how many there are, which only
-// grows.
-func (i *Issuer) CRL(revoked []Revoked, now time.Time) ([]byte, error) {
-	list := &x509.RevocationList{Number: big.NewInt(int64(len(revoked))), ThisUpdate: now, NextUpdate: now.Add(crlValidity)}
+// CRL returns the issuer's list of revoked certificates (RFC 5280 §5) in PEM. The number must grow with each list that says more.
+func (i *Issuer) CRL(revoked []Revoked, number int64, now time.Time) ([]byte, error) {
+	list := &x509.RevocationList{Number: big.NewInt(number), ThisUpdate: now, NextUpdate: now.Add(crlValidity)}
 	for _, r := range revoked {
 		n, ok := new(big.Int).SetString(r.SerialNumber, 16)
 		if !ok {

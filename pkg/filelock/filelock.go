@@ -26,7 +26,7 @@ func (e *LockedError) Error() string {
 // Unwrap returns ErrLocked.
 func (e *LockedError) Unwrap() error { return ErrLocked }
 
-// Lock takes the lock that stands at a path, made if need be; closing the file gives it back. The lock is the kernel's and
+// Lock takes the lock that stands at a path, made if need be; Unlock gives it back. The lock is the kernel's and
 // goes with the process, however that ends. The error is a *LockedError while another holds it.
 func Lock(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
@@ -43,3 +43,7 @@ func Lock(path string) (*os.File, error) {
 	_, _ = f.WriteAt([]byte(fmt.Sprintf("%d\n", os.Getpid())), 0)
 	return f, nil
 }
+
+// Unlock gives a lock back, and closes its file. Closing alone would leave the lock to a program that is being started at this
+// moment, until it runs.
+func Unlock(f *os.File) error { return errors.Join(funlock(f), f.Close()) }

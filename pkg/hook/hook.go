@@ -289,7 +289,7 @@ func list(dir string) ([]item, error) {
 }
 
 // Close gives the lock back. Run must have returned.
-func (s *Spool) Close() error { return s.lock.Close() }
+func (s *Spool) Close() error { return filelock.Unlock(s.lock) }
 
 // Enqueue takes an event for every destination that is told its kind. When it returns nil the event is durable. An error names
 // the destinations that will not be told; with ErrFull there is no room, and the others are told all the same. Enqueuing the

@@ -403,6 +403,18 @@ func (l *Ledger) duplicate(ctx context.Context, unit int64, serial, rid string, 
 			continue
 		}
 		u, err := l.unitWhere(ctx, c.where, c.arg)
+		if errors.Is(err, sql.ErrNoRows) && c.field == "endorsement key" {
+			// A scrapped unit's TPM is nobody's again.
+			for r, rerr := range l.Endings(ctx) {
+				var whose int64
+				if rerr != nil || r.State != Scrapped {
+					continue
+				}
+				if l.db.QueryRowContext(ctx, `SELECT unit FROM endorsements WHERE ek_hash = $1`, c.arg).Scan(&whose) == nil && whose == r.ID {
+					u, err = r.Unit, nil
+				}
+			}
+		}
 		if err != nil || u.ID == unit {
 			continue
 		}

@@ -326,7 +326,7 @@ func (l *Ledger) Close() error {
 		errs = append(errs, l.db.Close())
 	}
 	if l.lock != nil {
-		errs = append(errs, l.lock.Close()) // closing the file unlocks it
+		errs = append(errs, filelock.Unlock(l.lock))
 	}
 	return errors.Join(errs...)
 }

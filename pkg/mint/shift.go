@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/base64"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"os"
@@ -104,6 +105,12 @@ func (r *Run) Unit(ctx context.Context, row Row) (*Unit, error) {
 	}
 	if err := r.r.work(ctx, units); err != nil {
 		return nil, err
+	}
+	if d := &units[0]; r.r.GroupKey != nil && d.symmetric == nil {
+		// Taken up behind the step that derives it: what must not be shown has to be known.
+		if d.symmetric, err = r.r.GroupKey.MAC(ctx, make([]byte, 0, sha256.Size), []byte(row.RegistrationID)); err != nil {
+			return nil, err
+		}
 	}
 	return u, nil
 }
@@ -236,12 +243,23 @@ func (u *Unit) Secrets() [][]byte {
 	var all [][]byte
 	if u.u.keyPEM != nil {
 		all = append(all, u.u.keyPEM)
+		if block, _ := pem.Decode(u.u.keyPEM); block != nil {
+			all = append(all, block.Bytes)
+		}
+	}
+	for i := range u.u.files {
+		if f := &u.u.files[i]; f.Secret && len(f.Data) <= maxShown {
+			all = append(all, f.Data)
+		}
 	}
 	if u.u.symmetric != nil {
 		all = append(all, u.u.symmetric, []byte(base64.StdEncoding.EncodeToString(u.u.symmetric)))
 	}
 	return all
 }
+
+// maxShown bounds which files of a stamp a program could print whole: those of keys, not images.
+const maxShown = 8 << 10
 
 // Verified writes down that the device's storage was read back, and that it answered a challenge where it can.
 func (u *Unit) Verified(ctx context.Context) error {

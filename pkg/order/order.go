@@ -56,6 +56,8 @@ var (
 	ErrStation = errors.New("the order is for other stations")
 	// ErrProduct says that a grant is for another product, profile, ID scope, endpoint or issuing CA.
 	ErrProduct = errors.New("the order is for something else")
+	// ErrCounter says that a grant wants a ledger with a counter, and this one has another or none.
+	ErrCounter = errors.New("the order wants a ledger with its counter")
 	// ErrSerial says that a grant does not have a serial.
 	ErrSerial = errors.New("the order does not have this serial")
 )
@@ -81,6 +83,9 @@ type Order struct {
 	// Holder is the station that has the order, by the hex SHA-256 of its public key (SubjectPublicKeyInfo); Stations are those that may work on leases.
 	Holder   string   `json:"holder"`
 	Stations []string `json:"stations,omitempty"`
+	// Counter is the name of the counter that the holder's ledger must be tied to; empty asks for none. With it a ledger that was made
+	// anew, or freed of its counter, does not serve.
+	Counter string `json:"counter,omitempty"`
 	// NotBefore and NotAfter bound when units may be begun.
 	NotBefore time.Time `json:"notBefore"`
 	NotAfter  time.Time `json:"notAfter"`
@@ -116,11 +121,23 @@ type Return struct {
 
 // A Permit is the owner's word that scrapped units are shown to be destroyed, so that their order may make others.
 type Permit struct {
-	Version int       `json:"version"`
-	Order   string    `json:"order"`
-	Serials []string  `json:"serials"`
-	At      time.Time `json:"at"`
-	Reason  string    `json:"reason"`
+	Version int    `json:"version"`
+	Order   string `json:"order"`
+	// Units are those that were seen destroyed, by serial and revision: a permit is good for that identity and for no later one.
+	Units  []PermitUnit `json:"units"`
+	At     time.Time    `json:"at"`
+	Reason string       `json:"reason"`
+}
+
+// A PermitUnit is one of them.
+type PermitUnit struct {
+	Serial   string `json:"serial"`
+	Revision int64  `json:"revision"`
+}
+
+// Covers reports whether the permit is for a unit of an order.
+func (p *Permit) Covers(order, serial string, revision int64) bool {
+	return p.Order == order && slices.Contains(p.Units, PermitUnit{serial, revision})
 }
 
 func invalid(format string, args ...any) error {
@@ -140,6 +157,8 @@ func (o *Order) Check() error {
 		return invalid("order %s: profile %.60q with hash %.70q", o.ID, o.Profile, o.ProfileSHA256)
 	case o.Issuer != "" && !isHash(o.Issuer), !isHash(o.Holder), len(o.Stations) > maxStations:
 		return invalid("order %s: issuer, holder and stations are named by the SHA-256 of their public keys, in hex", o.ID)
+	case o.Counter != "" && !hsm.ValidCounterName(o.Counter):
+		return invalid("order %s: counter %.40q", o.ID, o.Counter)
 	case o.GlobalEndpoint == "" || len(o.GlobalEndpoint) > maxText:
 		return invalid("order %s names no global endpoint", o.ID)
 	}
@@ -293,14 +312,24 @@ func OpenReturn(b []byte, station crypto.PublicKey) (*Return, error) {
 	return r, nil
 }
 
+// DescribeReturn returns what the return of a lease says. Nothing of it is verified.
+func DescribeReturn(b []byte) (*Return, error) {
+	e, err := signed.Parse(bytes.TrimSuffix(b, []byte("\n")))
+	if err != nil {
+		return nil, err
+	}
+	r := &Return{}
+	return r, decode(e.Unverified(), r)
+}
+
 // OpenPermit verifies a permit against the owners' keys.
 func OpenPermit(b []byte, owners []crypto.PublicKey) (*Permit, error) {
 	p := &Permit{}
 	if _, err := open(b, permitType, owners, p); err != nil {
 		return nil, err
 	}
-	if p.Version != version || p.Order == "" || len(p.Serials) == 0 {
-		return nil, invalid("a permit without order or serials")
+	if p.Version != version || p.Order == "" || len(p.Units) == 0 {
+		return nil, invalid("a permit without order or units")
 	}
 	return p, nil
 }

@@ -271,11 +271,11 @@ func TestPapers(t *testing.T) {
 			t.Errorf("%+v: %v", bad, err)
 		}
 	}
-	p := &Permit{Version: version, Order: "PO-1", Serials: []string{"SN1"}, At: day, Reason: "seen destroyed"}
+	p := &Permit{Version: version, Order: "PO-1", Units: []PermitUnit{{"SN1", 2}}, At: day, Reason: "seen destroyed"}
 	if b, err = p.Sign(owner.key); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := OpenPermit(b, owner.pub()); err != nil || got.Serials[0] != "SN1" {
+	if got, err := OpenPermit(b, owner.pub()); err != nil || !got.Covers("PO-1", "SN1", 2) || got.Covers("PO-1", "SN1", 0) || got.Covers("PO-2", "SN1", 2) {
 		t.Error(got, err)
 	}
 	if _, err := OpenPermit(b, station.pub()); !errors.Is(err, signed.ErrUntrusted) {

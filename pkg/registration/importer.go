@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"iter"
-	"slices"
 
 	"golang.org/x/sync/errgroup"
 
@@ -218,7 +217,7 @@ func (in *intake) prepare(e *bundle.Entry) (prepared, error) {
 		if r.State == bundle.Returned && in.grant != nil {
 			// A station's word alone makes no room on an order.
 			permit, err := order.OpenPermit([]byte(r.Permit), in.s.cfg.Owners)
-			if err != nil || permit.Order != in.grant.Order.ID || !slices.Contains(permit.Serials, e.Serial) {
+			if err != nil || !permit.Covers(in.grant.Order.ID, e.Serial, e.Revision) {
 				p.problem = "it is said to be returned, and no owner's permit for it is there"
 			}
 		}

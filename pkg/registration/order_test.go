@@ -148,7 +148,7 @@ func (f *factory) permitted(t testing.TB, grant []byte, e bundle.Entry) bundle.E
 	if err != nil {
 		return e
 	}
-	b, err := (&order.Permit{Version: 1, Order: g.Order.ID, Serials: []string{e.Serial}, At: time.Unix(1767225600, 0).UTC(), Reason: "seen"}).Sign(f.owner.key)
+	b, err := (&order.Permit{Version: 1, Order: g.Order.ID, Units: []order.PermitUnit{{Serial: e.Serial, Revision: e.Revision}}, At: time.Unix(1767225600, 0).UTC(), Reason: "seen"}).Sign(f.owner.key)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -443,8 +443,9 @@ func TestReturned(t *testing.T) {
 	step("0 new, 0 unchanged, 0 conflicting, 0 replaced, 0 retired, 0 stale, 1 refused", registration.Tally{Used: 3, Imported: 3, Refused: 1}, unit(4, 0))
 	step("0 new, 0 unchanged, 0 conflicting, 0 replaced, 1 retired, 0 stale, 0 refused", registration.Tally{Used: 3, Imported: 2, Scrapped: 1, Refused: 1}, gone(2, 0, bundle.Scrapped))
 	// The owner's permit for another unit, for another order, and the station's own.
-	for name, permit := range map[string]*order.Permit{"another unit": {Order: "PO-1", Serials: []string{"X"}}, "another order": {Order: "PO-2", Serials: []string{unit(2, 0).Serial}},
-		"the station's": {Order: "PO-1", Serials: []string{unit(2, 0).Serial}}} {
+	for name, permit := range map[string]*order.Permit{"another unit": {Order: "PO-1", Units: []order.PermitUnit{{Serial: "X"}}}, "another order": {Order: "PO-2", Units: []order.PermitUnit{{Serial: unit(2, 0).Serial}}},
+		"another revision": {Order: "PO-1", Units: []order.PermitUnit{{Serial: unit(2, 0).Serial, Revision: 1}}},
+		"the station's":    {Order: "PO-1", Units: []order.PermitUnit{{Serial: unit(2, 0).Serial}}}} {
 		permit.Version, permit.At = 1, time.Unix(1767225600, 0).UTC()
 		by := f.owner.key
 		if name == "the station's" {

@@ -21,7 +21,7 @@ type Config struct {
 	Profile string `toml:"profile"`
 	// heads is how many units are worked on at once; 1 by default. [[head]] says more of each.
 	Heads int `toml:"heads"`
-	// tries is how often one unit may fail in a shift before it goes to the rework bin; 3 by default.
+	// tries is how often one unit may fail before it goes to the rework bin, whatever the shift; 3 by default.
 	Tries int `toml:"tries"`
 	// disk-free is how many MiB must be free where the ledger and the stamps are, before a unit is started; 100 by default.
 	DiskFree int64 `toml:"disk-free"`
@@ -169,6 +169,9 @@ func (c *Config) check(f *settings.Faults) {
 	}
 	if len(c.Head) > c.Heads {
 		f.Key("head", "there are %d tables [[head]] for %d heads", len(c.Head), c.Heads)
+	}
+	if c.LeadsOnly != nil && c.Operators == "" {
+		f.Key("leads-only", "leads-only needs operators: without them every badge is a lead's")
 	}
 	for _, l := range c.LeadsOnly {
 		if !slices.Contains([]Function{Rework, Scrap, Reprint}, Function(l)) {

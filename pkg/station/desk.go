@@ -384,9 +384,12 @@ func (s *Station) Ready(ctx context.Context, operator string) error {
 		_, err := w.Ledger.CheckGrant(ctx, w.Grant, 0)
 		if errors.Is(err, ledger.ErrExpired) { // what was begun in time is finished all the same
 			units, uerr := w.Ledger.GrantUnits(ctx, w.Grant)
-			if uerr == nil && units[ledger.Begun]+units[ledger.Minted]+units[ledger.Stamped]+units[ledger.Verified] > 0 {
+			if uerr == nil && units[ledger.Begun]+units[ledger.Minted]+units[ledger.Stamped]+units[ledger.Verified]+units[ledger.Reworked] > 0 {
 				return nil
 			}
+		}
+		if err != nil && !s.setup.DryRun {
+			w.Refuse(ctx, "", err)
 		}
 		return err
 	})

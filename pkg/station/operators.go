@@ -22,6 +22,8 @@ type Operators struct {
 	Operator []Operator `toml:"operator"`
 }
 
+const maxOperator = 60
+
 // An Operator is one of them. Badges and PINs are kept as hashes.
 type Operator struct {
 	// name is what the ledger says.
@@ -51,7 +53,7 @@ func ReadOperators(name string, r io.Reader) (*Operators, error) {
 	seen := make(map[string]bool)
 	for _, p := range o.Operator {
 		badge, err := hex.DecodeString(p.Badge)
-		if p.Name == "" || len(p.Name) > 60 || err != nil || len(badge) != sha256.Size || seen[p.Badge] {
+		if p.Name == "" || len(p.Name) > maxOperator || err != nil || len(badge) != sha256.Size || seen[p.Badge] {
 			f.Key("operator", "operator %.60q: want a name, and a badge that nobody else has", p.Name)
 		}
 		seen[p.Badge] = true
@@ -64,8 +66,8 @@ func (o *Operators) Encode() ([]byte, error) { return toml.Marshal(o) }
 
 // Add adds an operator, or replaces the one of that name.
 func (o *Operators) Add(name, badge, pin string, lead bool) error {
-	if strings.TrimSpace(badge) == "" || name == "" {
-		return errors.New("an operator needs a name and a badge")
+	if strings.TrimSpace(badge) == "" || name == "" || len(name) > maxOperator {
+		return fmt.Errorf("an operator needs a badge, and a name of at most %d octets", maxOperator)
 	}
 	p := Operator{Name: name, Badge: badgeHash(badge), Lead: lead}
 	if pin != "" {

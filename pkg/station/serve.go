@@ -16,7 +16,8 @@ import (
 type Request struct {
 	// ID comes back with every answer to the request.
 	ID string `json:"id"`
-	// Op is "make" (which waits for a head where none is free), "wait" (until the units asked for before have their verdicts),
+	// Op is "make" (which waits for a head where none is free), "wait" (what follows is held until the units asked for before have their
+	// verdicts, but for scan and cancel),
 	// "scan" (a label, for the head that asks for it), "rework", "scrap", "cancel" (a head that waits for its printer or its label gives
 	// up), "reprint", "status" or "end".
 	Op     string `json:"op"`
@@ -90,22 +91,53 @@ func (s *Station) Serve(ctx context.Context, in io.Reader, out io.Writer) error 
 			}
 		}
 	}()
+	var held [][]byte          // behind a "wait" or an "end"
+	var waited <-chan struct{} // closed when what it waits for is done; nil when nothing does
 	for {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case line, ok := <-read:
-			if !ok {
-				return lines.Err()
-			}
-			if len(line) == 0 {
-				continue
-			}
-			if end := c.take(ctx, line); end {
+		case <-waited:
+			if c.ending {
 				return nil
+			}
+			for waited = nil; waited == nil && len(held) > 0; held = held[1:] {
+				waited = c.take(ctx, held[0])
+			}
+		case line, ok := <-read:
+			switch {
+			case !ok && waited == nil:
+				return lines.Err()
+			case !ok:
+				read = nil // what is held is done first
+				held = append(held, []byte(`{"op":"end"}`))
+			case len(line) == 0:
+			case waited != nil && !c.urgent(line) && len(held) < maxQueue:
+				held = append(held, line)
+			default:
+				if w := c.take(ctx, line); w != nil {
+					waited = w
+				}
 			}
 		}
 	}
+}
+
+// urgent reports whether a request is for what others wait for: it is not held behind them.
+func (c *conversation) urgent(line []byte) bool {
+	var r Request
+	return json.Unmarshal(line, &r) == nil && (r.Op == "scan" || r.Op == "cancel")
+}
+
+// idle returns a channel that is closed once all units that were asked for have their verdicts, and then says so.
+func (c *conversation) idle(a func() Answer) <-chan struct{} {
+	done := make(chan struct{})
+	go func() {
+		c.work.Wait()
+		c.say(a())
+		close(done)
+	}()
+	return done
 }
 
 // watch has f called whenever a head changed, until the returned function is called.
@@ -130,6 +162,7 @@ type conversation struct {
 	work    sync.WaitGroup
 	answers chan Answer
 	queue   chan Request
+	ending  bool
 	freed   chan struct{}
 	shown   []Head // guarded by the station's mutex
 }
@@ -142,6 +175,10 @@ func (c *conversation) dispatch(ctx context.Context) {
 			case <-c.freed:
 			case <-ctx.Done():
 			}
+		}
+		if ctx.Err() != nil {
+			c.work.Done() // nobody began it
+			continue
 		}
 		started := make(chan struct{})
 		go func() {
@@ -179,11 +216,12 @@ func (c *conversation) steps(heads []Head) {
 	}
 }
 
-func (c *conversation) take(ctx context.Context, line []byte) (end bool) {
+// take does what a request asks for. It returns a channel where what comes next is to wait for it to be closed.
+func (c *conversation) take(ctx context.Context, line []byte) (waited <-chan struct{}) {
 	var r Request
 	if err := json.Unmarshal(line, &r); err != nil {
 		c.say(Answer{Event: "error", Error: "no request: " + err.Error()})
-		return false
+		return nil
 	}
 	refuse := func(err error) {
 		c.say(Answer{ID: r.ID, Event: "error", Serial: r.Serial, Code: codeOf(StepLabel, err), Error: err.Error()})
@@ -198,18 +236,17 @@ func (c *conversation) take(ctx context.Context, line []byte) (end bool) {
 			refuse(fmt.Errorf("%d units wait already", maxQueue))
 		}
 	case "wait":
-		c.work.Wait()
-		c.say(Answer{ID: r.ID, Event: "done"})
+		return c.idle(func() Answer { return Answer{ID: r.ID, Event: "done"} })
 	case "scan":
 		if !c.s.Scan(r.Text) {
 			refuse(errors.New("no head asks for a label"))
-			return false
+			return nil
 		}
 		c.say(Answer{ID: r.ID, Event: "done"})
 	case "cancel":
 		if !c.s.Cancel(r.Head) {
 			refuse(errors.New("the head waits for nothing"))
-			return false
+			return nil
 		}
 		c.say(Answer{ID: r.ID, Event: "done", Head: r.Head})
 	case "rework", "scrap":
@@ -219,32 +256,33 @@ func (c *conversation) take(ctx context.Context, line []byte) (end bool) {
 		}
 		if err := knownReason(r.Reason, reasons); err != nil {
 			refuse(err)
-			return false
+			return nil
 		}
-		if err := c.s.Retire(ctx, r.Serial, state, r.Reason, c.s.operator); err != nil {
+		if err := c.s.Retire(ctx, r.Serial, state, r.Reason, c.s.operatorName()); err != nil {
 			refuse(err)
-			return false
+			return nil
 		}
 		c.say(Answer{ID: r.ID, Event: "done", Serial: r.Serial})
 	case "reprint":
 		n, err := c.s.Reprint(ctx, r.Serial)
 		if err != nil {
 			refuse(err)
-			return false
+			return nil
 		}
 		c.say(Answer{ID: r.ID, Event: "done", Serial: r.Serial, Copies: n})
 	case "status":
 		counts := c.s.Counts()
 		c.say(Answer{ID: r.ID, Event: "status", Heads: c.s.Heads(), Counts: &counts})
 	case "end":
-		c.work.Wait()
-		counts := c.s.Counts()
-		c.say(Answer{ID: r.ID, Event: "done", Counts: &counts})
-		return true
+		c.ending = true
+		return c.idle(func() Answer {
+			counts := c.s.Counts()
+			return Answer{ID: r.ID, Event: "done", Counts: &counts}
+		})
 	default:
 		refuse(fmt.Errorf("op %q is not known", r.Op))
 	}
-	return false
+	return nil
 }
 
 func knownReason(reason string, reasons []string) error {

@@ -88,7 +88,6 @@ type Station struct {
 type headState struct {
 	Head
 	scans chan string // what was scanned while it asks for its label
-	row   mint.Row
 }
 
 // New makes a station. A shift is begun by [Station.Begin].
@@ -129,7 +128,7 @@ func (s *Station) Begin(ctx context.Context, operator string) error {
 
 // open is called with workMu held for writing.
 func (s *Station) open(ctx context.Context) error {
-	w, err := s.setup.Open(ctx, s.shift, s.operator)
+	w, err := s.setup.Open(ctx, s.shift, s.operatorName())
 	if err != nil {
 		return err
 	}
@@ -145,6 +144,12 @@ func (s *Station) open(ctx context.Context) error {
 
 // transit reports whether stamps are at the station only until their devices have them.
 func (s *Station) transit() bool { return s.cfg.flash != nil && !s.cfg.KeepStamps }
+
+func (s *Station) operatorName() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.operator
+}
 
 // Close ends the shift. Units in work must have ended.
 func (s *Station) Close() error {

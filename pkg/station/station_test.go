@@ -84,6 +84,7 @@ heads = 2
 disk-free = 1
 tries = 2
 warn-left = 3
+operators = "operators.toml"
 leads-only = ["scrap"]
 [probe]
 command = ["DIR/probe", "{serial}"]

@@ -109,7 +109,7 @@ func (m *making) failed(ctx context.Context, v Verdict, err error) Verdict {
 	v.Code, v.Detail = codeOf(v.Step, err), err.Error()
 	v.Fields = s.explain(ctx, v.Code, m.serial, err)
 	// Written down although the shift is being stopped; but a line that is away is not waited for then.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
 	_ = s.with(ctx, nil, func(w *Work, _ int) error {
 		if refusable(v.Code) {
@@ -118,7 +118,7 @@ func (m *making) failed(ctx context.Context, v Verdict, err error) Verdict {
 		if m.unit == nil || s.setup.DryRun || !countable(v.Code) {
 			return nil
 		}
-		note, _ := json.Marshal(map[string]any{"code": v.Code, "step": v.Step, "head": m.h.Number, "operator": s.operator})
+		note, _ := json.Marshal(map[string]any{"code": v.Code, "step": v.Step, "head": m.h.Number, "operator": s.operatorName()})
 		_, err := w.Ledger.AddNote(ctx, ledger.Note{Unit: m.unit.ID(), Kind: failNote, Data: note})
 		return err
 	})
@@ -668,7 +668,7 @@ func (s *Station) Reprint(ctx context.Context, serial string) (copies int64, err
 		if u, err = w.Run.Finished(ctx, serial); err != nil || s.setup.DryRun {
 			return err
 		}
-		copies, err = w.Ledger.AddNote(ctx, ledger.Note{Unit: u.ID(), Kind: ReprintNote, Data: []byte(s.operator)})
+		copies, err = w.Ledger.AddNote(ctx, ledger.Note{Unit: u.ID(), Kind: ReprintNote, Data: []byte(s.operatorName())})
 		return err
 	})
 	if errors.Is(err, ledger.ErrNotFound) {
@@ -694,7 +694,7 @@ func (s *Station) Reprint(ctx context.Context, serial string) (copies int64, err
 	s.mu.Lock()
 	s.reprints++
 	s.mu.Unlock()
-	s.event("reprint", map[string]string{"serial": serial, "copy": strconv.FormatInt(copies, 10), "operator": s.operator})
+	s.event("reprint", map[string]string{"serial": serial, "copy": strconv.FormatInt(copies, 10), "operator": s.operatorName()})
 	return copies, nil
 }
 
@@ -702,6 +702,14 @@ func (s *Station) Reprint(ctx context.Context, serial string) (copies int64, err
 func (s *Station) Retire(ctx context.Context, serial string, state ledger.State, reason, operator string) error {
 	s.mu.Lock()
 	n, busy := s.inWork[serial]
+	if !busy {
+		s.inWork[serial] = 0 // nobody begins its next identity while this one is taken away
+		defer func() {
+			s.mu.Lock()
+			delete(s.inWork, serial)
+			s.mu.Unlock()
+		}()
+	}
 	s.mu.Unlock()
 	if busy {
 		return fail(CodeInWork, map[string]string{"serial": serial, "head": strconv.Itoa(n)}, nil)
