@@ -24,6 +24,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/registration"
 	"github.com/touchmark/touchmark/pkg/settings"
 	"github.com/touchmark/touchmark/pkg/stamp"
+	"github.com/touchmark/touchmark/pkg/station/screen"
 )
 
 // The exit codes. Scripts build on them: they never change their meaning.
@@ -159,6 +160,9 @@ func classify(ctx context.Context, err error) (code int, help string) {
 		suggest("run the same command again once the cause is mended: it goes on where this one stopped")
 		return exitPartial, help
 	case ctx.Err() != nil && errors.Is(err, context.Canceled):
+		return exitInterrupted, help
+	case errors.Is(err, screen.ErrInterrupted):
+		suggest("units that were in work go on where they stopped when they are scanned again")
 		return exitInterrupted, help
 	case errors.Is(err, fs.ErrPermission):
 		return exitRefused, help

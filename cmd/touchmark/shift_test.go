@@ -699,6 +699,25 @@ func TestShift(t *testing.T) {
 		s.make(pair, again)
 	}
 
+	// Somebody presses Ctrl-C until it stops, in the middle of a unit.
+	fault("SN0057", "hang")
+	s.scan("SN0057")
+	s.shows("3/8 Flash")
+	s.press("\x03")
+	s.shows("End the shift?")
+	again := time.NewTicker(100 * time.Millisecond)
+	defer again.Stop()
+	for stopped := false; !stopped; {
+		select {
+		case <-again.C:
+			_, _ = s.pty.WriteString("\x03") // it may have ended already
+		case <-s.ended:
+			stopped = true
+		}
+	}
+	s.ends(exitInterrupted)
+	s.begin()
+
 	// The token is pulled in the middle of the work, and put back.
 	tokens := filepath.Join(filepath.Dir(os.Getenv("SOFTHSM2_CONF")), "tokens")
 	if err := os.Rename(tokens, tokens+".away"); err != nil {
