@@ -44,7 +44,7 @@ type Setup struct {
 	Open func(ctx context.Context, shift, operator string) (*Work, error)
 	// Out is the directory that stamps go to.
 	Out string
-	// Flashed says that the device's storage is elsewhere, so the stamp's directory is only a way station.
+	// Label is the template of the label; nil where none is printed.
 	Label *label.Template
 	// Register tries an identity against a service, from the directory of its stamp; nil where the configuration does not ask for it.
 	Register func(ctx context.Context, dir string) error
