@@ -86,7 +86,7 @@ func TestOverProduction(t *testing.T) {
 		want string
 		kind string // in a report; empty where the line cannot know, or it is not about an order
 	}{
-		{"more than the quantity", func() (int, string) { return make1("line", "PO-2", "SN200002") }, exitRefused, "PO-2 is spent", "spent"},
+		{"more than the quantity", func() (int, string) { return make1("line", "PO-2", "SN200002") }, 0, refused(station.CodeOrderSpent), "spent"},
 		{"a race for the last of an order", func() (int, string) {
 			r.order("PO-10", 1, "--serial-pattern", "SN10####")
 			s := r.talk(bytes.NewBufferString(`{"op":"make","serial":"SN100001"}`+"\n"+`{"op":"make","serial":"SN100002"}`+"\n"), 0, r.station("line", "PO-10.order")...)
@@ -101,7 +101,7 @@ func TestOverProduction(t *testing.T) {
 			make1("line", "PO-12.order", "SN120000")
 			_, _ = cli("unit", "void", "SN120000", "--line", "line", "--reason", "mistake", "--yes")
 			return make1("line", "PO-12", "SN120001")
-		}, exitRefused, "PO-12 is spent", "spent"},
+		}, 0, refused(station.CodeOrderSpent), "spent"},
 		{"two of a unit by rework", func() (int, string) {
 			r.order("PO-13", 1)
 			make1("line", "PO-13.order", "SN130000")

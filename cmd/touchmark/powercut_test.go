@@ -138,6 +138,14 @@ func (d *disk) crash(t *testing.T, chance func() bool) {
 	if err := os.RemoveAll(d.at); err != nil {
 		t.Fatal(err)
 	}
+	// A rename is whole or not at all, on every file system that keeps a journal: where a node is, is one question.
+	coins := map[*diskNode]bool{}
+	moved := func(n *diskNode) bool {
+		if _, asked := coins[n]; !asked {
+			coins[n] = chance()
+		}
+		return coins[n]
+	}
 	var put func(n *diskNode, path string)
 	put = func(n *diskNode, path string) {
 		if n.names == nil {
@@ -159,13 +167,13 @@ func (d *disk) crash(t *testing.T, chance func() bool) {
 		if names == nil {
 			names = map[string]*diskNode{}
 		}
-		for name := range n.safeNames {
-			if n.names[name] == nil && chance() {
+		for name, c := range n.safeNames {
+			if n.names[name] == nil && moved(c) {
 				delete(names, name)
 			}
 		}
 		for name, c := range n.names {
-			if names[name] != c && chance() {
+			if names[name] != c && moved(c) {
 				names[name] = c
 			}
 		}

@@ -292,7 +292,7 @@ func Open(ctx context.Context, cfg Config) (*Ledger, error) {
 		err = l.checkAnchor(ctx)
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("opening ledger %s: %w", cfg.Path, denied(err)), l.Close())
+		return nil, errors.Join(fmt.Errorf("opening ledger %s: %w", cfg.Path, denied(full(err))), l.Close())
 	}
 	return l, nil
 }
@@ -464,7 +464,8 @@ func full(err error) error {
 	if errors.As(err, &se) {
 		switch se.Code() & 0xff {
 		case sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR:
-			if se.Code()&0xff == sqlite3.SQLITE_FULL || strings.Contains(se.Error(), "no space") {
+			// SHMSIZE: the index of the write-ahead log did not find room.
+			if se.Code()&0xff == sqlite3.SQLITE_FULL || se.Code() == sqlite3.SQLITE_IOERR_SHMSIZE || strings.Contains(se.Error(), "no space") {
 				return fmt.Errorf("%w: %w", ErrFull, err)
 			}
 		}
