@@ -133,6 +133,8 @@ var (
 	errLate = errors.New("somebody else moved it at the same time")
 	// errBeside says that the counter was moved and that somebody else's state stands beside or above ours.
 	errBeside = fmt.Errorf("%w, and did", errLate)
+	// errNotKept says that the token does not show what it was given.
+	errNotKept = errors.New("the token does not show the object that it made")
 	// errUnknown says that a state was destroyed, and not by whom.
 	errUnknown = fmt.Errorf("%w while it was moved: it may have moved", hsm.ErrLost)
 )
@@ -675,6 +677,14 @@ func (c *counter) move(ctx context.Context, change func(all []held, next *counte
 		if own == 0 {
 			if _, err = s.putState(h, next); err != nil {
 				return notMade(err)
+			}
+			// Read back before what it follows is destroyed: SoftHSM, while another thread searches, may keep an object in part.
+			made, err := s.states(h, c.name)
+			if err != nil {
+				return err
+			}
+			if !slices.ContainsFunc(made, func(o held) bool { return o.Nonce == next.Nonce }) {
+				return stale(errNotKept)
 			}
 		}
 		for _, o := range all {
