@@ -99,10 +99,13 @@ make), issuing.pem (with which CA), and the profile (what).
 2  THE ORDER
     touchmark order new PO-1234 --product 'pump 3' --quantity 5000 --profile x509-group.toml --serial-from SN00001 --serial-to SN05000 \
         --id-scope 0ne00112233 --issuer issuing.pem --holder station.pem --until 2026-12-31 --out PO-1234.toml
-  Read PO-1234.toml: it is all that you sign.
+  Read PO-1234.toml: it is all that you sign. --counter NAME asks for the ledger that is tied to the line's counter of that name (the
+  line engineer knows it), so that not even a new ledger makes the order a second time.
     touchmark order sign PO-1234.toml --store file:office --key owner --out PO-1234.order
 
 3  MEANWHILE
+  The operator's service must know you: touchmark serve --owner owner.pem --require-orders. Bundles carry their order, and one beyond
+  it is refused, entry by entry, each by its name.
   Scrapped units count. To allow others in their place, once you know that they are destroyed:
     touchmark order permit PO-1234 SN00007 --reason 'shredded, certificate 77' --store file:office --key owner --out permit
   Keep the checkpoints that bundles carry: touchmark ledger check and ledger compare tell whether the line's ledger still holds
