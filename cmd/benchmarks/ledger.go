@@ -33,18 +33,18 @@ func ledgerConfig(dir string, key *ecdsa.PrivateKey) ledger.Config {
 }
 
 // fillLedger begins n units, mints them with data as large as a certificate, verifies and exports them, in groups.
-func fillLedger(cfg ledger.Config, n int) {
+func fillLedger(cfg ledger.Config, n, group int) {
 	ctx := context.Background()
 	check(ledger.Create(ctx, cfg))
 	led := must(ledger.Open(ctx, cfg))
 	job, _, err := led.BeginJob(ctx, ledger.Job{Digest: make([]byte, 32), Profile: "bench"})
 	check(err)
-	events, next := make([]ledger.Event, ledgerGroup), make([]ledger.Event, ledgerGroup)
-	plan, certs := make([]byte, 60), make([]byte, 900*ledgerGroup)
+	events, next := make([]ledger.Event, group), make([]ledger.Event, group)
+	plan, certs := make([]byte, 60), make([]byte, 900*group)
 	must(rand.Read(plan))
 	must(rand.Read(certs))
 	for done := 0; done < n; done += len(events) {
-		events, next = events[:min(ledgerGroup, n-done)], next[:min(ledgerGroup, n-done)]
+		events, next = events[:min(group, n-done)], next[:min(group, n-done)]
 		for i := range events {
 			serial := fmt.Sprintf("SN%08d", done+i)
 			key := sha256.Sum256([]byte(serial))
@@ -102,15 +102,18 @@ func (s *hashStore) add(n int64, record []byte) {
 	*s = append(*s, must(tlog.StoredHashesForRecordHash(n, tlog.RecordHash(record), s))...)
 }
 
-// ledger-append: units that go through their states, in groups; against a bare tlog over the same entries: hashed, appended to a
-// plain file, flushed once a group.
-func (b *bench) ledgerAppend(name, in string) {
+// ledger-append: units that go through their states, in groups, or one by one as at a station; against a bare tlog over the same
+// entries: hashed, appended to a plain file, flushed once a group.
+func (b *bench) ledgerAppend(name, in string, group int) {
 	key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 	n := 10000 * b.scale
+	if group == 1 {
+		n = 200 * b.scale
+	}
 	ours := func() (ledger.Config, float64) {
 		cfg := ledgerConfig(must(os.MkdirTemp(in, "*")), key)
 		start := time.Now()
-		fillLedger(cfg, n)
+		fillLedger(cfg, n, group)
 		return cfg, float64(n) / time.Since(start).Seconds()
 	}
 	cfg, _ := ours()
@@ -142,7 +145,7 @@ func (b *bench) ledgerVerify() {
 	key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 	n := 10000 * b.scale
 	cfg := ledgerConfig(tempDir(), key)
-	fillLedger(cfg, n)
+	fillLedger(cfg, n, ledgerGroup)
 	bare := filepath.Join(filepath.Dir(cfg.Path), "bare.log")
 	check(os.WriteFile(bare, bytes.Join(readGroups(cfg.Path), nil), 0o600))
 	b.compare("ledger-verify", "units/s", func() float64 {
@@ -186,7 +189,7 @@ func (b *bench) ledgerMillion() {
 	check(os.WriteFile(filepath.Join(dir, "station.der"), must(x509.MarshalECPrivateKey(key)), 0o600))
 	n := 100000 * b.scale
 	start := time.Now()
-	fillLedger(ledgerConfig(dir, key), n)
+	fillLedger(ledgerConfig(dir, key), n, ledgerGroup)
 	b.report(result{"ledger-fill", float64(n) / time.Since(start).Seconds(), 0, 0, "units/s"})
 	child := func(what string) (r struct{ Seconds, MiB float64 }) {
 		cmd := exec.Command(must(os.Executable()), ledgerChild, dir, what)
