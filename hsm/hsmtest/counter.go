@@ -209,6 +209,7 @@ func RunCounters(t *testing.T, s CounterSuite) {
 		return
 	}
 	t.Run("lifetime", s.lifetime)
+	t.Run("marks", s.marks)
 	t.Run("goroutines", s.goroutines)
 	t.Run("processes", s.processes)
 	t.Run("creators", s.creators)
@@ -224,6 +225,46 @@ func (s CounterSuite) create(t *testing.T, name string) (hsm.CounterStore, hsm.C
 	c := must(store.CreateCounter(t.Context(), name))(t)
 	t.Cleanup(func() { _ = store.DeleteCounter(context.WithoutCancel(t.Context()), name) })
 	return store, c
+}
+
+// marks has a value keep what was meant by it, for whoever opens the counter next, through claims and until it is moved again.
+func (s CounterSuite) marks(t *testing.T) {
+	_, c := s.create(t, "marked")
+	m, ok := c.(hsm.MarkedCounter)
+	if !ok {
+		return // a number and no more: see hsm.MarkedCounter
+	}
+	mark := func(want string) {
+		t.Helper()
+		again := must(s.Open(t).(hsm.CounterStore).OpenCounter(t.Context(), "marked"))(t).(hsm.MarkedCounter)
+		for _, c := range []hsm.MarkedCounter{m, again} {
+			if got, err := c.Mark(t.Context()); err != nil || got != want {
+				t.Errorf("mark %q, %v, want %q", got, err, want)
+			}
+		}
+	}
+	mark("")
+	at := must(m.Value(t.Context()))(t)
+	at = must(m.IncrementMarked(t.Context(), at, "7 root"))(t)
+	mark("7 root")
+	release := must(m.Claim(t.Context(), "suite"))(t)
+	mark("7 root")
+	if _, err := m.IncrementMarked(t.Context(), at-1, "8 another"); !errors.Is(err, hsm.ErrCounter) {
+		t.Errorf("from a value that it does not stand at: %v", err)
+	}
+	for _, bad := range []string{strings.Repeat("x", hsm.MaxMark+1), "line\nfeed", "é"} {
+		if _, err := m.IncrementMarked(t.Context(), at, bad); err == nil {
+			t.Errorf("mark %q was taken", bad)
+		}
+	}
+	mark("7 root")
+	at = must(m.IncrementMarked(t.Context(), at, "9 root"))(t)
+	if err := release(); err != nil {
+		t.Error(err)
+	}
+	mark("9 root")
+	must(m.Increment(t.Context(), at))(t)
+	mark("")
 }
 
 // lifetime makes a counter, counts, and deletes it.
