@@ -128,12 +128,8 @@ func (f *floor) takeAway(ctx context.Context, u ledger.Unit) error {
 
 // finishEndings takes away what runs that died left of units which ended.
 func (f *floor) finishEndings(ctx context.Context) error {
-	for u, err := range f.ledger.Retired(ctx, "") {
-		if err != nil {
-			return err
-		}
-		notes, err := f.ledger.Notes(ctx, u.ID, goneNote)
-		if err == nil && notes == nil {
+	for u, err := range f.ledger.Unnoted(ctx, goneNote) {
+		if err == nil {
 			err = f.takeAway(ctx, u.Unit)
 		}
 		if err != nil {

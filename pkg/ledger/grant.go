@@ -89,7 +89,7 @@ func (l *Ledger) TakeGrant(ctx context.Context, g Grant) (Grant, error) {
 	if g.ID == "" || len(g.ID) > maxText || len(g.Document) == 0 || g.Quantity < 1 || !g.Ends.After(g.Opens) {
 		return g, fmt.Errorf("grant %.60q: want an ID, a document, a quantity and a window of time", g.ID)
 	}
-	have, err := l.grant(ctx, g.ID)
+	have, err := l.Grant(ctx, g.ID)
 	if err == nil {
 		if string(have.Document) != string(g.Document) {
 			return have, &GrantError{Grant: have, Err: ErrOtherGrant}
@@ -105,26 +105,37 @@ func (l *Ledger) TakeGrant(ctx context.Context, g Grant) (Grant, error) {
 		if err != nil {
 			return err
 		}
-		_, err = t.ExecContext(ctx, `INSERT INTO grants (id, document, quantity, spent, leased, opens, ends, closed, leaf) VALUES ($1, $2, $3, 0, 0, $4, $5, 0, $6)`,
-			g.ID, g.Document, g.Quantity, g.Opens.UnixMilli(), g.Ends.UnixMilli(), idx)
+		if _, err := t.ExecContext(ctx, `INSERT INTO documents (grant_id, document) VALUES ($1, $2)`, g.ID, g.Document); err != nil {
+			return err
+		}
+		_, err = t.ExecContext(ctx, `INSERT INTO grants (id, quantity, spent, leased, opens, ends, closed, leaf) VALUES ($1, $2, 0, 0, $3, $4, 0, $5)`,
+			g.ID, g.Quantity, g.Opens.UnixMilli(), g.Ends.UnixMilli(), idx)
 		return err
 	})
 }
 
-const grantColumns = `SELECT id, document, quantity, spent, leased, opens, ends, closed FROM grants `
+const grantColumns = `SELECT id, quantity, spent, leased, opens, ends, closed FROM grants `
 
+// scanGrant reads a grant without its document.
 func scanGrant(row interface{ Scan(...any) error }) (Grant, error) {
 	var g Grant
 	var opens, ends int64
-	err := row.Scan(&g.ID, &g.Document, &g.Quantity, &g.Spent, &g.Leased, &opens, &ends, &g.Closed)
+	err := row.Scan(&g.ID, &g.Quantity, &g.Spent, &g.Leased, &opens, &ends, &g.Closed)
 	g.Opens, g.Ends = time.UnixMilli(opens).UTC(), time.UnixMilli(ends).UTC()
 	return g, err
 }
 
 // Grant returns a grant; the error is ErrNoGrant where there is none of that ID.
-func (l *Ledger) Grant(ctx context.Context, id string) (Grant, error) { return l.grant(ctx, id) }
+func (l *Ledger) Grant(ctx context.Context, id string) (Grant, error) {
+	g, err := l.GrantCounts(ctx, id)
+	if err == nil {
+		err = l.db.QueryRowContext(ctx, `SELECT document FROM documents WHERE grant_id = $1`, id).Scan(&g.Document)
+	}
+	return g, err
+}
 
-func (l *Ledger) grant(ctx context.Context, id string) (Grant, error) {
+// GrantCounts is Grant without the document, which may be large.
+func (l *Ledger) GrantCounts(ctx context.Context, id string) (Grant, error) {
 	g, err := scanGrant(l.db.QueryRowContext(ctx, grantColumns+`WHERE id = $1`, id))
 	if errors.Is(err, sql.ErrNoRows) {
 		return g, &GrantError{Grant: Grant{ID: id}, Err: ErrNoGrant}
@@ -132,7 +143,7 @@ func (l *Ledger) grant(ctx context.Context, id string) (Grant, error) {
 	return g, err
 }
 
-// Grants returns every grant, by its ID.
+// Grants returns every grant, by its ID, without the documents.
 func (l *Ledger) Grants(ctx context.Context) ([]Grant, error) {
 	rows, err := l.db.QueryContext(ctx, grantColumns+`ORDER BY id`)
 	if err != nil {
@@ -149,11 +160,11 @@ func (l *Ledger) Grants(ctx context.Context) ([]Grant, error) {
 	return all, rows.Err()
 }
 
-// CheckGrant says what keeps n units from being begun on a grant now. Commit asks again.
+// CheckGrant says what keeps n units from being begun on a grant now, and returns it without its document. Commit asks again.
 func (l *Ledger) CheckGrant(ctx context.Context, id string, n int64) (Grant, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	g, err := l.grant(ctx, id)
+	g, err := l.GrantCounts(ctx, id)
 	if err != nil {
 		return g, err
 	}

@@ -194,8 +194,9 @@ CREATE TABLE retired (                        -- units that ended
 	was INTEGER NOT NULL,                 -- the state that it had
 	ending INTEGER NOT NULL);             -- the leaf that tells why
 CREATE INDEX retired_serial ON retired (serial);
+CREATE TABLE documents (grant_id TEXT PRIMARY KEY, document BLOB NOT NULL); -- apart: they may be large, and each unit counts on its grant
 CREATE TABLE grants (
-	id TEXT PRIMARY KEY, document BLOB NOT NULL, quantity INTEGER NOT NULL, spent INTEGER NOT NULL, leased INTEGER NOT NULL,
+	id TEXT PRIMARY KEY, quantity INTEGER NOT NULL, spent INTEGER NOT NULL, leased INTEGER NOT NULL,
 	opens INTEGER NOT NULL, ends INTEGER NOT NULL, closed INTEGER NOT NULL, leaf INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE leases (
 	id TEXT PRIMARY KEY, grant_id TEXT NOT NULL, document BLOB NOT NULL, quantity INTEGER NOT NULL,

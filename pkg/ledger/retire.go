@@ -208,19 +208,25 @@ const retiredColumns = `SELECT id, serial, coalesce(spelling, registration_id), 
 // Retired yields the units that ended, in the order in which they were begun, with the reasons and with the data of their
 // identities. An empty serial means all.
 func (l *Ledger) Retired(ctx context.Context, serial string) iter.Seq2[RetiredUnit, error] {
-	return l.retired(ctx, serial, true)
+	return l.retired(ctx, `($2 = '' OR serial = $2)`, serial, true)
+}
+
+// Unnoted is Retired for those that have no note of a kind: what is left to be done about an ending costs nothing once it is done.
+func (l *Ledger) Unnoted(ctx context.Context, kind string) iter.Seq2[RetiredUnit, error] {
+	return l.retired(ctx, `NOT EXISTS (SELECT 1 FROM notes WHERE unit = id AND kind = $2)`, kind, true)
 }
 
 // Endings is Retired for all, without the data of the identities, which costs the reading of an entry each.
 func (l *Ledger) Endings(ctx context.Context) iter.Seq2[RetiredUnit, error] {
-	return l.retired(ctx, "", false)
+	return l.retired(ctx, `$2 = ''`, "", false)
 }
 
-func (l *Ledger) retired(ctx context.Context, serial string, whole bool) iter.Seq2[RetiredUnit, error] {
+// retired yields those that a condition on $2 names.
+func (l *Ledger) retired(ctx context.Context, where, arg string, whole bool) iter.Seq2[RetiredUnit, error] {
 	return func(yield func(RetiredUnit, error) bool) {
 		const page = 500
 		for last := int64(0); ; {
-			rows, err := l.db.QueryContext(ctx, retiredColumns+`id > $1 AND ($2 = '' OR serial = $2) ORDER BY id LIMIT $3`, last, serial, page)
+			rows, err := l.db.QueryContext(ctx, retiredColumns+`id > $1 AND `+where+` ORDER BY id LIMIT $3`, last, arg, page)
 			if err != nil {
 				yield(RetiredUnit{}, err)
 				return

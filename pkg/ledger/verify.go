@@ -557,6 +557,9 @@ func (v *verifier) checkGrants(ctx context.Context) error {
 		if err != nil {
 			return errors.Join(err, q.Close())
 		}
+		if err := v.stx.QueryRowContext(ctx, `SELECT document FROM documents WHERE grant_id = $1`, g.ID).Scan(&g.Document); err != nil {
+			return errors.Join(fmt.Errorf("the document of grant %s: %w", g.ID, err), q.Close())
+		}
 		want := v.grants[g.ID]
 		if want == nil || string(g.data()) != want.data || g.Spent != want.spent || g.Leased != want.leased || g.Closed != want.closed {
 			return errors.Join(fmt.Errorf("grant %s is not in the table as the log has it", g.ID), q.Close())
@@ -568,6 +571,9 @@ func (v *verifier) checkGrants(ctx context.Context) error {
 	}
 	if v.report.Grants != int64(len(v.grants)) {
 		return fmt.Errorf("the table has %d grants, the log %d", v.report.Grants, len(v.grants))
+	}
+	if err := v.count(ctx, "documents", v.report.Grants); err != nil {
+		return err
 	}
 	for id, used := range v.leases {
 		var have int64

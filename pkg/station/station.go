@@ -263,7 +263,7 @@ func (s *Station) countLeft(ctx context.Context, w *Work) {
 	if w.Grant == "" {
 		return
 	}
-	g, err := w.Ledger.Grant(ctx, w.Grant)
+	g, err := w.Ledger.GrantCounts(ctx, w.Grant)
 	if err != nil {
 		return
 	}
