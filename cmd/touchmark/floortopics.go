@@ -32,6 +32,7 @@ KEYS                          SCAN INSTEAD
   F4   print the label again    TM!REPRINT     counted, for units that passed
   F10  end of shift             TM!END
   Esc  leave a function         TM!CANCEL
+  Enter alone: yes              TM!YES
 
 CODES
   E-1xx  what you scanned      E-2xx  the order: call your lead    E-3xx  the station

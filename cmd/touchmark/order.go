@@ -6,7 +6,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"os"
 	"strings"
 	"time"
 
@@ -145,7 +144,7 @@ func (a *app) runOrderNew(o *orderNewOptions) error {
 	}
 	d.Serials.Pattern, d.Serials.From, d.Serials.To = o.pattern, o.from, o.to
 	if o.serials != "" {
-		b, err := os.ReadFile(o.serials)
+		b, err := readDocument(o.serials)
 		if err != nil {
 			return usageError{fmt.Errorf("reading the serials: %w", err)}
 		}
@@ -639,6 +638,9 @@ func (f *floor) leasedSerials(ctx context.Context, id string) ([]order.Serials, 
 			all = append(all, g.Lease.Serials)
 		}
 	}
+	for i := range all {
+		all[i].Index()
+	}
 	return all, nil
 }
 
@@ -912,6 +914,7 @@ func (f *floor) report(ctx context.Context, g *order.Grant) (*order.Report, []st
 			leased += l.Used
 		}
 		if _, counted := d.Lease.Serials.Count(); counted {
+			d.Lease.Serials.Index()
 			elsewhere = append(elsewhere, d.Lease.Serials)
 		}
 	}

@@ -2,10 +2,10 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"time"
@@ -65,7 +65,7 @@ func (f *floor) refuse(ctx context.Context, g *order.Grant, serial string, err e
 }
 
 func newRefusal(g *order.Grant, serial string, err error) refusal {
-	r := refusal{Refusal: order.Refusal{At: time.Now().UTC().Truncate(time.Second), Kind: refusalKind(err), Serial: serial, Why: clip(err.Error(), 400)}}
+	r := refusal{Refusal: order.Refusal{At: time.Now().UTC().Truncate(time.Second), Kind: refusalKind(err), Serial: clip(serial, 128), Why: clip(err.Error(), 400)}}
 	if r.Kind == "" {
 		r.Kind = "no-order"
 	}
@@ -100,14 +100,15 @@ func (l *line) keepRefusal(r refusal) {
 // absorbRefusals brings what was written beside the ledger into it. A line that is there twice after a crash in between is twice
 // in the report, which is better than not at all.
 func (f *floor) absorbRefusals(ctx context.Context) error {
-	b, err := os.ReadFile(f.path(refusalsFile))
+	b, err := os.Open(f.path(refusalsFile))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	s := bufio.NewScanner(bytes.NewReader(b))
+	defer b.Close()
+	s := bufio.NewScanner(io.LimitReader(b, maxRefusals*1024)) // what somebody else added behind that is not read
 	for n := 0; s.Scan() && n < maxRefusals; n++ {
 		var r refusal
 		if json.Unmarshal(s.Bytes(), &r) != nil {

@@ -389,7 +389,7 @@ func (b *bench) serveNumbers(ctx context.Context, eg *errgroup.Group, t *yield.T
 		w.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")
 		_ = t.Report().WriteHTML(w) // the other side went away
 	})
-	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, MaxHeaderBytes: 16 << 10}
+	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 10 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
 	eg.Go(func() error {
 		if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
 			return err
@@ -399,6 +399,9 @@ func (b *bench) serveNumbers(ctx context.Context, eg *errgroup.Group, t *yield.T
 	context.AfterFunc(ctx, func() { _ = srv.Close() })
 	return nil
 }
+
+// maxConversations is how many machines may talk to a station at once; further ones wait.
+const maxConversations = 32
 
 // stationJSON serves a machine.
 func (a *app) stationJSON(ctx context.Context, o *stationOptions, st *station.Station) error {
@@ -434,6 +437,7 @@ func (a *app) stationJSON(ctx context.Context, o *stationOptions, st *station.St
 		return err
 	}
 	var eg errgroup.Group
+	eg.SetLimit(maxConversations)
 	for {
 		conn, err := ln.Accept()
 		if err != nil {

@@ -32,7 +32,7 @@ func FuzzReadList(f *testing.F) {
 		serials, ids := map[string]bool{}, map[string]bool{}
 		for _, r := range l.Rows {
 			id := dps.Fold(r.RegistrationID)
-			if serials[r.Serial] || ids[id] || checkSerial(r.Serial) != nil || dps.CheckRegistrationID(r.RegistrationID) != nil || len(r.Fields) != len(l.Columns) {
+			if serials[r.Serial] || ids[id] || CheckSerial(r.Serial) != nil || dps.CheckRegistrationID(r.RegistrationID) != nil || len(r.Fields) != len(l.Columns) {
 				t.Fatalf("%q has the row %+v", text, r)
 			}
 			serials[r.Serial], ids[id] = true, true

@@ -116,7 +116,7 @@ func ReadList(name string, r io.Reader, p *Profile) (*List, error) {
 		sum(record)
 		line, _ := c.FieldPos(0)
 		row := Row{Serial: record[at], Line: line, Fields: slices.Clone(record)}
-		if err := checkSerial(row.Serial); err != nil {
+		if err := CheckSerial(row.Serial); err != nil {
 			_, column := c.FieldPos(at)
 			faults.add("%s, line %d, column %d: %v", name, line, column, err)
 			continue
@@ -210,7 +210,8 @@ func (l *List) values(fields []string) func(column string) string {
 	return func(column string) string { return fields[slices.Index(l.Columns, column)] }
 }
 
-func checkSerial(s string) error {
+// CheckSerial says what keeps s from being a serial.
+func CheckSerial(s string) error {
 	if s == "" || len(s) > maxSerial {
 		return fmt.Errorf("serial %.40q: want 1 to %d characters", s, maxSerial)
 	}

@@ -31,7 +31,7 @@ type Unit struct {
 // Row makes a row of the shift's list: columns come from fields by name, and "serial" is the serial.
 func (r *Run) Row(serial string, fields map[string]string) (Row, error) {
 	p, columns := r.r.Profile, r.r.List.Columns
-	if err := checkSerial(serial); err != nil {
+	if err := CheckSerial(serial); err != nil {
 		return Row{}, err
 	}
 	row := Row{Serial: serial, Fields: make([]string, len(columns))}

@@ -6,7 +6,6 @@ import (
 	"math/big"
 	"slices"
 	"strings"
-	"sync"
 )
 
 // Serials says which serials an order or a lease has. What is set must hold together; nothing set means any.
@@ -19,13 +18,7 @@ type Serials struct {
 	// List names each.
 	List []string `json:"list,omitempty"`
 
-	index *index
-}
-
-// index finds serials of a list; made when first asked.
-type index struct {
-	once sync.Once
-	of   map[string]struct{}
+	index map[string]struct{} // of List, once checked or indexed
 }
 
 const maxSerial = 128
@@ -45,18 +38,15 @@ func (s *Serials) check() error {
 			return errors.New("serials come as a range or as a list")
 		}
 	}
-	seen := make(map[string]struct{}, len(s.List))
+	s.Index()
 	for _, serial := range s.List {
 		if serial == "" || len(serial) > maxSerial {
 			return fmt.Errorf("serial %.60q in the list", serial)
 		}
-		if _, twice := seen[serial]; twice {
-			return fmt.Errorf("serial %s is in the list twice", serial)
-		}
-		seen[serial] = struct{}{}
 	}
-	s.index = &index{of: seen}
-	s.index.once.Do(func() {})
+	if len(s.index) != len(s.List) {
+		return errors.New("a serial is in the list twice")
+	}
 	return nil
 }
 
@@ -102,11 +92,19 @@ func (s *Serials) Has(serial string) bool {
 	if s.List == nil {
 		return true
 	}
-	if s.index == nil { // not checked: a value made by hand
+	if s.index == nil { // neither checked nor indexed: a value made by hand
 		return slices.Contains(s.List, serial)
 	}
-	_, ok := s.index.of[serial]
+	_, ok := s.index[serial]
 	return ok
+}
+
+// Index makes Has of a list as quick as a map: for a value that is asked often and was not verified here.
+func (s *Serials) Index() {
+	s.index = make(map[string]struct{}, len(s.List))
+	for _, serial := range s.List {
+		s.index[serial] = struct{}{}
+	}
 }
 
 func matches(pattern, serial string) bool {

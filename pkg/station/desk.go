@@ -165,6 +165,11 @@ func (d *Desk) Function(f Function) {
 	case d.ask == AskClose:
 		d.leave()
 		return
+	case f == Yes:
+		if d.ask == AskConfirm {
+			d.confirm()
+		}
+		return
 	case f == Cancel:
 		d.help = false
 		d.escape()

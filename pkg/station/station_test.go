@@ -716,9 +716,10 @@ func TestDesk(t *testing.T) {
 	p.asked(station.AskSerial)
 	p.Input("SN01")
 	p.Input("9")
+	p.Input("TM!YES") // nothing is asked that it would answer
 	p.Input("damaged")
 	p.asked(station.AskConfirm)
-	p.Input("")
+	p.Input("TM!YES") // who has a scanner only
 	if v := p.sees("scrapped", func(v station.View) bool { return v.Counts.Scrapped == 1 }); v.Operator != "Mai" || v.Counts.Passed != 1 || v.Counts.Left != 2 {
 		t.Errorf("%+v", v)
 	}

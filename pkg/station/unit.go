@@ -251,6 +251,9 @@ func (m *making) unitVerified(u *mint.Unit) error { return u.Verified(context.Ba
 // interlocks looks at what must be right before anything is done.
 func (m *making) interlocks(ctx context.Context) error {
 	s := m.s
+	if err := mint.CheckSerial(m.serial); err != nil { // before it is asked for, or written down, anywhere
+		return fail(CodeNotSerial, nil, err)
+	}
 	s.mu.Lock()
 	tries := s.tries[m.serial]
 	s.mu.Unlock()

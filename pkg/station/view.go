@@ -24,7 +24,7 @@ const (
 	AskSerial  Ask = "serial"  // of the next unit; of the unit that a function is for, while Function says which
 	AskLabel   Ask = "label"   // the label of the unit on head AskHead is scanned back
 	AskReason  Ask = "reason"  // a number out of Reasons
-	AskConfirm Ask = "confirm" // Enter does it, a second function key leaves it
+	AskConfirm Ask = "confirm" // Enter alone or Yes does it, a second function key leaves it
 	AskClose   Ask = "close"   // the shift has ended: Enter leaves its counts
 	AskNothing Ask = ""
 )
@@ -40,6 +40,7 @@ const (
 	Help    Function = "help"    // F1
 	End     Function = "end"     // F10: end of shift
 	Cancel  Function = "cancel"  // Esc: leaves a function; without one it gives up a unit that waits, after asking
+	Yes     Function = "yes"     // what Enter alone says where the screen asks to confirm, for those who have a scanner only
 )
 
 // A CheckState is how a check at the start of a shift stands.

@@ -335,11 +335,13 @@ func (d *drawing) lamps() string {
 	return styleWait.Render(c) + d.fit(strings.Join(says, " "), d.w-ansi.StringWidth(c))
 }
 
-// functions are the keys, in their order.
-var functions = []struct {
+type functionKey struct {
 	key string
 	f   station.Function
-}{{"F1", station.Help}, {"F2", station.Rework}, {"F3", station.Scrap}, {"F4", station.Reprint}, {"F10", station.End}, {"Esc", station.Cancel}}
+}
+
+// functions are the keys, in their order.
+var functions = []functionKey{{"F1", station.Help}, {"F2", station.Rework}, {"F3", station.Scrap}, {"F4", station.Reprint}, {"F10", station.End}, {"Esc", station.Cancel}}
 
 func (d *drawing) keys() string {
 	var parts []string
@@ -351,8 +353,8 @@ func (d *drawing) keys() string {
 
 func (d *drawing) help() []string {
 	lines := []string{styleBold.Render("  " + d.word("function.help")), "", "  " + d.word("help.scan"), "  " + d.word("help.pass"), ""}
-	for _, f := range functions {
-		lines = append(lines, "  "+styleBold.Render(fmt.Sprintf("%-5s", f.key))+d.fit("TM!"+string(f.f), 12)+d.word("help."+string(f.f)))
+	for _, f := range append(slices.Clone(functions), functionKey{"Enter", station.Yes}) {
+		lines = append(lines, "  "+styleBold.Render(fmt.Sprintf("%-6s", f.key))+d.fit("TM!"+string(f.f), 12)+d.word("help."+string(f.f)))
 	}
 	lines = append(lines, "", "  "+d.word("help.sheet"), "")
 	for _, l := range d.Lamps {

@@ -7,8 +7,6 @@ import (
 	"testing"
 	"unicode"
 	"unicode/utf8"
-
-	"github.com/touchmark/touchmark/pkg/station"
 )
 
 var sgr = regexp.MustCompile(`\x1b\[[0-9;]*m`)
@@ -110,10 +108,7 @@ func FuzzDecoder(f *testing.F) {
 			if k.kind == keyRune && (!utf8.ValidRune(k.r) || unicode.IsControl(k.r) && (k.r < 0x1c || k.r > 0x1f)) {
 				t.Fatalf("%q: %U", in, k.r)
 			}
-			if k.kind == keyFunction && !slices.ContainsFunc(functions, func(f struct {
-				key string
-				f   station.Function
-			}) bool {
+			if k.kind == keyFunction && !slices.ContainsFunc(functions, func(f functionKey) bool {
 				return f.f == k.function
 			}) {
 				t.Fatalf("%q: function %q", in, k.function)
