@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -16,11 +15,7 @@ import (
 	"time"
 
 	"github.com/touchmark/touchmark/hsm"
-	"github.com/touchmark/touchmark/hsm/signed"
-	"github.com/touchmark/touchmark/hsm/tpm/residency"
-	"github.com/touchmark/touchmark/pkg/filelock"
 	"github.com/touchmark/touchmark/pkg/fixture"
-	"github.com/touchmark/touchmark/pkg/label"
 	"github.com/touchmark/touchmark/pkg/ledger"
 	"github.com/touchmark/touchmark/pkg/mint"
 	"github.com/touchmark/touchmark/pkg/order"
@@ -29,22 +24,6 @@ import (
 )
 
 // A failure is why a unit did not pass.
-type failure struct {
-	code   Code
-	fields map[string]string
-	err    error
-}
-
-func (f *failure) Error() string { return string(f.code) + ": " + f.err.Error() }
-func (f *failure) Unwrap() error { return f.err }
-
-func fail(code Code, fields map[string]string, err error) error {
-	if err == nil {
-		err = errors.New(string(code))
-	}
-	return &failure{code, fields, err}
-}
-
 // making is one unit on its way.
 type making struct {
 	s      *Station
@@ -126,65 +105,7 @@ func (m *making) failed(ctx context.Context, v Verdict, err error) Verdict {
 }
 
 // refusable reports whether a code is about what the order does not allow.
-func refusable(c Code) bool {
-	return c[:3] == "E-2" || slices.Contains([]Code{CodeMade, CodeNotInOrder, CodeProduct, CodeScrapped, CodeElsewhere, CodeTwice, CodeAnchor, CodeLocked}, c)
-}
-
 // explain returns what the sentence of a code shows. The serial is empty where the error is not about a unit.
-func (s *Station) explain(ctx context.Context, code Code, serial string, err error) map[string]string {
-	const minutes = "2006-01-02 15:04"
-	fields := map[string]string{"serial": serial, "order": orDash(s.setup.Order), "scan": serial}
-	var f *failure
-	if errors.As(err, &f) {
-		maps.Copy(fields, f.fields)
-	}
-	var dup *ledger.DuplicateError
-	var granted *ledger.GrantError
-	var locked *filelock.LockedError
-	var claimed *hsm.ClaimedError
-	switch {
-	case errors.As(err, &dup):
-		fields["serial"], fields["when"] = dup.Unit.Serial, dup.Unit.At.Local().Format(minutes)
-		fields["operator"], fields["station"] = orDash(dup.Job.Operator), s.setup.Name
-	case errors.As(err, &granted):
-		fields["order"], fields["quantity"] = granted.Grant.ID, strconv.FormatInt(granted.Grant.Quantity, 10)
-		fields["from"], fields["until"] = granted.Grant.Opens.Format(minutes), granted.Grant.Ends.Format(minutes)
-	case errors.As(err, &claimed):
-		fields["owner"] = fmt.Sprintf("%s, process %d", claimed.Claim.Host, claimed.Claim.PID)
-	case errors.As(err, &locked):
-		fields["owner"] = "process " + locked.Process
-	case code == CodeDisk && fields["where"] == "":
-		fields["where"] = s.setup.Out
-		if errors.Is(err, ledger.ErrFull) {
-			_, _ = s.try(func(w *Work, _ int) error { fields["where"] = w.Ledger.Path(); return nil })
-		}
-	case code == CodeElsewhere:
-		_, _ = s.try(func(w *Work, _ int) error {
-			u, err := w.Ledger.Find(ctx, serial)
-			fields["when"] = u.At.Local().Format(minutes)
-			return err
-		})
-	case code == CodeScrapped:
-		_, _ = s.try(func(w *Work, _ int) error {
-			for u, err := range w.Ledger.Retired(ctx, serial) {
-				if err != nil {
-					return err
-				}
-				fields["when"], fields["operator"] = u.Ended.Local().Format(minutes), orDash(u.Ending.Operator)
-			}
-			return nil
-		})
-	}
-	return fields
-}
-
-func orDash(s string) string {
-	if s == "" {
-		return "-"
-	}
-	return s
-}
-
 // step shows that the next step begins, and measures the last one.
 func (m *making) step(step Step) {
 	now := m.s.setup.Now()
@@ -464,66 +385,8 @@ func (m *making) judge(ctx context.Context) func(msg, sig []byte) error {
 }
 
 // labelOf is what the label of a unit shows.
-func (s *Station) labelOf(u *mint.Unit, serial string, columns map[string]string, copy int) (label.Label, error) {
-	l := label.Label{Serial: serial, Product: s.setup.Product, Copy: copy, Date: s.setup.Now(), Columns: columns}
-	if u == nil {
-		return l, nil
-	}
-	l.RegistrationID, l.Revision = u.RegistrationID(), strconv.FormatInt(u.Revision(), 10)
-	pub, err := u.Public()
-	if errors.Is(err, hsm.ErrUnsupported) {
-		return l, nil
-	}
-	if err != nil {
-		return l, err
-	}
-	l.Fingerprint, err = label.Fingerprint(pub)
-	return l, err
-}
-
-func (m *making) renderLabel(u *mint.Unit) error {
-	if m.s.setup.Label == nil {
-		return nil
-	}
-	l, err := m.s.labelOf(u, m.serial, m.fields, 0)
-	if err != nil {
-		return err
-	}
-	_, err = m.s.setup.Label.Render(label.Format(m.s.cfg.Label.Format), l)
-	return err
-}
-
 // label prints the unit's label, and has it scanned. A printer that is away is waited for; a label of which nobody knows whether it
 // came out is not printed again by itself.
-func (m *making) label(ctx context.Context) error {
-	s := m.s
-	l, err := s.labelOf(m.unit, m.serial, m.fields, 0)
-	if err != nil {
-		return err
-	}
-	m.step(StepLabel)
-	printed, err := m.printed(ctx)
-	if err != nil {
-		return err
-	}
-	if !printed {
-		if err := m.print(ctx, l); err != nil {
-			return err
-		}
-		if err := s.with(ctx, m.h, func(w *Work, _ int) error {
-			_, err := w.Ledger.AddNote(ctx, ledger.Note{Unit: m.unit.ID(), Kind: LabelNote})
-			return err
-		}); err != nil {
-			return err
-		}
-	}
-	if !s.cfg.Label.ScanBack {
-		return nil
-	}
-	m.step(StepScan)
-	return m.scanBack(ctx, l)
-}
-
 // The kinds of notes that a station keeps of a unit: a try that failed, its label printed, and printed again.
 const (
 	failNote    = "fail"
@@ -533,121 +396,10 @@ const (
 
 // printed reports whether the unit's label came out of the printer in an earlier try. One whose note a crash lost is printed
 // again: two labels of one unit say the same.
-func (m *making) printed(ctx context.Context) (was bool, err error) {
-	err = m.s.with(ctx, m.h, func(w *Work, _ int) error {
-		notes, err := w.Ledger.Notes(ctx, m.unit.ID(), LabelNote)
-		was = len(notes) > 0
-		return err
-	})
-	return was, err
-}
-
-func (m *making) print(ctx context.Context, l label.Label) error {
-	s := m.s
-	job, err := s.setup.Label.Render(label.Format(s.cfg.Label.Format), l)
-	if err != nil {
-		return fail(CodePrint, nil, err)
-	}
-	for {
-		err := s.cfg.heads[m.h.Number-1].printer.Print(ctx, job)
-		away := errors.Is(err, label.ErrPrinter) || errors.Is(err, label.ErrPaper)
-		if errors.Is(err, label.ErrUncertain) && s.cfg.Label.ScanBack {
-			return nil // the scan will tell
-		}
-		if err == nil || !away || errors.Is(err, label.ErrUncertain) {
-			return err
-		}
-		// Not the unit's fault: somebody loads paper or switches the printer on, and it goes on by itself.
-		s.setHead(m.h, func(h *Head) { h.State, h.Waiting = HeadWaiting, codeOf(StepLabel, err) })
-		if err := s.retry(ctx, m.h, err); err != nil {
-			return err
-		}
-		s.setHead(m.h, func(h *Head) { h.State, h.Waiting = HeadWorking, "" })
-	}
-}
-
 // scanBack waits for the label to be scanned.
-func (m *making) scanBack(ctx context.Context, l label.Label) error {
-	s := m.s
-	select {
-	case <-m.h.scans: // left from before
-	default:
-	}
-	s.setHead(m.h, func(h *Head) { h.State = HeadAsking })
-	timeout := time.NewTimer(time.Duration(s.cfg.Label.ScanSeconds) * time.Second)
-	defer timeout.Stop()
-	select {
-	case text := <-m.h.scans:
-		if text == "" {
-			return fail(CodeNoScan, nil, nil)
-		}
-		scan, err := label.ParseScan(text)
-		if err != nil || !scan.Matches(l.Serial, l.Fingerprint) {
-			return fail(CodeOtherLabel, map[string]string{"scan": text}, err)
-		}
-		return nil
-	case <-timeout.C:
-		return fail(CodeNoScan, nil, nil)
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
 // Asking returns the heads that ask for a label, and their serials.
-func (s *Station) asking() []*headState {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	var out []*headState
-	for _, h := range s.heads {
-		if h.State == HeadAsking {
-			out = append(out, h)
-		}
-	}
-	slices.SortStableFunc(out, func(a, b *headState) int { return a.Stepped.Compare(b.Stepped) })
-	return out
-}
-
 // Scan hands a scanned label to the head that asks for it. It reports whether one took it.
-func (s *Station) Scan(text string) bool {
-	heads := s.asking()
-	if len(heads) == 0 {
-		return false
-	}
-	scan, err := label.ParseScan(text)
-	h := heads[0]
-	matched := false
-	for _, c := range heads {
-		if err == nil && c.Serial == scan.Serial {
-			h, matched = c, true
-			break
-		}
-	}
-	if !matched && err == nil && scan.Bare && (s.hasFreeHead() || s.working(scan.Serial)) {
-		return false // the next unit, most likely, or the one on another head once more
-	}
-	select {
-	case h.scans <- text:
-	default:
-	}
-	return true
-}
-
 // Cancel has a head that waits for its printer or its label give its unit up. It reports whether the head waited.
-func (s *Station) Cancel(number int) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, h := range s.heads {
-		if h.Number == number && (h.State == HeadWaiting || h.State == HeadAsking) {
-			select {
-			case h.scans <- "":
-			default:
-			}
-			return true
-		}
-	}
-	return false
-}
-
 // stuck returns the next head, by its number, that waits for something to come back or for its label.
 func (s *Station) stuck(after int) (Head, bool) {
 	for _, h := range s.Heads() {
@@ -675,45 +427,6 @@ func (s *Station) hasFreeHead() bool {
 }
 
 // Reprint prints the label of a finished unit again. It is counted and written down first.
-func (s *Station) Reprint(ctx context.Context, serial string) (copies int64, err error) {
-	if s.setup.Label == nil {
-		return 0, fail(CodePrint, nil, errors.New("the station prints no labels"))
-	}
-	var u *mint.Unit
-	err = s.with(ctx, nil, func(w *Work, _ int) error {
-		if u, err = w.Run.Finished(ctx, serial); err != nil || s.setup.DryRun {
-			return err
-		}
-		copies, err = w.Ledger.AddNote(ctx, ledger.Note{Unit: u.ID(), Kind: ReprintNote, Data: []byte(s.operatorName())})
-		return err
-	})
-	if errors.Is(err, ledger.ErrNotFound) {
-		return 0, fail(CodeNotMade, map[string]string{"serial": serial}, err)
-	}
-	if errors.Is(err, mint.ErrUnfinished) {
-		return 0, fail(CodeNotFinished, map[string]string{"serial": serial}, err)
-	}
-	if err != nil {
-		return 0, err
-	}
-	l, err := s.labelOf(u, serial, s.cfg.Fields, int(copies))
-	if err != nil {
-		return 0, err
-	}
-	job, err := s.setup.Label.Render(label.Format(s.cfg.Label.Format), l)
-	if err != nil || s.setup.DryRun {
-		return copies, err
-	}
-	if err := s.cfg.heads[0].printer.Print(ctx, job); err != nil {
-		return copies, err
-	}
-	s.mu.Lock()
-	s.reprints++
-	s.mu.Unlock()
-	s.event("reprint", map[string]string{"serial": serial, "copy": strconv.FormatInt(copies, 10), "operator": s.operatorName()})
-	return copies, nil
-}
-
 // Retire ends a unit: reworked or scrapped.
 func (s *Station) Retire(ctx context.Context, serial string, state ledger.State, reason, operator string) error {
 	s.mu.Lock()
@@ -760,66 +473,3 @@ func (s *Station) Retire(ctx context.Context, serial string, state ledger.State,
 }
 
 // codeOf names an error of a step.
-func codeOf(step Step, err error) Code {
-	var f *failure
-	if errors.As(err, &f) {
-		return f.code
-	}
-	var dup *ledger.DuplicateError
-	if errors.As(err, &dup) {
-		if dup.Field == "serial" || dup.Field == "registration ID" {
-			return CodeMade
-		}
-		return CodeTwice
-	}
-	var claimed *hsm.ClaimedError
-	if errors.As(err, &claimed) && claimed.Claim.ID == "" {
-		return CodeAnchor // somebody took the counter over
-	}
-	for _, c := range []struct {
-		is   error
-		code Code
-	}{
-		{ledger.ErrSpent, CodeOrderSpent}, {ledger.ErrNotOpen, CodeOrderEarly}, {ledger.ErrExpired, CodeOrderExpired}, {ledger.ErrClosed, CodeOrderClosed},
-		{ledger.ErrNoGrant, CodeNoOrder}, {ledger.ErrOtherGrant, CodeOrderProfile}, {order.ErrSerial, CodeNotInOrder}, {order.ErrStation, CodeOrderStation},
-		{order.ErrProduct, CodeOrderProfile}, {order.ErrInvalid, CodeOrderForged}, {signed.ErrCorrupt, CodeOrderForged}, {signed.ErrUntrusted, CodeOrderForged},
-		{ledger.ErrScrapped, CodeScrapped}, {mint.ErrElsewhere, CodeElsewhere},
-		{hsm.ErrClaimed, CodeLocked}, {filelock.ErrLocked, CodeLocked}, {hsm.ErrLost, CodeToken},
-		{ledger.ErrClock, CodeClock}, {ledger.ErrRolledBack, CodeAnchor}, {ledger.ErrAnchor, CodeAnchor},
-		{ledger.ErrFull, CodeDisk}, {stamp.ErrFull, CodeDisk}, {mint.ErrNoSpace, CodeDisk},
-		{hsm.ErrPINIncorrect, CodeTokenPIN}, {hsm.ErrPINLocked, CodeTokenPIN}, {ledger.ErrBroken, CodeLedger}, {ledger.ErrDamaged, CodeLedger},
-		{residency.ErrNotProven, CodeGenuine},
-		{fixture.ErrMismatch, CodeReadBack}, {fixture.ErrSignature, CodeChallenge},
-		{label.ErrPaper, CodePaper}, {label.ErrPrinter, CodePrinter},
-		{stamp.ErrMismatch, CodeStamp}, {stamp.ErrExists, CodeStamp}, {hsm.ErrNotFound, CodeToken},
-	} {
-		if errors.Is(err, c.is) {
-			return c.code
-		}
-	}
-	timeout := errors.Is(err, fixture.ErrTimeout)
-	switch step {
-	case StepProbe:
-		if timeout {
-			return CodeProbeTimeout
-		}
-		return CodeProbe
-	case StepFlash:
-		if timeout {
-			return CodeFlashTimeout
-		}
-		return CodeFlash
-	case StepReadBack:
-		return CodeReadBackFailed
-	case StepChallenge:
-		return CodeNoChallenge
-	case StepLabel:
-		return CodePrint
-	case StepMint, StepSeal:
-		if errors.Is(err, fs.ErrPermission) {
-			return CodeStamp
-		}
-		return CodeMint
-	}
-	return CodeInternal
-}
