@@ -28,6 +28,7 @@ import (
 	"time"
 
 	"github.com/touchmark/touchmark/pkg/bundle"
+	"github.com/touchmark/touchmark/pkg/door"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/mqtt"
@@ -84,18 +85,18 @@ func (b *bench) register(protocol string) {
 	ours, echo := must(net.Listen("tcp", "127.0.0.1:0")), must(net.Listen("tcp", "127.0.0.1:0"))
 	exchange, limit := httpsExchange, 560
 	if protocol == "https" {
-		door := httpd.New(httpd.Config{Registrar: svc, Service: svc, TLS: httpd.TLSConfig(certificate, "http/1.1")})
-		doors.Go(func() { check(door.Serve(ctx, ours)) })
+		front := httpd.New(httpd.Config{Registrar: svc, Service: svc, Door: door.New(door.Config{TLS: door.TLSConfig(certificate, "http/1.1")})})
+		doors.Go(func() { check(front.Serve(ctx, ours)) })
 	} else {
 		exchange, limit = mqttExchange, 420
 		// Without the pause before each response, which one SDK needs: it is time and not work.
-		door := mqttd.New(mqttd.Config{Registrar: svc, TLS: httpd.TLSConfig(certificate), ResponseDelay: -1})
-		doors.Go(func() { check(door.Serve(ctx, ours)) })
+		handle := mqttd.New(mqttd.Config{Registrar: svc, ResponseDelay: -1}).Handle
+		doors.Go(func() { check(door.New(door.Config{TLS: door.TLSConfig(certificate)}).Serve(ctx, ours, handle)) })
 	}
 	roots := x509.NewCertPool()
 	roots.AddCert(a.cert)
 	// Mutual TLS as anybody else would have it: the handshake verifies the chain, which the service does behind it.
-	mutual := httpd.TLSConfig(certificate)
+	mutual := door.TLSConfig(certificate)
 	mutual.ClientAuth, mutual.ClientCAs = tls.RequireAndVerifyClientCert, roots
 	doors.Go(func() { serveEcho(ctx, tls.NewListener(echo, mutual), limit) })
 

@@ -33,6 +33,7 @@ import (
 	"github.com/touchmark/touchmark/hsm/signed"
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/ca"
+	"github.com/touchmark/touchmark/pkg/door"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/evidence"
 	"github.com/touchmark/touchmark/pkg/filelock"
@@ -186,22 +187,24 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 			return err
 		}
 		ready["https"], ready["connectionStringFile"] = address, filepath.Join(dir, connectionFile)
-		door := httpd.New(httpd.Config{
+		front := httpd.New(httpd.Config{
+			Door:      door.New(door.Config{TLS: door.TLSConfig(certificate, "http/1.1"), Log: log}),
 			Registrar: svc, Service: svc, Hosts: append(o.hostnames, "localhost", "127.0.0.1", "::1"), Recipient: d.recipient, Log: log,
 			Import: func(ctx context.Context, r httpd.ImportRequest) (registration.ImportResult, error) {
 				return d.importBundle(ctx, svc, r)
 			},
-			TLS: httpd.TLSConfig(certificate, "http/1.1"),
 		})
-		eg.Go(func() error { return door.Serve(ctx, listenHTTPS) })
+		eg.Go(func() error { return front.Serve(ctx, listenHTTPS) })
 	}
 	if listenMQTT != nil {
 		ready["mqtt"] = reachable(listenMQTT, o.hostnames[0])
 		if o.mqttDelay == 0 {
 			o.mqttDelay = -1
 		}
-		door := mqttd.New(mqttd.Config{Registrar: svc, TLS: httpd.TLSConfig(certificate), Log: log, ResponseDelay: o.mqttDelay})
-		eg.Go(func() error { return door.Serve(ctx, listenMQTT) })
+		mqtt := mqttd.New(mqttd.Config{Registrar: svc, Log: log, ResponseDelay: o.mqttDelay})
+		eg.Go(func() error {
+			return door.New(door.Config{TLS: door.TLSConfig(certificate), Log: log}).Serve(ctx, listenMQTT, mqtt.Handle)
+		})
 	}
 	if a.json {
 		if err := a.printJSON(ready); err != nil {

@@ -12,4 +12,12 @@ type Proof struct {
 	Certificates []*x509.Certificate
 	// Token is the whole SAS token, or empty. Where both are present the token decides.
 	Token string
+	// TPM is set for a TPM that asks for a challenge; nil otherwise.
+	TPM *TPMKeys
+}
+
+// TPMKeys are a TPM's public keys as the device sent them: whole TPM2B_PUBLIC structures (device API, section 9.1).
+type TPMKeys struct {
+	EK  []byte // endorsement key
+	SRK []byte // storage root key
 }

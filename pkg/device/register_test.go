@@ -22,6 +22,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/attest/attesttest"
 	"github.com/touchmark/touchmark/pkg/device"
+	"github.com/touchmark/touchmark/pkg/door"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/mqttd"
@@ -53,10 +54,10 @@ func newService(t *testing.T, hubs ...string) *service {
 	f := registrationtest.NewFixture(t, hubs...)
 	s := &service{Fixture: f, busy: &busy{Registrar: f.Service}}
 	s.https = f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
-		return httpd.New(httpd.Config{Registrar: s.busy, Now: f.Now, TLS: httpd.TLSConfig(cert)}).Serve(ctx, l)
+		return httpd.New(httpd.Config{Registrar: s.busy, Now: f.Now, Door: door.New(door.Config{TLS: door.TLSConfig(cert)})}).Serve(ctx, l)
 	})
 	s.mqtt = f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
-		return mqttd.New(mqttd.Config{Registrar: s.busy, Now: f.Now, TLS: httpd.TLSConfig(cert)}).Serve(ctx, l)
+		return door.New(door.Config{TLS: door.TLSConfig(cert)}).Serve(ctx, l, mqttd.New(mqttd.Config{Registrar: s.busy, Now: f.Now}).Handle)
 	})
 	return s
 }

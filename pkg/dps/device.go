@@ -44,6 +44,9 @@ type OperationStatus struct {
 	OperationID       string             `json:"operationId"`
 	Status            Status             `json:"status"`
 	RegistrationState *RegistrationState `json:"registrationState,omitempty"`
+	// RetryAfter is what the device is asked to wait, in seconds, where that is not [RetryAfter]. It travels beside the
+	// document, and only while the status is not terminal.
+	RetryAfter string `json:"-"`
 }
 
 // RegistrationState is the registration record as a device sees it, and as the service API shows it.

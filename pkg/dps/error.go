@@ -52,6 +52,8 @@ type Error struct {
 	Message    string
 	Time       time.Time
 	Cause      error
+	// RetryAfter is what the caller is asked to wait, in seconds, where that is not [RetryAfter]. It travels beside the document.
+	RetryAfter string
 }
 
 // NewError makes an error with a fresh tracking ID. The cause may be nil.

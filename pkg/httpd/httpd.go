@@ -17,10 +17,10 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/touchmark/touchmark/pkg/attest"
+	"github.com/touchmark/touchmark/pkg/door"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/registration"
 )
@@ -37,19 +37,16 @@ type Config struct {
 	Import ImportFunc
 	// Recipient is whom secrets for the service are sealed to.
 	Recipient string
-	// TLS is made by [TLSConfig].
-	TLS *tls.Config
-	Log *slog.Logger
-	Now func() time.Time
+	// Door takes connections in.
+	Door *door.Door
+	Log  *slog.Logger
+	Now  func() time.Time
 
-	// HandshakeTimeout, HeaderTimeout and IdleTimeout bound how long a connection may say nothing; zero means 10 s, 10 s
-	// and 2 minutes.
-	HandshakeTimeout, HeaderTimeout, IdleTimeout time.Duration
+	// HeaderTimeout and IdleTimeout bound how long a connection may say nothing; zero means 10 s and 2 minutes.
+	HeaderTimeout, IdleTimeout time.Duration
 	// RequestTimeout bounds how long a request may take to come in, and its answer to be taken; zero means 30 s. A bundle may
 	// take longer, as long as something of it comes in that time.
 	RequestTimeout time.Duration
-	// MaxConnections and MaxPerAddress bound the open connections; zero means 20,000 and 2,000.
-	MaxConnections, MaxPerAddress int
 }
 
 // Limits of a request.
@@ -58,15 +55,6 @@ const (
 	maxURL    = 2 << 10
 	drainTime = 10 * time.Second
 )
-
-// TLSConfig is how devices are met on every door: TLS 1.2 and 1.3, a client certificate asked for and not required, with
-// an empty list of authorities and no judgement in the handshake (device API, sections 7.2 and 14). Sessions are not
-// resumed: every connection proves itself.
-func TLSConfig(certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error), alpn ...string) *tls.Config {
-	return &tls.Config{
-		MinVersion: tls.VersionTLS12, GetCertificate: certificate, ClientAuth: tls.RequestClientCert, NextProtos: alpn, SessionTicketsDisabled: true,
-	}
-}
 
 // Server is the HTTPS door.
 type Server struct {
@@ -86,16 +74,9 @@ func New(cfg Config) *Server {
 			*d = v
 		}
 	}
-	def(&cfg.HandshakeTimeout, 10*time.Second)
 	def(&cfg.HeaderTimeout, 10*time.Second)
 	def(&cfg.IdleTimeout, 2*time.Minute)
 	def(&cfg.RequestTimeout, 30*time.Second)
-	if cfg.MaxConnections == 0 {
-		cfg.MaxConnections = 20_000
-	}
-	if cfg.MaxPerAddress == 0 {
-		cfg.MaxPerAddress = 2_000
-	}
 	return &Server{cfg}
 }
 
@@ -121,78 +102,11 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		}
 		done <- err
 	}()
-	err := srv.Serve(&tlsListener{Listener: l, cfg: s.cfg.TLS, timeout: s.cfg.HandshakeTimeout, slots: make(chan struct{}, s.cfg.MaxConnections),
-		maxPerAddress: s.cfg.MaxPerAddress, byAddress: make(map[string]int)})
+	err := srv.Serve(s.cfg.Door.Listener(ctx, l))
 	if errors.Is(err, http.ErrServerClosed) && ctx.Err() != nil {
 		return <-done
 	}
 	return err
-}
-
-// tlsListener bounds the open connections and gives each a deadline for its handshake; net/http then does the handshake in
-// the connection's own goroutine.
-type tlsListener struct {
-	net.Listener
-	cfg     *tls.Config
-	timeout time.Duration
-	slots   chan struct{}
-
-	maxPerAddress int
-	mu            sync.Mutex
-	byAddress     map[string]int
-}
-
-func (l *tlsListener) Accept() (net.Conn, error) {
-	for {
-		l.slots <- struct{}{}
-		c, err := l.Listener.Accept()
-		if err != nil {
-			<-l.slots
-			return nil, err
-		}
-		address, _, _ := net.SplitHostPort(c.RemoteAddr().String())
-		if !l.take(address) {
-			<-l.slots
-			_ = c.Close()
-			continue
-		}
-		// net/http sets its own deadlines once it reads; until then this one holds, and ReadHeaderTimeout covers the handshake.
-		_ = c.SetDeadline(time.Now().Add(l.timeout))
-		return tls.Server(&slotConn{Conn: c, release: func() {
-			l.give(address)
-			<-l.slots
-		}}, l.cfg), nil
-	}
-}
-
-// take counts a connection of an address in, unless it has too many; give counts it out.
-func (l *tlsListener) take(address string) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.byAddress[address] >= l.maxPerAddress {
-		return false
-	}
-	l.byAddress[address]++
-	return true
-}
-
-func (l *tlsListener) give(address string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.byAddress[address]--; l.byAddress[address] == 0 {
-		delete(l.byAddress, address)
-	}
-}
-
-type slotConn struct {
-	net.Conn
-	once    sync.Once
-	release func()
-}
-
-func (c *slotConn) Close() error {
-	c.once.Do(c.release)
-	return c.Conn.Close()
 }
 
 // Handler returns the routes: the service's by their first path segment, everything else a device's.
@@ -274,16 +188,7 @@ func (s *Server) device(w http.ResponseWriter, r *http.Request, seg []string) {
 			return
 		}
 		st, err := s.cfg.Registrar.Status(r.Context(), req, seg[4])
-		if err != nil {
-			s.fail(w, r, err)
-			return
-		}
-		code := http.StatusOK
-		if !st.Status.Terminal() {
-			code = http.StatusAccepted
-			w.Header().Set("Retry-After", strconv.Itoa(dps.RetryAfter))
-		}
-		s.answer(w, code, st)
+		s.reply(w, r, st, err)
 		return
 	}
 	body, err := s.body(w, r, registration.MaxBody)
@@ -294,20 +199,34 @@ func (s *Server) device(w http.ResponseWriter, r *http.Request, seg []string) {
 	req.Body = body
 	if method == http.MethodPost {
 		st, err := s.cfg.Registrar.Lookup(r.Context(), req)
-		if err != nil {
-			s.fail(w, r, err)
-			return
-		}
-		s.answer(w, http.StatusOK, st)
+		s.reply(w, r, st, err)
 		return
 	}
 	st, err := s.cfg.Registrar.Register(r.Context(), req)
-	if err != nil {
+	s.reply(w, r, st, err)
+}
+
+// reply writes what the registrar answered a device.
+func (s *Server) reply(w http.ResponseWriter, r *http.Request, answer any, err error) {
+	var challenge *registration.Challenge
+	switch {
+	case errors.Is(err, registration.ErrHangUp):
+		panic(http.ErrAbortHandler) // net/http's way to close a connection without an answer
+	case errors.As(err, &challenge): // device API, section 5.5
+		w.Header().Set("X-Ms-Request-Id", challenge.Refusal.TrackingID)
+		s.answer(w, http.StatusUnauthorized, struct {
+			AuthenticationKey []byte `json:"authenticationKey"`
+			KeyName           string `json:"keyName"`
+		}{challenge.Blob, "registration"})
+	case err != nil:
 		s.fail(w, r, err)
-		return
+	default:
+		p := dps.NewReply(answer, nil)
+		if p.RetryAfter != "" {
+			w.Header().Set("Retry-After", p.RetryAfter)
+		}
+		s.write(w, p.Status, p.Body)
 	}
-	w.Header().Set("Retry-After", strconv.Itoa(dps.RetryAfter))
-	s.answer(w, http.StatusAccepted, st) // never 200: some SDKs take nothing else
 }
 
 // body reads a request's body, bounded in size; the server bounds its time.
@@ -336,6 +255,10 @@ func (s *Server) answer(w http.ResponseWriter, status int, v any) {
 		s.cfg.Log.Error("encoding an answer", "cause", err)
 		status, b = http.StatusInternalServerError, []byte(`{"errorCode":500000,"message":"Internal error"}`)
 	}
+	s.write(w, status, b)
+}
+
+func (s *Server) write(w http.ResponseWriter, status int, b []byte) {
 	h := w.Header()
 	h.Set("Content-Type", "application/json; charset=utf-8")
 	h.Set("Content-Length", strconv.Itoa(len(b)))
@@ -349,14 +272,14 @@ func (s *Server) answer(w http.ResponseWriter, status int, v any) {
 // fail writes an error document. There is no WWW-Authenticate: HTTP stacks would act on it.
 func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
 	e := dps.AsError(err)
-	status := e.Code.Status()
-	if status == http.StatusTooManyRequests || status >= 500 {
-		w.Header().Set("Retry-After", strconv.Itoa(dps.RetryAfter))
+	p := dps.NewReply(nil, e)
+	if p.RetryAfter != "" {
+		w.Header().Set("Retry-After", p.RetryAfter)
 	}
-	if status >= 500 {
+	if p.Status >= 500 {
 		s.cfg.Log.Error("internal error", "path", r.URL.Path, "trackingId", e.TrackingID, "cause", e.Error(), "remote", r.RemoteAddr)
 	}
 	w.Header().Set("X-Ms-Request-Id", e.TrackingID)
 	w.Header().Set("X-Ms-Error-Code", strconv.Itoa(int(e.Code)))
-	s.answer(w, status, e)
+	s.write(w, p.Status, p.Body)
 }

@@ -18,36 +18,39 @@ import (
 	"testing"
 	"time"
 
+	"github.com/touchmark/touchmark/pkg/door"
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
 )
 
-// door is a running HTTPS door.
-type door struct {
+// service is a running HTTPS door.
+type service struct {
 	*registrationtest.Fixture
 	*registrationtest.Listener
 }
 
-func open(t testing.TB, f *registrationtest.Fixture, edit ...func(*httpd.Config)) *door {
+func open(t testing.TB, f *registrationtest.Fixture, edit ...func(*httpd.Config, *door.Config)) *service {
 	t.Helper()
-	return &door{f, f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
-		cfg := httpd.Config{Registrar: f.Service, Service: f.Service, Hosts: []string{registrationtest.Host}, Now: f.Now, TLS: httpd.TLSConfig(cert, "http/1.1")}
+	return &service{f, f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
+		cfg := httpd.Config{Registrar: f.Service, Service: f.Service, Hosts: []string{registrationtest.Host}, Now: f.Now}
+		dc := door.Config{TLS: door.TLSConfig(cert, "http/1.1")}
 		for _, e := range edit {
-			e(&cfg)
+			e(&cfg, &dc)
 		}
+		cfg.Door = door.New(dc)
 		return httpd.New(cfg).Serve(ctx, l)
 	})}
 }
 
 // conn is one connection, kept open: every answer is read to its end and the next request follows.
 type conn struct {
-	*door
+	*service
 	device registrationtest.Device
 	c      *tls.Conn
 	r      *bufio.Reader
 }
 
-func (d *door) dial(t testing.TB, device registrationtest.Device) *conn {
+func (d *service) dial(t testing.TB, device registrationtest.Device) *conn {
 	t.Helper()
 	c := d.Dial(t, device.Certificate)
 	return &conn{d, device, c, bufio.NewReader(c)}
@@ -106,7 +109,7 @@ func TestDoor(t *testing.T) {
 	})
 }
 
-func newDoor(t testing.TB, edit ...func(*httpd.Config)) *door {
+func newDoor(t testing.TB, edit ...func(*httpd.Config, *door.Config)) *service {
 	t.Helper()
 	return open(t, registrationtest.NewFixture(t, "hub-a.example.net"), edit...)
 }
@@ -242,8 +245,8 @@ func TestLimits(t *testing.T) {
 
 // Connections that say nothing, or half of something, are closed and give their place back.
 func TestHalfOpen(t *testing.T) {
-	d := newDoor(t, func(c *httpd.Config) {
-		c.HandshakeTimeout, c.HeaderTimeout, c.MaxConnections = 300*time.Millisecond, 300*time.Millisecond, 3
+	d := newDoor(t, func(c *httpd.Config, d *door.Config) {
+		d.HandshakeTimeout, c.HeaderTimeout, d.MaxConnections = 300*time.Millisecond, 300*time.Millisecond, 3
 	})
 	silent, err := net.Dial("tcp", d.Addr)
 	if err != nil {
@@ -273,8 +276,8 @@ func TestHalfOpen(t *testing.T) {
 // A caller that announces a body and sends none, on a path where nobody reads it, is answered or cut; so is one that does not
 // take its answers; and one address cannot take all places.
 func TestSlowCallers(t *testing.T) {
-	d := newDoor(t, func(c *httpd.Config) {
-		c.HeaderTimeout, c.RequestTimeout, c.MaxPerAddress = 200*time.Millisecond, 200*time.Millisecond, 4
+	d := newDoor(t, func(c *httpd.Config, d *door.Config) {
+		c.HeaderTimeout, c.RequestTimeout, d.MaxPerAddress = 200*time.Millisecond, 200*time.Millisecond, 4
 	})
 	var slow []net.Conn
 	for _, path := range []string{"PUT /nope", "PUT /enrollments/x?api-version=2021-10-01", "POST /x/registrations/y/register"} {

@@ -33,14 +33,14 @@ type operator struct {
 	token string
 }
 
-func newOperator(t testing.TB) (*door, *operator) {
+func newOperator(t testing.TB) (*service, *operator) {
 	t.Helper()
 	d := newDoor(t)
 	d.Policy(t, "owner", ownerRights, ownerKey, secondKey)
 	return d, d.operator(t, ownerKey, "owner")
 }
 
-func (d *door) operator(t testing.TB, key []byte, policy string) *operator {
+func (d *service) operator(t testing.TB, key []byte, policy string) *operator {
 	t.Helper()
 	return &operator{d.dial(t, registrationtest.Device{}), attesttest.ServiceToken(key, registrationtest.Host, policy, d.Now().Add(time.Hour))}
 }

@@ -1,26 +1,21 @@
 // Package mqttd is the MQTT door: the $dps/registrations conversation of one device per connection. It is no broker:
 // nothing is routed, retained or kept between connections (device API, section 11).
 //
-// A connection is served by one goroutine, in the order of its packets. The handshake runs in another, so that the stack
-// which it grew is given back.
+// A connection is served by one goroutine, in the order of its packets.
 package mqttd
 
 import (
 	"bufio"
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
-	"net"
 	"net/url"
-	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/touchmark/touchmark/pkg/attest"
+	"github.com/touchmark/touchmark/pkg/door"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/mqtt"
 	"github.com/touchmark/touchmark/pkg/registration"
@@ -29,26 +24,22 @@ import (
 // Config is what a server needs.
 type Config struct {
 	Registrar registration.Registrar
-	// TLS asks for client certificates; see httpd.TLSConfig.
-	TLS *tls.Config
-	Log *slog.Logger
-	Now func() time.Time
+	// Protocol is the door's name in records; empty means "mqtt".
+	Protocol string
+	Log      *slog.Logger
+	Now      func() time.Time
 	// ResponseDelay is how long a response waits behind its PUBACK: one SDK loses what comes sooner (device API, section
 	// 11.4). Zero means 60 ms, a negative value none.
 	ResponseDelay time.Duration
 	// Second is the length of the second by which keep-alives are counted; zero means a second. Tests have shorter ones.
 	Second time.Duration
-	// MaxConnections and MaxPerAddress bound the open connections; zero means 20,000 and 2,000.
-	MaxConnections, MaxPerAddress int
 }
 
 // Limits of a conversation, in seconds where they are times.
 const (
-	handshakeTime    = 10
 	connectTime      = 10
 	conversationTime = 600
 	lingerTime       = 3 // after a refusal
-	drainTime        = 10 * time.Second
 	maxPacket        = 128 << 10
 	maxConnect       = 8 << 10 // from somebody who has not said yet who they are
 	maxHeld          = 4       // responses that wait for a SUBSCRIBE
@@ -73,12 +64,6 @@ const (
 // Server is the MQTT door.
 type Server struct {
 	cfg Config
-
-	mu     sync.Mutex
-	conns  map[*conn]struct{}
-	byAddr map[string]int
-	ending bool
-	wait   sync.WaitGroup
 }
 
 // New returns a server.
@@ -95,123 +80,22 @@ func New(cfg Config) *Server {
 	if cfg.Second == 0 {
 		cfg.Second = time.Second
 	}
-	if cfg.MaxConnections == 0 {
-		cfg.MaxConnections = 20_000
+	if cfg.Protocol == "" {
+		cfg.Protocol = "mqtt"
 	}
-	if cfg.MaxPerAddress == 0 {
-		cfg.MaxPerAddress = 2_000
-	}
-	return &Server{cfg: cfg, conns: make(map[*conn]struct{}), byAddr: make(map[string]int)}
+	return &Server{cfg}
 }
 
-// Serve answers devices on a TCP listener until the context ends. Requests that are being worked on are answered then, for
-// a bounded time; connections that wait are closed.
-func (s *Server) Serve(ctx context.Context, l net.Listener) error {
-	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
-	defer stop()
-	var pause time.Duration
-	for {
-		c, err := l.Accept()
-		if err != nil {
-			if ctx.Err() != nil {
-				return s.drain()
-			}
-			var ne net.Error
-			if !errors.As(err, &ne) || errors.Is(err, net.ErrClosed) {
-				return errors.Join(err, s.drain())
-			}
-			// Out of file descriptors, most likely: let some go, and go on.
-			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-			s.cfg.Log.Error("accepting", "cause", err)
-			select {
-			case <-time.After(pause):
-			case <-ctx.Done():
-			}
-			continue
-		}
-		pause = 0
-		s.accept(ctx, c)
-	}
-}
-
-func (s *Server) accept(ctx context.Context, raw net.Conn) {
-	addr, _, _ := net.SplitHostPort(raw.RemoteAddr().String())
-	c := &conn{s: s, raw: raw, addr: addr}
-	s.mu.Lock()
-	if s.ending || len(s.conns) >= s.cfg.MaxConnections || s.byAddr[addr] >= s.cfg.MaxPerAddress {
-		s.mu.Unlock()
-		_ = raw.Close()
-		return
-	}
-	s.conns[c] = struct{}{}
-	s.byAddr[addr]++
-	s.wait.Add(1)
-	s.mu.Unlock()
-	go func() {
-		tc := tls.Server(raw, s.cfg.TLS)
-		hctx, cancel := context.WithTimeout(ctx, handshakeTime*s.cfg.Second)
-		err := tc.HandshakeContext(hctx)
-		cancel()
-		if err != nil {
-			_ = raw.Close()
-			s.forget(c)
-			return
-		}
-		go func() { // a fresh goroutine: the handshake's grown stack goes
-			defer s.forget(c)
-			c.tls = tc
-			err := c.serve(ctx)
-			_ = tc.Close()
-			if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, net.ErrClosed) {
-				s.cfg.Log.Debug("connection ended", "protocol", "mqtt", "remote", raw.RemoteAddr().String(), "cause", err)
-			}
-		}()
-	}()
-}
-
-func (s *Server) forget(c *conn) {
-	s.mu.Lock()
-	delete(s.conns, c)
-	if s.byAddr[c.addr]--; s.byAddr[c.addr] == 0 {
-		delete(s.byAddr, c.addr)
-	}
-	s.mu.Unlock()
-	s.wait.Done()
-}
-
-// drain ends what waits for a packet, lets what is being answered finish, and closes the rest after a while.
-func (s *Server) drain() error {
-	s.mu.Lock()
-	s.ending = true
-	for c := range s.conns {
-		_ = c.raw.SetReadDeadline(time.Now())
-	}
-	s.mu.Unlock()
-	done := make(chan struct{})
-	go func() {
-		s.wait.Wait()
-		close(done)
-	}()
-	select {
-	case <-done:
-		return nil
-	case <-time.After(drainTime):
-	}
-	s.mu.Lock()
-	for c := range s.conns {
-		_ = c.raw.Close()
-	}
-	s.mu.Unlock()
-	<-done
-	return nil
+// Handle holds the conversation of one device. It is a [door.Handler].
+func (s *Server) Handle(ctx context.Context, dc *door.Conn) error {
+	c := &conn{s: s, Conn: dc}
+	return c.serve(ctx)
 }
 
 // conn is one device's conversation.
 type conn struct {
-	s    *Server
-	raw  net.Conn
-	addr string
-	tls  *tls.Conn
+	*door.Conn
+	s *Server
 
 	req        registration.Request // who the device says it is
 	keepAlive  time.Duration        // 0: none
@@ -231,10 +115,10 @@ func (c *conn) flush() error {
 	if len(c.out) == 0 {
 		return nil
 	}
-	if err := c.tls.SetWriteDeadline(time.Now().Add(10 * c.s.cfg.Second)); err != nil {
+	if err := c.SetWriteDeadline(time.Now().Add(10 * c.s.cfg.Second)); err != nil {
 		return err
 	}
-	_, err := c.tls.Write(c.out)
+	_, err := c.Write(c.out)
 	c.out = c.out[:0]
 	return err
 }
@@ -247,12 +131,7 @@ func (c *conn) await() error {
 			deadline = d
 		}
 	}
-	c.s.mu.Lock()
-	defer c.s.mu.Unlock()
-	if c.s.ending {
-		return net.ErrClosed
-	}
-	return c.tls.SetReadDeadline(deadline)
+	return c.SetReadDeadline(deadline)
 }
 
 var errHangUp = errors.New("device broke the protocol")
@@ -264,7 +143,7 @@ func (c *conn) serve(ctx context.Context) (err error) {
 	if err := c.await(); err != nil {
 		return err
 	}
-	r := bufio.NewReaderSize(c.tls, 1024)
+	r := bufio.NewReaderSize(c, 1024)
 	p, err := mqtt.Read(r, maxConnect)
 	if err != nil {
 		return err
@@ -311,7 +190,7 @@ func (c *conn) connect(p *mqtt.Packet) byte {
 		return notAuthorized
 	}
 	c.req = registration.Request{IDScope: scope, RegistrationID: id, APIVersion: version, ClientVersion: client,
-		Protocol: "mqtt", Remote: c.raw.RemoteAddr().String(), Proof: attest.Proof{Certificates: c.tls.ConnectionState().PeerCertificates}}
+		Protocol: c.s.cfg.Protocol, Remote: c.Remote, Proof: attest.Proof{Certificates: c.Certificates}}
 	if len(p.Password) > 0 {
 		c.req.Proof.Token = string(p.Password)
 		token, err := attest.ParseToken(c.req.Proof.Token)
@@ -426,7 +305,14 @@ func (c *conn) publish(ctx context.Context, p *mqtt.Packet) (bool, error) {
 	} else {
 		answer, err = c.s.cfg.Registrar.Status(work, &req, operation)
 	}
-	topic, body := c.response(rid, answer, register, err)
+	if errors.Is(err, registration.ErrHangUp) {
+		return true, err
+	}
+	reply := dps.NewReply(answer, err)
+	if reply.Status == 401 {
+		c.linger()
+	}
+	topic := responseTopic(rid, reply)
 	if wait := c.s.cfg.ResponseDelay - time.Since(acknowledged); wait > 0 {
 		select {
 		case <-time.After(wait):
@@ -437,10 +323,10 @@ func (c *conn) publish(ctx context.Context, p *mqtt.Packet) (bool, error) {
 		if len(c.held) == maxHeld {
 			return true, errHangUp
 		}
-		c.held = append(c.held, [2]string{topic, string(body)})
+		c.held = append(c.held, [2]string{topic, string(reply.Body)})
 		return false, nil
 	}
-	c.send(topic, body)
+	c.send(topic, reply.Body)
 	return false, nil
 }
 
@@ -458,30 +344,14 @@ func parseQuery(s string) (rid, operation string) {
 	return rid, operation
 }
 
-// response makes topic and body: $dps/registrations/res/{status}/?$rid={rid}, and the hint last, where there is one.
-func (c *conn) response(rid string, answer *dps.OperationStatus, register bool, err error) (topic string, body []byte) {
-	status, hint := 200, false
-	var v any = answer
-	if err != nil {
-		e := dps.AsError(err)
-		v, status = e, e.Code.Status()
-		hint = status == 429 || status >= 500
-		if status == 401 {
-			c.linger()
-		}
-	} else if register || !answer.Status.Terminal() {
-		status, hint = 202, true
+// responseTopic is $dps/registrations/res/{status}/?$rid={rid}, and the hint last, where there is one (device API, section
+// 11.4).
+func responseTopic(rid string, r dps.Reply) string {
+	topic := fmt.Sprintf("$dps/registrations/res/%d/?$rid=%s", r.Status, rid)
+	if r.RetryAfter != "" {
+		topic += "&retry-after=" + r.RetryAfter
 	}
-	body, merr := dps.Marshal(v)
-	if merr != nil {
-		c.s.cfg.Log.Error("encoding an answer", "cause", merr)
-		status, body = 500, []byte(`{"errorCode":500000,"message":"Internal error"}`)
-	}
-	topic = fmt.Sprintf("$dps/registrations/res/%d/?$rid=%s", status, rid)
-	if hint {
-		topic += "&retry-after=" + strconv.Itoa(dps.RetryAfter)
-	}
-	return topic, body
+	return topic
 }
 
 func (c *conn) send(topic string, body []byte) {

@@ -17,7 +17,7 @@ import (
 	"time"
 
 	"github.com/touchmark/touchmark/pkg/attest/attesttest"
-	"github.com/touchmark/touchmark/pkg/httpd"
+	"github.com/touchmark/touchmark/pkg/door"
 	"github.com/touchmark/touchmark/pkg/mqtt"
 	"github.com/touchmark/touchmark/pkg/mqttd"
 	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
@@ -29,24 +29,24 @@ const (
 	statusTopic   = "$dps/registrations/GET/iotdps-get-operationstatus/?$rid="
 )
 
-// door is a running MQTT door.
-type door struct {
+// service is a running MQTT door.
+type service struct {
 	*registrationtest.Fixture
 	*registrationtest.Listener
 }
 
-func open(t testing.TB, f *registrationtest.Fixture, edit ...func(*mqttd.Config)) *door {
+func open(t testing.TB, f *registrationtest.Fixture, edit ...func(*mqttd.Config, *door.Config)) *service {
 	t.Helper()
-	return &door{f, f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
-		cfg := mqttd.Config{Registrar: f.Service, Now: f.Now, ResponseDelay: -1, TLS: httpd.TLSConfig(cert)}
+	return &service{f, f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
+		cfg, dc := mqttd.Config{Registrar: f.Service, Now: f.Now, ResponseDelay: -1}, door.Config{TLS: door.TLSConfig(cert)}
 		for _, e := range edit {
-			e(&cfg)
+			e(&cfg, &dc)
 		}
-		return mqttd.New(cfg).Serve(ctx, l)
+		return door.New(dc).Serve(ctx, l, mqttd.New(cfg).Handle)
 	})}
 }
 
-func newDoor(t testing.TB, edit ...func(*mqttd.Config)) *door {
+func newDoor(t testing.TB, edit ...func(*mqttd.Config, *door.Config)) *service {
 	t.Helper()
 	return open(t, registrationtest.NewFixture(t, "hub-a.example.net"), edit...)
 }
@@ -59,7 +59,7 @@ type conn struct {
 	rid    int
 }
 
-func (d *door) dial(t testing.TB, c *tls.Certificate) *conn {
+func (d *service) dial(t testing.TB, c *tls.Certificate) *conn {
 	t.Helper()
 	tc := d.Dial(t, c)
 	return &conn{c: tc, r: bufio.NewReader(tc)}
@@ -110,7 +110,7 @@ func (c *conn) connack(t testing.TB) (code byte) {
 	return b[3]
 }
 
-func (d *door) connect(t testing.TB, device registrationtest.Device) *conn {
+func (d *service) connect(t testing.TB, device registrationtest.Device) *conn {
 	t.Helper()
 	c := d.dial(t, device.Certificate)
 	c.write(t, mqtt.AppendConnect(nil, device.ID, username(device), []byte(device.Token), 0))
@@ -267,7 +267,7 @@ func TestSubscribe(t *testing.T) {
 
 // A subscription to anything else is refused, and the connection ends soon: some devices do not read the code.
 func TestForeignFilter(t *testing.T) {
-	d := newDoor(t, func(c *mqttd.Config) { c.Second = 100 * time.Millisecond })
+	d := newDoor(t, func(c *mqttd.Config, _ *door.Config) { c.Second = 100 * time.Millisecond })
 	for _, filter := range []string{"#", "$dps/registrations/res/+", "$dps/registrations/res/202/#"} {
 		c := d.dial(t, nil)
 		dev := d.Derived("dev-1")
@@ -328,7 +328,7 @@ func TestDuplicate(t *testing.T) {
 
 // DPS-D 72: not before 50 ms, for the SDK that would miss it.
 func TestResponseDelay(t *testing.T) {
-	d := newDoor(t, func(c *mqttd.Config) { c.ResponseDelay = 0 })
+	d := newDoor(t, func(c *mqttd.Config, _ *door.Config) { c.ResponseDelay = 0 })
 	c := d.connect(t, d.Derived("dev-1"))
 	c.write(t, mqtt.AppendPublish(nil, registerTopic+"1", 1, 2, nil))
 	c.read(t, mqtt.Puback)
@@ -359,7 +359,7 @@ func TestSize(t *testing.T) {
 func TestKeepAlive(t *testing.T) {
 	t.Parallel()
 	const second = 20 * time.Millisecond
-	d := newDoor(t, func(c *mqttd.Config) { c.Second = second })
+	d := newDoor(t, func(c *mqttd.Config, _ *door.Config) { c.Second = second })
 	dev := d.Derived("dev-1")
 	connect := func(keepAlive uint16) *conn {
 		c := d.dial(t, nil)
@@ -420,7 +420,9 @@ func TestHostilePackets(t *testing.T) {
 
 // Half-open connections are cut, and one address cannot take all places.
 func TestHalfOpen(t *testing.T) {
-	d := newDoor(t, func(c *mqttd.Config) { c.Second, c.MaxPerAddress = 30*time.Millisecond, 4 })
+	d := newDoor(t, func(c *mqttd.Config, d *door.Config) {
+		c.Second, d.HandshakeTimeout, d.MaxPerAddress = 30*time.Millisecond, 300*time.Millisecond, 4
+	})
 	silent, err := net.Dial("tcp", d.Addr)
 	if err != nil {
 		t.Fatal(err)
@@ -452,7 +454,7 @@ func TestHalfOpen(t *testing.T) {
 
 // After a refusal the connection is closed a moment later (section 11.1).
 func TestLinger(t *testing.T) {
-	d := newDoor(t, func(c *mqttd.Config) { c.Second = 50 * time.Millisecond })
+	d := newDoor(t, func(c *mqttd.Config, _ *door.Config) { c.Second = 50 * time.Millisecond })
 	c := d.connect(t, d.ByKey("dev-1", d.OwnKey))
 	if a := c.Register(t, ""); a.Status != 401 {
 		t.Fatal(fmt.Sprint(a.Status))

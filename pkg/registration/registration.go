@@ -2,6 +2,7 @@ package registration
 
 import (
 	"context"
+	"errors"
 
 	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/dps"
@@ -17,22 +18,42 @@ type Request struct {
 	Body []byte
 	// Repeat says that the transport marked the request as one that it sends again (MQTT's DUP).
 	Repeat bool
-	// Protocol is "https" or "mqtt", Remote the caller's address and ClientVersion what it says it is; all for the log.
+	// Protocol is "https", "mqtt", "mqtt-ws", "amqp" or "amqp-ws", Remote the caller's address and ClientVersion what it says it is; all for the log.
 	Protocol      string
 	Remote        string
 	ClientVersion string
 }
 
-// A Registrar answers devices. Doors take this interface, so that limits, audit and metrics can wrap it.
+// A Registrar answers devices. Doors take this interface, so that limits, faults and records can wrap it.
 //
-// Errors are *dps.Error, or become one by [dps.AsError]. A device that lost an answer asks again and gets the same
-// assignment.
+// Errors are *dps.Error, or become one by [dps.AsError]; two more mean something to a door: [*Challenge] and [ErrHangUp]. A
+// device that lost an answer asks again and gets the same assignment.
 type Registrar interface {
-	// Register starts a registration, or finds the one in progress. The answer's status is always "assigning" and it
-	// has no registrationState, even when the assignment is already durable.
+	// Register starts a registration, or finds the one in progress. The answer's status is "assigning" and it has no
+	// registrationState, even when the assignment is already durable; only clients that are known to take it are told the end
+	// at once.
 	Register(ctx context.Context, req *Request) (*dps.OperationStatus, error)
 	// Status says what became of an operation of this device.
 	Status(ctx context.Context, req *Request, operationID string) (*dps.OperationStatus, error)
 	// Lookup returns the device's registration record.
 	Lookup(ctx context.Context, req *Request) (*dps.RegistrationState, error)
+	// Challenge returns an activation blob for the TPM of the request's proof, which only that TPM can open; what it holds
+	// signs the device's token (device API, section 9).
+	Challenge(ctx context.Context, req *Request) ([]byte, error)
 }
+
+// A Challenge is what Register and Lookup return, as an error, to a TPM that has not proved itself: a blob to prove itself
+// with. A door that cannot carry it answers its refusal.
+type Challenge struct {
+	Blob    []byte
+	Refusal *dps.Error
+}
+
+// Error says that the TPM is challenged.
+func (c *Challenge) Error() string { return "the TPM is challenged" }
+
+// Unwrap returns the refusal.
+func (c *Challenge) Unwrap() error { return c.Refusal }
+
+// ErrHangUp tells a door to end the connection without a word.
+var ErrHangUp = errors.New("the connection is to be dropped")

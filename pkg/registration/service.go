@@ -360,6 +360,11 @@ func (s *Service) Lookup(ctx context.Context, req *Request) (*dps.RegistrationSt
 	return state, nil
 }
 
+// Challenge implements [Registrar].
+func (s *Service) Challenge(_ context.Context, req *Request) ([]byte, error) {
+	return nil, s.logged(req, "challenge", refuse(errors.New("no enrollment attests by TPM")))
+}
+
 // logged writes a refusal down with its reason and returns what the device may see.
 func (s *Service) logged(req *Request, what string, err error) error {
 	e := dps.AsError(err)
