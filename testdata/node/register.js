@@ -1,5 +1,5 @@
 // Registers a stamped device with Azure's own SDK and prints what came of it as one line of JSON.
-// usage: node register.js STAMP-DIRECTORY https|mqtt HOST[:PORT]
+// usage: node register.js STAMP-DIRECTORY https|mqtt|mqtt-ws|amqp|amqp-ws HOST[:PORT]
 'use strict';
 const fs = require('fs');
 const path = require('path');
@@ -8,9 +8,13 @@ const { ProvisioningDeviceClient } = require('azure-iot-provisioning-device');
 const [stampDir, protocol, host] = process.argv.slice(2);
 const stamp = JSON.parse(fs.readFileSync(path.join(stampDir, 'provisioning.json'), 'utf8'));
 const beside = (name) => fs.readFileSync(path.join(stampDir, name), 'utf8');
-const Transport = protocol === 'mqtt'
-  ? require('azure-iot-provisioning-device-mqtt').Mqtt
-  : require('azure-iot-provisioning-device-http').Http;
+const Transport = {
+  'https': () => require('azure-iot-provisioning-device-http').Http,
+  'mqtt': () => require('azure-iot-provisioning-device-mqtt').Mqtt,
+  'mqtt-ws': () => require('azure-iot-provisioning-device-mqtt').MqttWs,
+  'amqp': () => require('azure-iot-provisioning-device-amqp').Amqp,
+  'amqp-ws': () => require('azure-iot-provisioning-device-amqp').AmqpWs,
+}[protocol]();
 
 let security;
 if (stamp.attestation === 'x509') {
