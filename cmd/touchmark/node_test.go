@@ -48,19 +48,7 @@ func TestNodeSDK(t *testing.T) {
 	// A line that the service has never heard of makes devices of the same names.
 	touchmark(t, dir, "init", "foreign", "--id-scope", "0ne00112233")
 	touchmark(t, dir, "mint", "--line", "foreign", "--profile", "x509-group", "--serials", "x509-group.csv", "--out", "foreign-stamps")
-	// And a device has a wrong key.
-	wrong := filepath.Join(dir, "wrong-key")
-	if err := os.CopyFS(wrong, os.DirFS(filepath.Join(dir, "stamps", "symmetric-group000001"))); err != nil {
-		t.Fatal(err)
-	}
-	b, err := os.ReadFile(filepath.Join(wrong, "provisioning.json"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	b = bytes.Replace(b, []byte(`"symmetricKey":"`), []byte(`"symmetricKey":"AAAA`), 1)
-	if err := os.WriteFile(filepath.Join(wrong, "provisioning.json"), b, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	wrong := wrongKey(t, filepath.Join(dir, "stamps", "symmetric-group000001"))
 
 	register := func(t *testing.T, stamp, protocol string) nodeResult {
 		t.Helper()

@@ -30,6 +30,24 @@ func aPeer(t *testing.T, script, module string, args ...string) (r nodeResult) {
 	return r
 }
 
+// wrongKey copies a stamp and spoils its symmetric key.
+func wrongKey(t *testing.T, stamp string) string {
+	t.Helper()
+	wrong := t.TempDir()
+	if err := os.CopyFS(wrong, os.DirFS(stamp)); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(wrong, "provisioning.json")
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, bytes.Replace(b, []byte(`"symmetricKey":"`), []byte(`"symmetricKey":"AAAA`), 1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return wrong
+}
+
 // Paho, a plain MQTT client, registers devices of every attestation that a password or a certificate can carry.
 func TestPaho(t *testing.T) {
 	t.Setenv("TOUCHMARK_PASSPHRASE", "words for a test")
