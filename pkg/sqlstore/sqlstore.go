@@ -1,6 +1,7 @@
 // Package sqlstore keeps what the registration service remembers in SQL.
 //
-// [Open] gives a store on SQLite: one file, written by one process. Its SQL stays inside what PostgreSQL speaks too.
+// [Open] gives a store on SQLite: one file, written by one process, or memory that is gone when the store is closed. Its SQL
+// stays inside what PostgreSQL speaks too.
 //
 // SQLite flushes once per commit, and a flush costs more than everything else in a transaction. So one goroutine writes, and
 // takes every update that waits into one transaction: the callers of a busy moment share a flush. An update that fails
@@ -40,7 +41,7 @@ var ErrFull = errors.New("disk is full")
 
 // Config says where a store is.
 type Config struct {
-	// Path of the SQLite file; it is made when it is not there.
+	// Path of the SQLite file; it is made when it is not there. Empty is a store of its own in memory, which touches no file.
 	Path string
 	// DataKey encrypts secrets at rest: 32 octets.
 	DataKey []byte
@@ -58,6 +59,10 @@ type Store struct {
 	aead  cipher.AEAD
 	w     *statements
 	r     *statements
+
+	// guard has readers and the writer take turns where the store is in memory: there is no write-ahead log there that lets
+	// them work beside each other. On a file it is nil.
+	guard *sync.RWMutex
 
 	updates chan *update
 	stop    chan struct{}
@@ -84,6 +89,11 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		return nil, err
 	}
 	name := "file:" + strings.NewReplacer("%", "%25", "?", "%3f", "#", "%23").Replace(cfg.Path) + "?_pragma=busy_timeout(10000)"
+	if cfg.Path == "" {
+		// SQLite's memdb: connections share what has the same name and begins with a slash, as long as one of them is open.
+		name = "file:/" + dps.NewUUID() + "?vfs=memdb&_pragma=temp_store(MEMORY)"
+		s.guard = new(sync.RWMutex)
+	}
 	if s.write, err = sql.Open("sqlite", name+"&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=cache_size(-49152)&_txlock=immediate"); err != nil {
 		return nil, err
 	}
@@ -146,6 +156,10 @@ func full(err error) error {
 
 // View implements [registration.Store].
 func (s *Store) View(ctx context.Context, f func(registration.Tx) error) error {
+	if s.guard != nil {
+		s.guard.RLock()
+		defer s.guard.RUnlock()
+	}
 	t, err := s.read.BeginTx(ctx, &sql.TxOptions{ReadOnly: true})
 	if err != nil {
 		return fmt.Errorf("reading the store: %w", err)
@@ -238,6 +252,10 @@ func (s *Store) commit(batch []*update) {
 // try runs a batch. It answers updates that failed without writing by itself. When one failed after writing it is returned
 // with its error, and nothing was committed; else the result of the commit holds for all that are done.
 func (s *Store) try(batch []*update) (done []*update, failed *update, err error) {
+	if s.guard != nil {
+		s.guard.Lock()
+		defer s.guard.Unlock()
+	}
 	ctx := context.Background() // a caller who goes away must not take the others' transaction along
 	t, err := s.write.BeginTx(ctx, nil)
 	if err != nil {

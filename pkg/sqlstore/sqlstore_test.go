@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -11,6 +12,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/touchmark/touchmark/pkg/registration"
 	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
@@ -31,6 +34,67 @@ func open(t testing.TB, path string) *sqlstore.Store {
 
 func TestContract(t *testing.T) {
 	registrationtest.Run(t, func(t *testing.T) registration.Store { return open(t, filepath.Join(t.TempDir(), "s.db")) })
+}
+
+// A store in memory keeps the same contract, each its own.
+func TestMemory(t *testing.T) {
+	registrationtest.Run(t, func(t *testing.T) registration.Store { return open(t, "") })
+}
+
+// Readers and writers of a store in memory work on one state, see all that was acknowledged to them and no half of a
+// transaction, and wait for each other without an error. Two stores share nothing.
+func TestMemoryConcurrency(t *testing.T) {
+	s, other := open(t, ""), open(t, "")
+	const writers, readers, rounds = 8, 8, 60
+	var eg errgroup.Group
+	for w := range writers {
+		eg.Go(func() error {
+			for i := range rounds {
+				id := fmt.Sprintf("dev-%d-%d", w, i)
+				if err := s.Update(t.Context(), func(tx registration.Tx) error {
+					return errors.Join(tx.PutDevice("scope", &registration.Device{ID: id}), tx.PutDevice("scope", &registration.Device{ID: id + "-twin"}))
+				}); err != nil {
+					return err
+				}
+				if err := s.View(t.Context(), func(tx registration.Tx) error {
+					_, err := tx.Device("scope", id)
+					return err
+				}); err != nil {
+					return fmt.Errorf("%s was acknowledged: %w", id, err)
+				}
+			}
+			return nil
+		})
+	}
+	for range readers {
+		eg.Go(func() error {
+			for i := range rounds {
+				for w := range writers {
+					id := fmt.Sprintf("dev-%d-%d", w, i)
+					if err := s.View(t.Context(), func(tx registration.Tx) error {
+						_, one := tx.Device("scope", id)
+						_, twin := tx.Device("scope", id+"-twin")
+						if errors.Is(one, registration.ErrNotFound) && errors.Is(twin, registration.ErrNotFound) {
+							return nil
+						}
+						return errors.Join(one, twin)
+					}); err != nil {
+						return fmt.Errorf("half of %s: %w", id, err)
+					}
+				}
+			}
+			return nil
+		})
+	}
+	if err := eg.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	if err := other.View(t.Context(), func(tx registration.Tx) error {
+		_, err := tx.Device("scope", "dev-0-0")
+		return err
+	}); !errors.Is(err, registration.ErrNotFound) {
+		t.Errorf("another store has it: %v", err)
+	}
 }
 
 // Invariant 5: secrets are encrypted on disk, and open with their own key and in their own row only.
