@@ -11,6 +11,9 @@ import (
 // (device API, section 6.3).
 const RetryAfter = 3
 
+// NoRetryAfter, as the hint of an answer or an error, is none at all. No service does that; devices must bear it.
+const NoRetryAfter = "none"
+
 // Marshal renders an answer the way that every device parser takes it: pure ASCII, with other characters as \uXXXX, and
 // without escapes for & < >, which some parsers would keep (device API, section 5.6).
 func Marshal(v any) ([]byte, error) {

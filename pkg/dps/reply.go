@@ -37,8 +37,11 @@ func NewReply(answer any, err error) Reply {
 }
 
 func hint(s string) string {
-	if s == "" {
+	switch s {
+	case "":
 		return strconv.Itoa(RetryAfter)
+	case NoRetryAfter:
+		return ""
 	}
 	return s
 }

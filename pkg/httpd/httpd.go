@@ -35,6 +35,9 @@ type Config struct {
 	Hosts []string
 	// Import takes a bundle; nil leaves it out.
 	Import ImportFunc
+	// Calls are more of touchmark's own: each by the name that follows touchmark/ in its path, for those who may write
+	// enrollments.
+	Calls map[string]Call
 	// Recipient is whom secrets for the service are sealed to.
 	Recipient string
 	// Door takes connections in.
@@ -48,6 +51,9 @@ type Config struct {
 	// take longer, as long as something of it comes in that time.
 	RequestTimeout time.Duration
 }
+
+// A Call answers a request of an operator's by its method and body.
+type Call func(ctx context.Context, method string, body []byte) (any, error)
 
 // Limits of a request.
 const (

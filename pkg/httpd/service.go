@@ -259,6 +259,16 @@ func (s *Server) own(w http.ResponseWriter, r *http.Request, seg []string) (any,
 			return nil, err
 		}
 		return s.orders(w, r, seg[1:])
+	case len(seg) == 1 && s.cfg.Calls[seg[0]] != nil:
+		if err := s.authorize(r, enrollmentWrite); err != nil {
+			return nil, err
+		}
+		body, err := s.body(w, r, maxServiceBody)
+		if err != nil {
+			return nil, err
+		}
+		s.cfg.Log.Info("audit", "action", r.Method+" "+seg[0], "remote", r.RemoteAddr)
+		return s.cfg.Calls[seg[0]](r.Context(), r.Method, body)
 	}
 	return nil, notFound()
 }

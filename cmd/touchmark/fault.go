@@ -1,0 +1,71 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+
+	"github.com/spf13/cobra"
+
+	"github.com/touchmark/touchmark/pkg/emulate"
+)
+
+type faultOptions struct {
+	service, ca string
+}
+
+func newFault(a *app) *cobra.Command {
+	command := func(use, short, long, example, method string, args cobra.PositionalArgs) *cobra.Command {
+		o := &faultOptions{}
+		c := &cobra.Command{
+			Use: use + " --service FILE", Short: short, Long: long, Example: example, Args: args, ValidArgsFunction: completeFault,
+			RunE: func(cmd *cobra.Command, args []string) error { return a.runFault(cmd.Context(), o, method, args) },
+		}
+		c.Flags().StringVar(&o.service, "service", "", "file with the emulator's connection string: serve --connection-out (required)")
+		c.Flags().StringVar(&o.ca, "ca", "", "PEM file with the CA of the service's certificate (default: ca.pem beside --service, else the system's)")
+		_ = c.MarkFlagRequired("service")
+		return c
+	}
+	return parent("fault", "What goes wrong in an emulator",
+		command("list", "Show the faults and what became of them", "list shows the emulator's faults: how many requests each was for, and how many it happened to.",
+			"  touchmark fault list --service emulator.connection", http.MethodGet, cobra.NoArgs),
+		command("add FAULT...", "Have more go wrong", "add adds faults behind those that are there. touchmark help emulator has their words.",
+			"  touchmark fault add 'rid=sensor-7,op=register,code=503,count=3' --service emulator.connection", http.MethodPost, cobra.MinimumNArgs(1)),
+		command("set FAULT...", "Have other things go wrong", "set puts faults in the place of all that are there; their counts begin anew.",
+			"  touchmark fault set 'drop=after,p=0.1' 'delay=2s' --service emulator.connection", http.MethodPut, cobra.MinimumNArgs(1)),
+		command("clear", "Have nothing go wrong", "clear takes all faults away.",
+			"  touchmark fault clear --service emulator.connection", http.MethodDelete, cobra.NoArgs))
+}
+
+func (a *app) runFault(ctx context.Context, o *faultOptions, method string, texts []string) error {
+	faults := make([]emulate.Fault, len(texts))
+	for i, text := range texts {
+		if err := faults[i].UnmarshalText([]byte(text)); err != nil {
+			return usageError{err}
+		}
+	}
+	svc, err := a.openService(o.service, o.ca)
+	if err != nil {
+		return err
+	}
+	var res struct {
+		Faults []emulate.FaultState `json:"faults"`
+	}
+	if err := svc.callJSON(ctx, method, "/touchmark/faults", faults, &res); err != nil {
+		return hint(importError(err), "only an emulator has faults: touchmark serve --ephemeral")
+	}
+	var rows [][]string
+	for _, f := range res.Faults {
+		if a.json {
+			if err := a.printJSON(f); err != nil {
+				return err
+			}
+			continue
+		}
+		rows = append(rows, []string{f.Fault.String(), fmt.Sprint(f.Matched), fmt.Sprint(f.Applied)})
+	}
+	if a.json {
+		return nil
+	}
+	return a.table([]string{"FAULT", "MATCHED", "APPLIED"}, rows)
+}
