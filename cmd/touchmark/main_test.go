@@ -62,7 +62,7 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"softhsm": softhsmCmd, "serve": serveCmd, "serials": serialsCmd, "flip": flipCmd, "swtpm": swtpmCmd, "exits": exitsCmd, "stdout2file": saveCmd,
+			"softhsm": softhsmCmd, "serve": serveCmd, "emulator": emulatorCmd, "serials": serialsCmd, "flip": flipCmd, "swtpm": swtpmCmd, "exits": exitsCmd, "stdout2file": saveCmd,
 		},
 		Condition: func(cond string) (bool, error) {
 			switch cond {
@@ -159,11 +159,20 @@ func softhsmModule(ts *testscript.TestScript) string {
 // serve [FLAG ...]: starts the service in the directory svc and puts its addresses into $HTTPS and $MQTT. It is stopped,
 // and must stop cleanly, when the script ends.
 func serveCmd(ts *testscript.TestScript, neg bool, args []string) {
-	args = append([]string{"serve", "--data", ts.MkAbs("svc"), "--https", "127.0.0.1:0", "--mqtt", "127.0.0.1:0", "--json"}, args...)
+	startServe(ts, append([]string{"--data", ts.MkAbs("svc")}, args...))
+}
+
+// emulator [FLAG ...]: does the same with one that keeps nothing.
+func emulatorCmd(ts *testscript.TestScript, neg bool, args []string) {
+	startServe(ts, append([]string{"--ephemeral"}, args...))
+}
+
+func startServe(ts *testscript.TestScript, args []string) {
+	args = append([]string{"serve", "--https", "127.0.0.1:0", "--mqtt", "127.0.0.1:0", "--json"}, args...)
 	program, err := lookPath("touchmark", ts.Getenv("PATH"))
 	ts.Check(err)
 	cmd := exec.Command(program, args...)
-	cmd.Env = []string{"PATH=" + ts.Getenv("PATH"), "HOME=" + ts.Getenv("HOME")}
+	cmd.Dir, cmd.Env = ts.Getenv("WORK"), []string{"PATH=" + ts.Getenv("PATH"), "HOME=" + ts.Getenv("HOME")}
 	var log syncBuffer
 	cmd.Stderr = &log
 	out, err := cmd.StdoutPipe()

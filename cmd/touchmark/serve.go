@@ -176,15 +176,20 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if listenHTTPS != nil {
 		address = reachable(listenHTTPS, o.hostnames[0])
 		ready["https"] = address
-		calls := make(map[string]httpd.Call)
-		if o.ephemeral {
-			calls["faults"] = faultCalls(faults)
-		} else {
-			if err := d.writeConnection(owner, address); err != nil {
-				return err
-			}
-			ready["connectionStringFile"] = d.path(connectionFile)
-		}
+	}
+	calls := make(map[string]httpd.Call)
+	switch {
+	case o.ephemeral:
+		calls["faults"] = faultCalls(faults)
+		err = emulated.describe(ready, owner, address)
+	case listenHTTPS != nil:
+		err = d.writeConnection(owner, address)
+		ready["connectionStringFile"] = d.path(connectionFile)
+	}
+	if err != nil {
+		return err
+	}
+	if listenHTTPS != nil {
 		front := httpd.New(httpd.Config{
 			Door:      door.New(door.Config{TLS: door.TLSConfig(certificate, "http/1.1"), Log: log}),
 			Registrar: registrar, Calls: calls, Service: svc, Hosts: append(o.hostnames, "localhost", "127.0.0.1", "::1"), Recipient: d.recipient, Log: log,
@@ -205,9 +210,6 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 		})
 	}
 	if o.ephemeral {
-		if err := emulated.describe(ready, owner, address); err != nil {
-			return err
-		}
 		emulated.tell(a)
 	}
 	if a.json {

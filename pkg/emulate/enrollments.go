@@ -100,7 +100,7 @@ func parseEnrollment(doc []byte) (e Enrollment, offset int, err error) {
 	if err := json.Unmarshal(doc, v); err != nil {
 		var wrong *json.UnmarshalTypeError
 		if errors.As(err, &wrong) {
-			return e, int(wrong.Offset) - 1, fmt.Errorf("%s cannot be a %s", wrong.Field, wrong.Value)
+			return e, int(wrong.Offset) - 1, fmt.Errorf("%s cannot be a %s", strings.TrimPrefix(wrong.Field, "Enrollment."), wrong.Value)
 		}
 		return e, 0, err
 	}

@@ -19,8 +19,9 @@ const MaxFaults = 1000
 var ErrTooMany = fmt.Errorf("more than %d faults", MaxFaults)
 
 // Faults are what goes wrong at present. They are tried in the order in which they were added, and all that a request matches
-// happen to it: delays add up; of those that answer in the service's place the first counts; of those that change an answer,
-// "assigning" comes before what the end is, and a later one goes over an earlier one. Nil has no faults.
+// happen to it: delays add up; of those that answer in the service's place the first counts, and is not changed again; of
+// those that change an answer, "assigning" comes before what the end is, and a later one goes over an earlier one. Nil has no
+// faults.
 type Faults struct {
 	seed Seed
 
