@@ -42,14 +42,7 @@ func TestReadme(t *testing.T) {
 	defer cancel()
 	again := script[strings.Index(script, "./touchmark mint"):]
 	cmd := exec.CommandContext(ctx, "bash", "-c", "set -e\ntrap 'kill %1' EXIT\n"+script+again)
-	cmd.Dir, cmd.Env, cmd.WaitDelay = root, append(os.Environ(), "HOME="+home), 5*time.Second
-	for _, name := range []string{"GOPATH", "GOMODCACHE", "GOCACHE"} { // they hang on HOME
-		v, err := exec.Command("go", "env", name).Output()
-		if err != nil {
-			t.Fatal(err)
-		}
-		cmd.Env = append(cmd.Env, name+"="+string(bytes.TrimSpace(v)))
-	}
+	cmd.Dir, cmd.Env, cmd.WaitDelay = root, goHome(t, home), 5*time.Second
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
@@ -60,6 +53,20 @@ func TestReadme(t *testing.T) {
 			t.Errorf("%s: %s, %v\n%s", stamp, a, err, out)
 		}
 	}
+}
+
+// goHome is the environment with another home, where Go still finds what hangs on it.
+func goHome(t *testing.T, home string) []string {
+	t.Helper()
+	env := append(os.Environ(), "HOME="+home)
+	for _, name := range []string{"GOPATH", "GOMODCACHE", "GOCACHE"} {
+		v, err := exec.Command("go", "env", name).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		env = append(env, name+"="+string(bytes.TrimSpace(v)))
+	}
+	return env
 }
 
 // The README's factory floor works as pasted.
@@ -85,6 +92,38 @@ func TestReadmeFloor(t *testing.T) {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	for _, want := range []string{`"code":"E-105"`, "exported  5", "refused   1", "verifies"} {
+		if !bytes.Contains(out, []byte(want)) {
+			t.Errorf("%q is not in\n%s", want, out)
+		}
+	}
+}
+
+// The README's emulator works as pasted.
+func TestReadmeEmulator(t *testing.T) {
+	root, err := filepath.Abs("../..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(filepath.Join(root, "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(b), "## The emulator")
+	_, rest, _ = strings.Cut(rest, "```sh\n")
+	script, _, ok := strings.Cut(rest, "```")
+	if !ok {
+		t.Fatal("no script")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "bash", "-c", "set -e\ntrap 'kill %1' EXIT\n"+script)
+	cmd.Dir, cmd.WaitDelay = root, 5*time.Second
+	cmd.Env = goHome(t, t.TempDir())
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, want := range []string{"hub.example.invalid", "retry-after=1,count=2  3        2\n2\n"} {
 		if !bytes.Contains(out, []byte(want)) {
 			t.Errorf("%q is not in\n%s", want, out)
 		}
