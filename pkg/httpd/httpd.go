@@ -187,13 +187,15 @@ func (s *Server) device(w http.ResponseWriter, r *http.Request, seg []string) {
 		s.fail(w, r, dps.NewError(dps.CodeBadRequest, "api-version is missing", nil))
 		return
 	}
+	// A device that hung up, or has closed its side, does not cut off what is being done for it.
+	ctx := context.WithoutCancel(r.Context())
 	if method == http.MethodGet {
 		// The body of a status request is read away and ignored, whatever it holds.
 		if _, err := s.body(w, r, registration.MaxBody); err != nil {
 			s.fail(w, r, err)
 			return
 		}
-		st, err := s.cfg.Registrar.Status(r.Context(), req, seg[4])
+		st, err := s.cfg.Registrar.Status(ctx, req, seg[4])
 		s.reply(w, r, st, err)
 		return
 	}
@@ -204,11 +206,11 @@ func (s *Server) device(w http.ResponseWriter, r *http.Request, seg []string) {
 	}
 	req.Body = body
 	if method == http.MethodPost {
-		st, err := s.cfg.Registrar.Lookup(r.Context(), req)
+		st, err := s.cfg.Registrar.Lookup(ctx, req)
 		s.reply(w, r, st, err)
 		return
 	}
-	st, err := s.cfg.Registrar.Register(r.Context(), req)
+	st, err := s.cfg.Registrar.Register(ctx, req)
 	s.reply(w, r, st, err)
 }
 

@@ -146,7 +146,8 @@ func parse(first byte, body []byte) (*Packet, error) {
 	case Publish:
 		p.Dup, p.QoS, p.Retain = flags&8 != 0, flags>>1&3, flags&1 != 0
 		p.Topic = b.text()
-		b.check(p.QoS < 3 && p.Topic != "" && !strings.ContainsAny(p.Topic, "+#")) // [MQTT-3.3.1-4], [MQTT-3.3.2-2]
+		b.check(p.QoS < 3 && !(p.Dup && p.QoS == 0))                  // [MQTT-3.3.1-4], [MQTT-3.3.1-2]
+		b.check(p.Topic != "" && !strings.ContainsAny(p.Topic, "+#")) // [MQTT-3.3.2-2]
 		if p.QoS > 0 {
 			p.ID = b.uint16()
 			b.check(p.ID != 0) // [MQTT-2.3.1-1]

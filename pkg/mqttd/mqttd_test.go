@@ -384,40 +384,6 @@ func TestKeepAlive(t *testing.T) {
 	}
 }
 
-// What is not the protocol ends the connection: nothing of it reaches memory beyond its limit, and the next device is
-// served.
-func TestHostilePackets(t *testing.T) {
-	d := newDoor(t)
-	for name, b := range map[string][]byte{
-		"second CONNECT":          mqtt.AppendConnect(nil, "dev-1", "x", nil, 0),
-		"QoS 2":                   mqtt.AppendPublish(nil, registerTopic+"1", 2, 3, nil),
-		"QoS 3":                   {0x36, 2, 0, 0},
-		"a server's packet":       {0x20, 2, 0, 0},
-		"a reserved type":         {0xf0, 0},
-		"256 MiB announced":       {0x30, 0xff, 0xff, 0xff, 0x7f},
-		"a length of five octets": {0x30, 0xff, 0xff, 0xff, 0xff, 0xff},
-		"topic beyond its packet": {0x30, 3, 0xff, 0xff, 'a'},
-		"subscribe to nothing":    {0x82, 2, 0, 1},
-	} {
-		c := d.connect(t, d.Derived("dev-1"))
-		c.write(t, b)
-		c.gone(t, name)
-	}
-	c := d.connect(t, d.Derived("dev-1"))
-	c.write(t, mqtt.AppendPublish(nil, "devices/dev-1/messages", 1, 3, nil))
-	c.read(t, mqtt.Puback)
-	c.gone(t, "another topic")
-	c = d.dial(t, nil)
-	c.write(t, mqtt.AppendSubscribe(nil, 1, responses, 1))
-	c.gone(t, "no CONNECT")
-	c = d.dial(t, nil)
-	c.write(t, []byte{0x10, 0x80, 0x80, 0x01, 0, 4}) // 16 KiB, from somebody unknown
-	c.gone(t, "a long CONNECT")
-	if a := d.connect(t, d.Derived("dev-1")).Register(t, ""); a.Status != 202 {
-		t.Errorf("the next device: %d %s", a.Status, a.Body)
-	}
-}
-
 // Half-open connections are cut, and one address cannot take all places.
 func TestHalfOpen(t *testing.T) {
 	d := newDoor(t, func(c *mqttd.Config, d *door.Config) {
