@@ -2,11 +2,13 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 
 	"github.com/spf13/cobra"
 
+	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/emulate"
 )
 
@@ -18,8 +20,11 @@ func newFault(a *app) *cobra.Command {
 	command := func(use, short, long, example, method string, args cobra.PositionalArgs) *cobra.Command {
 		o := &faultOptions{}
 		c := &cobra.Command{
-			Use: use + " --service FILE", Short: short, Long: long, Example: example, Args: args, ValidArgsFunction: completeFault,
+			Use: use + " --service FILE", Short: short, Long: long, Example: example, Args: args,
 			RunE: func(cmd *cobra.Command, args []string) error { return a.runFault(cmd.Context(), o, method, args) },
+		}
+		if method == http.MethodPost || method == http.MethodPut {
+			c.ValidArgsFunction = completeFault
 		}
 		c.Flags().StringVar(&o.service, "service", "", "file with the emulator's connection string: serve --connection-out (required)")
 		c.Flags().StringVar(&o.ca, "ca", "", "PEM file with the CA of the service's certificate (default: ca.pem beside --service, else the system's)")
@@ -52,7 +57,11 @@ func (a *app) runFault(ctx context.Context, o *faultOptions, method string, text
 		Faults []emulate.FaultState `json:"faults"`
 	}
 	if err := svc.callJSON(ctx, method, "/touchmark/faults", faults, &res); err != nil {
-		return hint(importError(err), "only an emulator has faults: touchmark serve --ephemeral")
+		var answer *serviceError
+		if errors.As(err, &answer) && answer.code == dps.CodeNotFound {
+			return hint(err, "only an emulator has faults: touchmark serve --ephemeral")
+		}
+		return importError(err)
 	}
 	var rows [][]string
 	for _, f := range res.Faults {

@@ -149,7 +149,8 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 			return err
 		}
 	}
-	exchanges, closeExchanges, err := a.openExchanges(o.exchanges, log)
+	told := make(chan struct{})
+	exchanges, closeExchanges, err := a.openExchanges(o.exchanges, told, log)
 	if err != nil {
 		return err
 	}
@@ -219,6 +220,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	} else {
 		a.printReady(ready)
 	}
+	close(told)
 	err = eg.Wait()
 	if ctx.Err() != nil && (err == nil || errors.Is(err, context.Canceled)) {
 		a.note("stopped; everybody who was there has been answered")

@@ -15,8 +15,9 @@ import (
 // exchangePatience is how long a stopping service waits for whoever reads its exchanges.
 const exchangePatience = 2 * time.Second
 
-// openExchanges opens where exchanges are written to; an empty path is nowhere. The caller closes what it returns.
-func (a *app) openExchanges(path string, log *slog.Logger) (*emulate.Exchanges, func() error, error) {
+// openExchanges opens where exchanges are written to; an empty path is nowhere. Nothing is written before ready is closed: on
+// standard output the first line is another one. The caller closes what it returns.
+func (a *app) openExchanges(path string, ready <-chan struct{}, log *slog.Logger) (*emulate.Exchanges, func() error, error) {
 	if path == "" {
 		return nil, func() error { return nil }, nil
 	}
@@ -31,9 +32,20 @@ func (a *app) openExchanges(path string, log *slog.Logger) (*emulate.Exchanges, 
 		}
 		w, closeFile = f, f.Close
 	}
-	x := emulate.NewExchanges(w, log)
+	x := emulate.NewExchanges(gate{w, ready}, log)
 	return x, func() error {
 		x.Close(exchangePatience)
 		return closeFile()
 	}, nil
+}
+
+// A gate holds back what is written until it opens.
+type gate struct {
+	io.Writer
+	open <-chan struct{}
+}
+
+func (g gate) Write(b []byte) (int, error) {
+	<-g.open
+	return g.Writer.Write(b)
 }

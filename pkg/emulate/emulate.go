@@ -79,7 +79,7 @@ func exchange[T any](ctx context.Context, r *Registrar, op string, req *registra
 		}
 		var more []string
 		var changed any
-		changed, err, more, delay = r.cfg.Faults.after(op, req, answer, err)
+		changed, more, delay, err = r.cfg.Faults.after(op, req, answer, err)
 		if answer, _ = changed.(T); err != nil {
 			answer = none
 		}

@@ -54,9 +54,12 @@ func ParseEnrollments(b []byte) ([]Enrollment, error) {
 	case '[':
 		starts = nil
 		d := json.NewDecoder(bytes.NewReader(b))
-		for _, err := d.Token(); d.More(); {
+		if _, err := d.Token(); err != nil {
+			return nil, err
+		}
+		for d.More() {
 			var e json.RawMessage
-			if err = d.Decode(&e); err != nil {
+			if err := d.Decode(&e); err != nil {
 				return nil, err
 			}
 			list, starts = append(list, e), append(starts, int(d.InputOffset())-len(e))

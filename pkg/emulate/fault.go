@@ -1,6 +1,7 @@
 package emulate
 
 import (
+	"errors"
 	"fmt"
 	"path"
 	"slices"
@@ -178,15 +179,15 @@ func (f *Fault) set(key, value string) (err error) {
 		f.after, f.count = f.after-1, 1
 	case "p":
 		if f.p, err = strconv.ParseFloat(value, 64); err != nil || !(f.p > 0 && f.p <= 1) || strings.Trim(value, "0123456789.") != "" {
-			err = fmt.Errorf("want a number above 0, up to 1")
+			err = errors.New("want a number above 0, up to 1")
 		}
 	case "delay":
 		if f.delay, err = time.ParseDuration(value); err != nil || f.delay <= 0 || f.delay > maxDelay {
-			err = fmt.Errorf("want a time such as 250ms or 2s, up to 10m")
+			err = errors.New("want a time such as 250ms or 2s, up to 10m")
 		}
 	case "retry-after":
 		if len(value) > 32 || strings.Trim(value, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._:") != "" {
-			err = fmt.Errorf("want up to 32 letters, digits and -._:")
+			err = errors.New("want up to 32 letters, digits, dots, colons, - and _")
 		}
 		f.retryAfter = value
 	case "code":
@@ -195,14 +196,14 @@ func (f *Fault) set(key, value string) (err error) {
 		f.code, err = code(value)
 	case "drop":
 		if value != "" && value != "before" && value != "after" {
-			err = fmt.Errorf("want before or after")
+			err = errors.New("want before or after")
 		}
 		f.dropAfter = value == "after"
 	case "assigning":
 		f.polls, err = number(value, 1)
 	case "hub":
 		if len(value) > 253 || strings.Trim(dps.Fold(value), "abcdefghijklmnopqrstuvwxyz0123456789-._") != "" {
-			err = fmt.Errorf("want a host name")
+			err = errors.New("want a host name")
 		}
 		f.hub = value
 	}
@@ -240,7 +241,7 @@ func code(value string) (dps.Code, error) {
 		n *= 1000
 	}
 	if err != nil || n < 400_000 || n > 599_999 {
-		return 0, fmt.Errorf("want an HTTP status from 400 to 599, or an error code of six digits such as 401002")
+		return 0, errors.New("want an HTTP status from 400 to 599, or an error code of six digits such as 401002")
 	}
 	return dps.Code(n), nil
 }

@@ -154,9 +154,9 @@ func (f *Faults) before(op string, req *registration.Request) (applied []string,
 }
 
 // after changes what the service answered.
-func (f *Faults) after(op string, req *registration.Request, answer any, was error) (_ any, err error, applied []string, delay time.Duration) {
+func (f *Faults) after(op string, req *registration.Request, answer any, was error) (_ any, applied []string, delay time.Duration, err error) {
 	if f == nil {
-		return answer, was, nil, 0
+		return answer, nil, 0, was
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -185,7 +185,7 @@ func (f *Faults) after(op string, req *registration.Request, answer any, was err
 			break
 		}
 	}
-	return answer, err, applied, delay
+	return answer, applied, delay, err
 }
 
 // hold reports whether an operation that has ended is to look as if it had not.
