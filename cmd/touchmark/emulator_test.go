@@ -143,6 +143,29 @@ func TestEmulators(t *testing.T) {
 	}
 }
 
+// The table for a person has the CA, and no secret.
+func TestEmulatorTable(t *testing.T) {
+	cmd := exec.CommandContext(t.Context(), program(t), "serve", "--ephemeral", "--https", "127.0.0.1:0", "--mqtt", "off")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var text strings.Builder
+	for s := bufio.NewScanner(out); s.Scan() && s.Text() != "-----END CERTIFICATE-----"; {
+		text.WriteString(s.Text() + "\n")
+	}
+	_ = cmd.Process.Signal(os.Interrupt)
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
+	}
+	if s := text.String(); !strings.Contains(s, "BEGIN CERTIFICATE") || !strings.Contains(s, "HTTPS") || strings.Contains(s, "Key") {
+		t.Error(s)
+	}
+}
+
 // Every fault as a device meets it, through each door; and what was said is written down, without secrets.
 func TestEmulatorFaults(t *testing.T) {
 	dir := t.TempDir()

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/emulate"
+	"github.com/touchmark/touchmark/pkg/httpd"
 )
 
 type faultOptions struct {
@@ -77,4 +79,36 @@ func (a *app) runFault(ctx context.Context, o *faultOptions, method string, text
 		return nil
 	}
 	return a.table([]string{"FAULT", "MATCHED", "APPLIED"}, rows)
+}
+
+// faultCalls answers a test that changes the faults while the emulator runs.
+func faultCalls(faults *emulate.Faults) httpd.Call {
+	return func(_ context.Context, method string, body []byte) (any, error) {
+		var list []emulate.Fault
+		var err error
+		switch method {
+		case http.MethodGet:
+		case http.MethodDelete:
+			err = faults.Set()
+		case http.MethodPut, http.MethodPost:
+			if err = json.Unmarshal(body, &list); err != nil || list == nil {
+				var wrong *emulate.FaultError
+				if errors.As(err, &wrong) {
+					return nil, dps.NewError(dps.CodeInvalidArgument, wrong.Error(), nil)
+				}
+				return nil, dps.NewError(dps.CodeInvalidArgument, `The body must be an array of faults: ["rid=sensor-*,code=429"]`, err)
+			}
+			change := faults.Add
+			if method == http.MethodPut {
+				change = faults.Set
+			}
+			err = change(list...)
+		default:
+			return nil, dps.NewError(dps.CodeMethodNotAllowed, "Method not allowed", nil)
+		}
+		if err != nil {
+			return nil, dps.NewError(dps.CodeInvalidArgument, "There would be "+err.Error(), nil)
+		}
+		return map[string]any{"faults": faults.List()}, nil
+	}
 }

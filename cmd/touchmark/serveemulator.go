@@ -5,24 +5,18 @@ import (
 	"bytes"
 	"context"
 	"crypto/ecdsa"
-	"crypto/rand"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"math/big"
 	"net"
-	"net/http"
-	"os"
 	"path/filepath"
 	"strings"
 
 	"github.com/spf13/cobra"
 
-	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/ca"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/emulate"
@@ -88,7 +82,7 @@ func completeFault(_ *cobra.Command, _ []string, typed string) ([]string, cobra.
 	return out, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveNoSpace
 }
 
-// check is wrong usage that shows before anything is done. It fills in what an emulator has by default.
+// checkEmulator is wrong usage that shows before anything is done. It fills in what an emulator has by default.
 func (o *serveOptions) checkEmulator(c *cobra.Command) error {
 	changed := c.Flags().Changed
 	o.seeded = changed("seed")
@@ -97,6 +91,9 @@ func (o *serveOptions) checkEmulator(c *cobra.Command) error {
 			if changed(name) {
 				return hint(usageError{fmt.Errorf("--%s is for --ephemeral", name)}, "a service with --data is there for good: it is not played with")
 			}
+		}
+		if o.data == "" {
+			return usageError{errors.New("--data wants a directory")}
 		}
 		return nil
 	}
@@ -260,90 +257,6 @@ func (e *emulator) enrollFile(ctx context.Context, file string) error {
 	return nil
 }
 
-// writeDevices writes what was asked for of the two groups.
-func (e *emulator) writeDevices() error {
-	if dir := e.o.deviceCAOut; dir != "" {
-		key, err := keyPEM(e.deviceKey)
-		if err != nil {
-			return err
-		}
-		if err := writeFiles(dir, map[string][]byte{deviceCAFile: ca.EncodeChain(e.deviceCA), deviceCAKeyFile: key}); err != nil {
-			return err
-		}
-	}
-	for _, dir := range e.o.symmetricStamps {
-		doc := e.stamp(dir, dps.AttestationSymmetricKey)
-		doc["symmetricKey"] = base64.StdEncoding.EncodeToString(attest.DeriveKey(e.groupKey, filepath.Base(dir)))
-		if err := writeStamp(dir, doc, nil); err != nil {
-			return err
-		}
-	}
-	for _, dir := range e.o.certificateStamps {
-		key, chain, err := e.leaf(filepath.Base(dir))
-		if err != nil {
-			return err
-		}
-		doc := e.stamp(dir, dps.AttestationX509)
-		doc["certificateChain"], doc["privateKey"] = "device.pem", "device.key"
-		if err := writeStamp(dir, doc, map[string][]byte{"device.pem": chain, "device.key": key}); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (e *emulator) stamp(dir string, a dps.AttestationType) map[string]string {
-	return map[string]string{"idScope": e.d.scope, "globalEndpoint": e.o.hostnames[0], "registrationId": filepath.Base(dir), "attestation": string(a)}
-}
-
-func writeStamp(dir string, doc map[string]string, files map[string][]byte) error {
-	b, err := json.MarshalIndent(doc, "", "  ")
-	if err != nil {
-		return err
-	}
-	if files == nil {
-		files = make(map[string][]byte)
-	}
-	files["provisioning.json"] = append(b, '\n')
-	return writeFiles(dir, files)
-}
-
-func writeFiles(dir string, files map[string][]byte) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	for name, b := range files {
-		if err := writeFile(filepath.Join(dir, name), b, 0o600, true); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// leaf makes a device's key and certificate. The same device has the same key in every run under a seed.
-func (e *emulator) leaf(id string) (key, chain []byte, err error) {
-	if len(id) > dps.MaxCommonName {
-		return nil, nil, usageError{fmt.Errorf("--stamp-x509 %s: a certificate's common name holds at most %d characters", id, dps.MaxCommonName)}
-	}
-	priv, err := e.d.seed.Key("device " + id)
-	if err != nil {
-		return nil, nil, err
-	}
-	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
-		SerialNumber: new(big.Int).SetBytes(e.d.seed.Bytes("device "+id+", serial number", 16)), Subject: pkix.Name{CommonName: id},
-		NotBefore: e.deviceCA.NotBefore, NotAfter: e.deviceCA.NotAfter, KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
-	}, e.deviceCA, priv.Public(), e.d.seed.Signer(e.deviceKey))
-	if err != nil {
-		return nil, nil, err
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		return nil, nil, err
-	}
-	key, err = keyPEM(priv)
-	return key, ca.EncodeChain(cert), err
-}
-
 // describe adds what a test needs to what the service says when it is ready. Secrets are in it: an emulator's are good for as
 // long as it runs, or, under a seed, for nothing but tests, and there is no file to find them in. The table leaves them out.
 func (e *emulator) describe(ready map[string]any, owner *registration.Policy, https string) error {
@@ -377,38 +290,6 @@ func (e *emulator) describe(ready map[string]any, owner *registration.Policy, ht
 		ready["x509Group"] = group
 	}
 	return nil
-}
-
-// faultCalls answers a test that changes the faults while the emulator runs.
-func faultCalls(faults *emulate.Faults) httpd.Call {
-	return func(_ context.Context, method string, body []byte) (any, error) {
-		var list []emulate.Fault
-		var err error
-		switch method {
-		case http.MethodGet:
-		case http.MethodDelete:
-			err = faults.Set()
-		case http.MethodPut, http.MethodPost:
-			if err = json.Unmarshal(body, &list); err != nil || list == nil {
-				var wrong *emulate.FaultError
-				if errors.As(err, &wrong) {
-					return nil, dps.NewError(dps.CodeInvalidArgument, wrong.Error(), nil)
-				}
-				return nil, dps.NewError(dps.CodeInvalidArgument, `The body must be an array of faults: ["rid=sensor-*,code=429"]`, err)
-			}
-			change := faults.Add
-			if method == http.MethodPut {
-				change = faults.Set
-			}
-			err = change(list...)
-		default:
-			return nil, dps.NewError(dps.CodeMethodNotAllowed, "Method not allowed", nil)
-		}
-		if err != nil {
-			return nil, dps.NewError(dps.CodeInvalidArgument, "There would be "+err.Error(), nil)
-		}
-		return map[string]any{"faults": faults.List()}, nil
-	}
 }
 
 // tell says to a person how to go on.

@@ -9,7 +9,6 @@ import (
 	"io"
 	"log/slog"
 	"regexp"
-	"strings"
 	"sync"
 	"time"
 	"unicode/utf8"
@@ -246,7 +245,7 @@ var (
 	// secretText is what gives text away that holds a secret: SAS tokens, connection strings, private keys.
 	secretText = regexp.MustCompile(`(?i)sharedaccess|private key|\bsig(nature)?=|AGE-SECRET-KEY`)
 	// secretName is what the names of members that hold a secret are like.
-	secretName = regexp.MustCompile(`(?i)key|secret|passw|passphrase|token|credential|signature|\bpin\b|\bpsk\b`)
+	secretName = regexp.MustCompile(`(?i)key|secret|passw|passphrase|token|credential|signature|pin$|psk`)
 	// publicNames look like those and hold none.
 	publicNames = map[string]bool{"endorsementKey": true, "storageRootKey": true, "enrollmentGroupId": true, "keyName": true}
 )
@@ -290,7 +289,7 @@ func hide(v any, secret bool) any {
 	case map[string]any:
 		out := make(map[string]any, len(v))
 		for name, member := range v {
-			out[word(name)] = hide(member, !publicNames[name] && (secret || secretName.MatchString(strings.ReplaceAll(name, "_", " "))))
+			out[word(name)] = hide(member, !publicNames[name] && (secret || secretName.MatchString(name)))
 		}
 		return out
 	case []any:
