@@ -51,6 +51,7 @@ type serveOptions struct {
 	mqttDelay         time.Duration
 	owners            []string
 	requireOrders     bool
+	amqpOptions
 
 	httpsAsked bool
 }
@@ -77,7 +78,7 @@ func newServe(a *app) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "serve --data DIR",
 		Short: "Run the registration service that devices meet at their first power-on",
-		Long: `serve answers devices over HTTPS and MQTT as Azure IoT Hub DPS does, so that Azure's device SDKs register against it
+		Long: `serve answers devices over HTTPS, MQTT and AMQP as Azure IoT Hub DPS does, so that Azure's device SDKs register against it
 unchanged, and operators over the service API.
 
 The first start makes what is missing in the data directory: an ID scope, a TLS certificate from a small CA of its own
@@ -85,7 +86,7 @@ The first start makes what is missing in the data directory: an ID scope, a TLS 
 are sealed to (recipient.txt). Public keys of stations in its trust folder are trusted for every import, and production
 orders count that owners signed whose public keys are in its owners folder: --owner puts one there.`,
 		Example: `  touchmark serve --data service --hub hub-a.example.net --hub hub-b.example.net
-  touchmark serve --data service --https 127.0.0.1:8443 --mqtt off --hub hub-a.example.net --json`,
+  touchmark serve --data service --https 127.0.0.1:8443 --mqtt off --amqp off --hub hub-a.example.net --json`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			o.httpsAsked = cmd.Flags().Changed("https")
@@ -96,12 +97,13 @@ orders count that owners signed whose public keys are in its owners folder: --ow
 	f.StringVar(&o.data, "data", "", "directory that the service keeps everything in (required)")
 	f.StringVar(&o.https, "https", ":443", "address of the HTTPS door, or off; where 443 is not permitted, 8443")
 	f.StringVar(&o.mqtt, "mqtt", ":8883", "address of the MQTT door, or off")
+	o.amqpOptions.flags(f)
 	f.StringArrayVar(&o.hubs, "hub", nil, "host name of a hub that devices may be assigned to; again for more")
 	f.StringArrayVar(&o.hostnames, "hostname", nil, "name that the service is reached by, for its certificate and tokens; again for more (default: localhost)")
 	f.StringVar(&o.idScope, "id-scope", "", "ID scope that a first start takes, instead of a random one")
 	f.StringVar(&o.tlsCert, "tls-cert", "", "PEM file with the certificate chain for TLS, instead of one of the service's own")
 	f.StringVar(&o.tlsKey, "tls-key", "", "PEM file with its private key")
-	f.DurationVar(&o.mqttDelay, "mqtt-response-delay", 60*time.Millisecond, "pause between a PUBACK and its response, which Azure's Java SDK needs; 0 for none")
+	f.DurationVar(&o.mqttDelay, "mqtt-response-delay", 60*time.Millisecond, "pause between the acknowledgement of a request and its response, over MQTT and AMQP, which Azure's Java SDK needs; 0 for none")
 	f.StringArrayVar(&o.owners, "owner", nil, "PEM file with the public key of an owner whose production orders count, from now on; again for more")
 	f.BoolVar(&o.requireOrders, "require-orders", false, "refuse every bundle that was not made on a production order of an owner's")
 	_ = c.MarkFlagRequired("data")
@@ -111,8 +113,8 @@ orders count that owners signed whose public keys are in its owners folder: --ow
 }
 
 func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
-	if o.https == "off" && o.mqtt == "off" {
-		return usageError{errors.New("both doors are off")}
+	if o.https == "off" && o.mqtt == "off" && o.amqp == "off" {
+		return usageError{errors.New("all doors are off")}
 	}
 	for _, h := range append(o.hubs, o.hostnames...) {
 		if err := checkHost(h); err != nil {
@@ -173,9 +175,15 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 		return err
 	}
 	listenMQTT, err := listen("mqtt", o.mqtt)
+	var listenAMQP net.Listener
+	if err == nil {
+		listenAMQP, err = listen("amqp", o.amqp)
+	}
 	if err != nil {
-		if listenHTTPS != nil {
-			err = errors.Join(err, listenHTTPS.Close())
+		for _, l := range []net.Listener{listenHTTPS, listenMQTT} {
+			if l != nil {
+				err = errors.Join(err, l.Close())
+			}
 		}
 		return err
 	}
@@ -206,6 +214,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 			return door.New(door.Config{TLS: door.TLSConfig(certificate), Log: log}).Serve(ctx, listenMQTT, mqtt.Handle)
 		})
 	}
+	o.serveAMQP(ctx, eg, listenAMQP, svc, certificate, log, ready)
 	if a.json {
 		if err := a.printJSON(ready); err != nil {
 			return err
@@ -223,7 +232,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 
 func (a *app) printReady(ready map[string]any) {
 	rows := [][]string{{"Registration service", "ready"}, {"  ID scope", fmt.Sprint(ready["idScope"])}}
-	for _, r := range [][2]string{{"https", "HTTPS"}, {"mqtt", "MQTT"}, {"caFile", "CA for devices"}, {"connectionStringFile", "owner's connection"}, {"recipient", "recipient"}} {
+	for _, r := range [][2]string{{"https", "HTTPS"}, {"mqtt", "MQTT"}, {"amqp", "AMQP"}, {"caFile", "CA for devices"}, {"connectionStringFile", "owner's connection"}, {"recipient", "recipient"}} {
 		if v, ok := ready[r[0]]; ok && v != "" {
 			rows = append(rows, []string{"  " + r[1], fmt.Sprint(v)})
 		}
