@@ -97,7 +97,7 @@ orders count that owners signed whose public keys are in its owners folder: --ow
 	f.StringVar(&o.data, "data", "", "directory that the service keeps everything in (required)")
 	f.StringVar(&o.https, "https", ":443", "address of the HTTPS door, or off; where 443 is not permitted, 8443")
 	f.StringVar(&o.mqtt, "mqtt", ":8883", "address of the MQTT door, or off")
-	o.amqpOptions.flags(f)
+	o.amqpOptions.flags(c)
 	f.StringArrayVar(&o.hubs, "hub", nil, "host name of a hub that devices may be assigned to; again for more")
 	f.StringArrayVar(&o.hostnames, "hostname", nil, "name that the service is reached by, for its certificate and tokens; again for more (default: localhost)")
 	f.StringVar(&o.idScope, "id-scope", "", "ID scope that a first start takes, instead of a random one")

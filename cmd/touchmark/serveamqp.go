@@ -6,7 +6,7 @@ import (
 	"log/slog"
 	"net"
 
-	"github.com/spf13/pflag"
+	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/touchmark/touchmark/pkg/amqpd"
@@ -19,8 +19,8 @@ type amqpOptions struct {
 	amqp string
 }
 
-func (o *amqpOptions) flags(f *pflag.FlagSet) {
-	f.StringVar(&o.amqp, "amqp", ":5671", "address of the AMQP door, or off")
+func (o *amqpOptions) flags(c *cobra.Command) {
+	c.Flags().StringVar(&o.amqp, "amqp", ":5671", "address of the AMQP door, or off")
 }
 
 // serveAMQP serves the AMQP door, if there is one, in the group.
