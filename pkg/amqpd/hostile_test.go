@@ -375,3 +375,20 @@ func TestHeld(t *testing.T) {
 		t.Errorf("%+v", e)
 	}
 }
+
+// Who says nothing, or half of it, is hung up on at every step.
+func TestHalfOpen(t *testing.T) {
+	t.Parallel()
+	d := newDoor(t, func(c *amqpd.Config, _ *door.Config) { c.Second = 10 * time.Millisecond })
+	for name, send := range map[string][]byte{
+		"silent": nil, "half a header": []byte("AMQP"), "no init": amqp.AppendHeader(nil, amqp.SASL), "half of init": append(amqp.AppendHeader(nil, amqp.SASL), frames(plainInit(d.Derived("dev-1")))[:30]...),
+		"no AMQP behind SASL": append(amqp.AppendHeader(nil, amqp.SASL), frames(plainInit(d.Derived("dev-1")))...), "no open": amqp.AppendHeader(nil, amqp.AMQP),
+		"TPM that never answers": append(amqp.AppendHeader(nil, amqp.SASL), frames(&amqp.SASLInit{Mechanism: "TPM", InitialResponse: []byte("\x00s\x00d\x00ek")})...),
+	} {
+		c := d.dial(t, nil)
+		c.write(t, send)
+		if _, err := io.ReadAll(c.c); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
