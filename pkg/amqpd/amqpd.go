@@ -48,7 +48,7 @@ const (
 	silence          = 240 // half of it is announced as idle-time-out
 	lingerTime       = 3   // after a refusal
 	writeTime        = 10
-	minIdle          = 1 // a shorter idle-time-out would be more work than talk
+	minIdle          = 1000 // milliseconds: a shorter idle-time-out would be more work than talk
 
 	maxSASL    = 4 << 10 // more than the standard's 512: tokens of long names do not fit these
 	maxOpen    = 8 << 10 // from somebody who has not said much yet
@@ -142,8 +142,11 @@ func (f *failure) Error() string { return string(f.condition) + ": " + f.text }
 
 func fail(condition amqp.Symbol, text string) error { return &failure{condition, text} }
 
-// errRefused ends a conversation that the peer has been told the end of.
-var errRefused = errors.New("device was refused")
+// errRefused ends a conversation with what is written, and errClosed one that is closed already.
+var (
+	errRefused = errors.New("device was refused")
+	errClosed  = errors.New("device was refused, and has had its close")
+)
 
 func malformed(err error) bool {
 	return errors.Is(err, amqp.ErrMalformed) || errors.Is(err, amqp.ErrTooLarge)
@@ -374,7 +377,7 @@ func (c *conn) open() error {
 		return err
 	}
 	c.opened = true
-	switch idle := time.Duration(0); {
+	switch {
 	case err != nil:
 		return err
 	case !ok:
@@ -382,13 +385,14 @@ func (c *conn) open() error {
 	case in.MaxFrameSize < amqp.MinMaxFrameSize:
 		return fail(invalidField, "max-frame-size is less than 512")
 	case refusal != nil:
-		return errors.Join(errRefused, c.shut(refusal))
-	case in.IdleTimeout > 0:
-		if idle = time.Duration(in.IdleTimeout) * c.s.cfg.Second / 1000; idle < minIdle*c.s.cfg.Second {
-			return fail(notAllowed, "idle-time-out is less than a second")
-		}
-		c.keepAlive(idle / 3)
+		_ = c.shut(refusal)
+		return errClosed
+	case in.IdleTimeout == 0:
+		return nil
+	case in.IdleTimeout < minIdle:
+		return fail(notAllowed, "idle-time-out is less than a second")
 	}
+	c.keepAlive(time.Duration(in.IdleTimeout) * c.s.cfg.Second / 1000 / 3)
 	return nil
 }
 
@@ -532,7 +536,7 @@ func (c *conn) attach(s *session, a *amqp.Attach) error {
 		c.req.APIVersion = v
 	}
 	if v, ok := a.Properties.Get(amqp.Symbol("com.microsoft:client-version")).(string); ok && len(v) <= 1024 {
-		c.req.ClientVersion = strings.Clone(v)
+		c.req.ClientVersion = v
 	}
 	if err := c.write(s.channel, out, nil); err != nil {
 		return err
@@ -550,7 +554,7 @@ func (c *conn) own(address any) bool {
 	text, _ := address.(string)
 	scope, id, ok := parseAddress(normalise(text))
 	if ok && !c.known {
-		c.req.IDScope, c.req.RegistrationID, c.known = scope, id, true
+		c.req.IDScope, c.req.RegistrationID, c.known = strings.Clone(scope), strings.Clone(id), true // and not all that stood before them
 	}
 	return ok && dps.Fold(scope) == dps.Fold(c.req.IDScope) && dps.Fold(id) == dps.Fold(c.req.RegistrationID)
 }

@@ -211,6 +211,12 @@ func TestHostile(t *testing.T) {
 			return b
 		}(), stays},
 		{"a message of 200 KiB", attached, again(4, delivery(func(x *amqp.Transfer) { x.More = true }, make([]byte, 50_000))), oversize},
+		{"a message of 80 KiB on each of two links", attached, func() []byte {
+			other := sender(dev)
+			other.Name, other.Handle = "other", 2
+			b := append(on(0, other), again(2, delivery(func(x *amqp.Transfer) { x.More = true }, make([]byte, 40_000)))...)
+			return append(b, again(2, delivery(func(x *amqp.Transfer) { x.Handle, x.More = 2, true }, make([]byte, 40_000)))...)
+		}(), oversize},
 		{"a message without end", attached, again(3000, delivery(func(x *amqp.Transfer) { x.More = true }, nil)), stays},
 		{"an empty message", attached, delivery(func(*amqp.Transfer) {}, nil), argument},
 		{"a message of rubbish", attached, delivery(func(*amqp.Transfer) {}, []byte("{}")), argument},

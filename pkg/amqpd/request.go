@@ -49,7 +49,7 @@ func (c *conn) transfer(ctx context.Context, s *session, t *amqp.Transfer, paylo
 		l.partial = nil
 		return c.grant(s, l)
 	}
-	if len(l.partial)+len(payload) > maxMessage {
+	if c.unfinished()+len(payload) > maxMessage {
 		return c.refuse(s, l, breach(&failure{overSize, "A message is too large"}))
 	}
 	if l.partial = append(l.partial, payload...); l.more {
@@ -61,6 +61,18 @@ func (c *conn) transfer(ctx context.Context, s *session, t *amqp.Transfer, paylo
 		return err
 	}
 	return c.grant(s, l)
+}
+
+// unfinished returns how many octets of messages that have more to come are kept, on all links together.
+func (c *conn) unfinished() (n int) {
+	for _, s := range c.sessions {
+		if s != nil {
+			for _, l := range s.links {
+				n += len(l.partial)
+			}
+		}
+	}
+	return n
 }
 
 // grant gives a device new credit when half is used.
