@@ -43,6 +43,10 @@ func main() {
 		return
 	}
 	debug.SetGCPercent(200) // as the command does
+	if len(os.Args) == 6 && os.Args[1] == idleChild {
+		check(runIdleChild(os.Args[2], os.Args[3], os.Args[4], os.Args[5]))
+		return
+	}
 	if len(os.Args) == 4 && os.Args[1] == ledgerChild {
 		check(runLedgerChild(os.Args[2], os.Args[3]))
 		return
@@ -76,7 +80,8 @@ func main() {
 		{"derive", func() { b.derive("derive", temp) }}, {"derive-disk", func() { b.derive("derive-disk", disk) }}, {"derive-token", b.deriveToken},
 		{"token-sign", b.tokenSign}, {"token-hmac", b.tokenHMAC}, {"token-keygen", b.tokenKeygen}, {"token-crowded", b.tokenCrowded},
 		{"tpm-create", b.tpmCreate}, {"tpm-sign", b.tpmSign},
-		{"register-https", func() { b.register("https") }}, {"register-mqtt", func() { b.register("mqtt") }}, {"import", b.importBundle},
+		{"register-https", func() { b.register("https") }}, {"register-mqtt", func() { b.register("mqtt") }}, {"register-amqp", func() { b.register("amqp") }},
+		{"idle-mqtt", func() { b.idle("mqtt", 34) }}, {"idle-amqp", func() { b.idle("amqp", 40) }}, {"import", b.importBundle},
 		{"ledger-append", func() { b.ledgerAppend("ledger-append", temp, ledgerGroup) }}, {"ledger-append-disk", func() { b.ledgerAppend("ledger-append-disk", disk, ledgerGroup) }},
 		{"ledger-append-one-disk", func() { b.ledgerAppend("ledger-append-one-disk", disk, 1) }},
 		{"ledger-verify", b.ledgerVerify}, {"ledger-verify-million ledger-resume-million station-resume-million", b.ledgerMillion},

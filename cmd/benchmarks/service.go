@@ -27,6 +27,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/touchmark/touchmark/pkg/amqpd"
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/door"
 	"github.com/touchmark/touchmark/pkg/dps"
@@ -66,7 +67,7 @@ func newService(dir string) (*sqlstore.Store, *registration.Service) {
 }
 
 // register: devices of an X.509 group, each on a connection of its own: mutual TLS, register, one status; against mutual
-// TLS and two echoes of as many octets, by the same clients.
+// TLS and as many echoes of as many octets, by the same clients.
 func (b *bench) register(protocol string) {
 	dir := tempDir()
 	a := newAuthority()
@@ -83,11 +84,16 @@ func (b *bench) register(protocol string) {
 	defer doors.Wait()
 	defer stop()
 	ours, echo := must(net.Listen("tcp", "127.0.0.1:0")), must(net.Listen("tcp", "127.0.0.1:0"))
-	exchange, limit := httpsExchange, 560
-	if protocol == "https" {
+	exchange, limit, echoes := httpsExchange, 560, 2
+	switch protocol {
+	case "https":
 		front := httpd.New(httpd.Config{Registrar: svc, Service: svc, Door: door.New(door.Config{TLS: door.TLSConfig(certificate, "http/1.1")})})
 		doors.Go(func() { check(front.Serve(ctx, ours)) })
-	} else {
+	case "amqp":
+		exchange, limit, echoes = amqpExchange, 420, 3
+		handle := amqpd.New(amqpd.Config{Registrar: svc, ResponseDelay: -1}).Handle
+		doors.Go(func() { check(door.New(door.Config{TLS: door.TLSConfig(certificate)}).Serve(ctx, ours, handle)) })
+	default:
 		exchange, limit = mqttExchange, 420
 		// Without the pause before each response, which one SDK needs: it is time and not work.
 		handle := mqttd.New(mqttd.Config{Registrar: svc, ResponseDelay: -1}).Handle
@@ -120,7 +126,7 @@ func (b *bench) register(protocol string) {
 		message := bytes.Repeat([]byte("x"), limit)
 		return clients(n, func(i int) {
 			c := dial(echo.Addr().String(), i)
-			for range 2 {
+			for range echoes {
 				must(c.Write(message))
 				must(io.ReadFull(c, message))
 			}

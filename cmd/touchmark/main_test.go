@@ -156,7 +156,7 @@ func softhsmModule(ts *testscript.TestScript) string {
 	return ""
 }
 
-// serve [FLAG ...]: starts the service in the directory svc and puts its addresses into $HTTPS and $MQTT. It is stopped,
+// serve [FLAG ...]: starts the service in the directory svc and puts its addresses into $HTTPS, $MQTT and $AMQP. It is stopped,
 // and must stop cleanly, when the script ends.
 func serveCmd(ts *testscript.TestScript, neg bool, args []string) {
 	startServe(ts, append([]string{"--data", ts.MkAbs("svc")}, args...))
@@ -168,7 +168,7 @@ func emulatorCmd(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 func startServe(ts *testscript.TestScript, args []string) {
-	args = append([]string{"serve", "--https", "127.0.0.1:0", "--mqtt", "127.0.0.1:0", "--json"}, args...)
+	args = append([]string{"serve", "--https", "127.0.0.1:0", "--mqtt", "127.0.0.1:0", "--amqp", "127.0.0.1:0", "--json"}, args...)
 	program, err := lookPath("touchmark", ts.Getenv("PATH"))
 	ts.Check(err)
 	cmd := exec.Command(program, args...)
@@ -190,7 +190,7 @@ func startServe(ts *testscript.TestScript, args []string) {
 		ts.Fatalf("serve did not start: %v\n%s", err, log.String())
 	}
 	go func() { _, _ = io.Copy(io.Discard, out) }()
-	for name, key := range map[string]string{"HTTPS": "https", "MQTT": "mqtt", "SCOPE": "idScope", "RECIPIENT": "recipient"} {
+	for name, key := range map[string]string{"HTTPS": "https", "MQTT": "mqtt", "AMQP": "amqp", "SCOPE": "idScope", "RECIPIENT": "recipient"} {
 		if m := regexp.MustCompile(`"` + key + `":"([^"]*)"`).FindSubmatch(buf[:n]); m != nil {
 			ts.Setenv(name, string(m[1]))
 		}

@@ -22,7 +22,7 @@ type nodeResult struct {
 }
 
 // Azure's device SDK for Node, unmodified, registers devices from stamps that this program wrote: both attestations,
-// individual and group, over HTTPS on 443 and MQTT. And it is refused, cleanly, with a wrong key and with a foreign
+// individual and group, over HTTPS on 443, MQTT and AMQP. And it is refused, cleanly, with a wrong key and with a foreign
 // certificate. DPS-D 96.
 func TestNodeSDK(t *testing.T) {
 	if _, err := exec.LookPath("node"); err != nil {
@@ -43,7 +43,7 @@ func TestNodeSDK(t *testing.T) {
 
 	t.Setenv("TOUCHMARK_PASSPHRASE", "words for a test")
 	dir := t.TempDir()
-	startService(t, dir, "127.0.0.1:443", "127.0.0.1:8883")
+	startService(t, dir, "127.0.0.1:443", "127.0.0.1:8883", "127.0.0.1:5671")
 	mintAll(t, dir)
 	// A line that the service has never heard of makes devices of the same names.
 	touchmark(t, dir, "init", "foreign", "--id-scope", "0ne00112233")
@@ -64,7 +64,7 @@ func TestNodeSDK(t *testing.T) {
 		}
 		return r
 	}
-	for _, protocol := range []string{"https", "mqtt"} {
+	for _, protocol := range []string{"https", "mqtt", "amqp"} {
 		for _, profile := range []string{"x509-group", "x509-individual", "symmetric-group", "symmetric-individual"} {
 			t.Run(protocol+"/"+profile, func(t *testing.T) {
 				t.Parallel()

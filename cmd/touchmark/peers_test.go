@@ -52,7 +52,7 @@ func wrongKey(t *testing.T, stamp string) string {
 func TestPaho(t *testing.T) {
 	t.Setenv("TOUCHMARK_PASSPHRASE", "words for a test")
 	dir := t.TempDir()
-	ready, _ := startService(t, dir, "127.0.0.1:0", "127.0.0.1:0")
+	ready, _ := startService(t, dir, "127.0.0.1:0", "127.0.0.1:0", "127.0.0.1:0")
 	mintAll(t, dir)
 	for protocol, door := range map[string]string{"mqtt": "mqtt"} {
 		host, port, err := net.SplitHostPort(ready[door].(string))

@@ -19,7 +19,7 @@ func TestPythonSDK(t *testing.T) {
 	t.Setenv("PYTHONPATH", sdk)
 	t.Setenv("TOUCHMARK_PASSPHRASE", "words for a test")
 	dir := t.TempDir()
-	startService(t, dir, "127.0.0.1:443", "127.0.0.1:8883")
+	startService(t, dir, "127.0.0.1:443", "127.0.0.1:8883", "127.0.0.1:0")
 	mintAll(t, dir)
 	register := func(t *testing.T, stamp, protocol string, payload ...string) nodeResult {
 		return aPeer(t, "python/register.py", "azure.iot.device", append([]string{stamp, protocol, "localhost", filepath.Join(dir, "svc", "ca.pem")}, payload...)...)

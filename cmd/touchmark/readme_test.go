@@ -29,7 +29,7 @@ func TestReadme(t *testing.T) {
 	if n := strings.Count(script, "\n"); !ok || n != 10 {
 		t.Fatalf("the journey has %d lines", n)
 	}
-	for _, port := range []string{"127.0.0.1:8443", "127.0.0.1:8883"} {
+	for _, port := range []string{"127.0.0.1:8443", "127.0.0.1:8883", "127.0.0.1:5671"} {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			t.Fatal(err)

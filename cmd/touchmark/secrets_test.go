@@ -18,9 +18,9 @@ import (
 var allProfiles = []string{"x509-group", "x509-individual", "symmetric-group", "symmetric-individual", "esp32-nvs", "eeprom"}
 
 // startService runs a service in dir/svc until the test ends, and returns what it said when it was ready and what it logs.
-func startService(t *testing.T, dir, https, mqtt string) (ready map[string]any, log *syncBuffer) {
+func startService(t *testing.T, dir, https, mqtt, amqp string) (ready map[string]any, log *syncBuffer) {
 	t.Helper()
-	cmd := exec.Command(program(t), "serve", "--data", "svc", "--https", https, "--mqtt", mqtt, "--hub", "hub-a.example.net", "--id-scope", "0ne00112233", "--json")
+	cmd := exec.Command(program(t), "serve", "--data", "svc", "--https", https, "--mqtt", mqtt, "--amqp", amqp, "--hub", "hub-a.example.net", "--id-scope", "0ne00112233", "--json")
 	cmd.Dir = dir
 	log = &syncBuffer{}
 	cmd.Stderr = log
@@ -94,7 +94,7 @@ func TestSecretsStayPut(t *testing.T) {
 	t.Setenv("TOUCHMARK_PASSPHRASE_FILE", filepath.Join(dir, "passphrase"))
 	program(t) // built elsewhere
 	t.Setenv("TMPDIR", tmp)
-	ready, log := startService(t, dir, "127.0.0.1:0", "127.0.0.1:0")
+	ready, log := startService(t, dir, "127.0.0.1:0", "127.0.0.1:0", "127.0.0.1:0")
 	said := mintAll(t, dir)
 	stamps, err := filepath.Glob(filepath.Join(dir, "stamps", "*"))
 	if err != nil || len(stamps) != 2*len(allProfiles) {

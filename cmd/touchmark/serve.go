@@ -33,6 +33,7 @@ type serveOptions struct {
 	requireOrders     bool
 	exchanges         string
 	emulatorOptions
+	amqpOptions
 
 	httpsAsked bool
 }
@@ -42,7 +43,7 @@ func newServe(a *app) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "serve {--data DIR | --ephemeral}",
 		Short: "Run the registration service that devices meet at their first power-on",
-		Long: `serve answers devices over HTTPS and MQTT as Azure IoT Hub DPS does, so that Azure's device SDKs register against it
+		Long: `serve answers devices over HTTPS, MQTT and AMQP as Azure IoT Hub DPS does, so that Azure's device SDKs register against it
 unchanged, and operators over the service API.
 
 The first start makes what is missing in the data directory: an ID scope, a TLS certificate from a small CA of its own
@@ -53,7 +54,7 @@ orders count that owners signed whose public keys are in its owners folder: --ow
 With --ephemeral it is an emulator for the tests of a device's firmware: nothing is on disk, groups that any device can
 register in are there already, and faults happen on demand. touchmark help emulator is its page.`,
 		Example: `  touchmark serve --data service --hub hub-a.example.net --hub hub-b.example.net
-  touchmark serve --data service --https 127.0.0.1:8443 --mqtt off --hub hub-a.example.net --json
+  touchmark serve --data service --https 127.0.0.1:8443 --mqtt off --amqp off --hub hub-a.example.net --json
   touchmark serve --ephemeral --seed ci --https 127.0.0.1:0 --mqtt 127.0.0.1:0 --fault 'rid=sensor-*,code=429,count=2' --json`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -68,12 +69,13 @@ register in are there already, and faults happen on demand. touchmark help emula
 	f.StringVar(&o.data, "data", "", "directory that the service keeps everything in")
 	f.StringVar(&o.https, "https", ":443", "address of the HTTPS door, or off; where 443 is not permitted, 8443")
 	f.StringVar(&o.mqtt, "mqtt", ":8883", "address of the MQTT door, or off")
+	o.amqpOptions.flags(c)
 	f.StringArrayVar(&o.hubs, "hub", nil, "host name of a hub that devices may be assigned to; again for more")
 	f.StringArrayVar(&o.hostnames, "hostname", nil, "name that the service is reached by, for its certificate and tokens; again for more (default: localhost)")
 	f.StringVar(&o.idScope, "id-scope", "", "ID scope that a first start takes, instead of a random one")
 	f.StringVar(&o.tlsCert, "tls-cert", "", "PEM file with the certificate chain for TLS, instead of one of the service's own")
 	f.StringVar(&o.tlsKey, "tls-key", "", "PEM file with its private key")
-	f.DurationVar(&o.mqttDelay, "mqtt-response-delay", 60*time.Millisecond, "pause between a PUBACK and its response, which Azure's Java SDK needs; 0 for none")
+	f.DurationVar(&o.mqttDelay, "mqtt-response-delay", 60*time.Millisecond, "pause between the acknowledgement of a request and its response, over MQTT and AMQP, which Azure's Java SDK needs; 0 for none")
 	f.StringArrayVar(&o.owners, "owner", nil, "PEM file with the public key of an owner whose production orders count, from now on; again for more")
 	f.BoolVar(&o.requireOrders, "require-orders", false, "refuse every bundle that was not made on a production order of an owner's")
 	f.StringVar(&o.exchanges, "exchanges", "", "file that every exchange with a device is appended to as a line of JSON, without secrets; - is standard output")
@@ -84,8 +86,8 @@ register in are there already, and faults happen on demand. touchmark help emula
 }
 
 func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
-	if o.https == "off" && o.mqtt == "off" {
-		return usageError{errors.New("both doors are off")}
+	if o.https == "off" && o.mqtt == "off" && o.amqp == "off" {
+		return usageError{errors.New("all doors are off")}
 	}
 	for _, h := range append(o.hubs, o.hostnames...) {
 		if err := checkHost(h); err != nil {
@@ -161,9 +163,15 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 		return err
 	}
 	listenMQTT, err := o.listen("mqtt", o.mqtt)
+	var listenAMQP net.Listener
+	if err == nil {
+		listenAMQP, err = o.listen("amqp", o.amqp)
+	}
 	if err != nil {
-		if listenHTTPS != nil {
-			err = errors.Join(err, listenHTTPS.Close())
+		for _, l := range []net.Listener{listenHTTPS, listenMQTT} {
+			if l != nil {
+				err = errors.Join(err, l.Close())
+			}
 		}
 		return err
 	}
@@ -210,6 +218,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 			return door.New(door.Config{TLS: door.TLSConfig(certificate), Log: log}).Serve(ctx, listenMQTT, mqtt.Handle)
 		})
 	}
+	o.serveAMQP(ctx, eg, listenAMQP, registrar, certificate, log, ready)
 	if o.ephemeral {
 		emulated.tell(a)
 	}
@@ -232,7 +241,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 // printReady leaves out what is secret.
 func (a *app) printReady(ready map[string]any) {
 	rows := [][]string{{"Registration service", "ready"}, {"  ID scope", fmt.Sprint(ready["idScope"])}}
-	for _, r := range [][2]string{{"https", "HTTPS"}, {"mqtt", "MQTT"}, {"caFile", "CA for devices"}, {"connectionStringFile", "owner's connection"}, {"recipient", "recipient"}} {
+	for _, r := range [][2]string{{"https", "HTTPS"}, {"mqtt", "MQTT"}, {"amqp", "AMQP"}, {"caFile", "CA for devices"}, {"connectionStringFile", "owner's connection"}, {"recipient", "recipient"}} {
 		if v, ok := ready[r[0]]; ok && v != "" {
 			rows = append(rows, []string{"  " + r[1], fmt.Sprint(v)})
 		}

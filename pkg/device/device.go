@@ -1,7 +1,7 @@
 // Package device is the device's side of its first power-on: it reads the stamp that the factory left, registers, and
 // keeps the hub that it was assigned.
 //
-// [Register] speaks HTTPS or MQTT as Azure's device SDKs do (device API, sections 10 and 11).
+// [Register] speaks HTTPS, MQTT or AMQP as Azure's device SDKs do (device API, sections 10 to 12).
 package device
 
 import (

@@ -26,7 +26,7 @@ import (
 // Config says how to register.
 type Config struct {
 	Stamp Stamp
-	// Protocol is "https" or "mqtt".
+	// Protocol is "https", "mqtt" or "amqp".
 	Protocol string
 	// Endpoint is host:port; empty means the stamp's global endpoint on the protocol's port.
 	Endpoint string
@@ -130,9 +130,9 @@ func pause(ctx context.Context, d time.Duration) error {
 }
 
 func registerOnce(ctx context.Context, cfg Config) (*dps.RegistrationState, error) {
-	port := map[string]string{"https": "443", "mqtt": "8883"}[cfg.Protocol]
+	port := map[string]string{"https": "443", "mqtt": "8883", "amqp": "5671"}[cfg.Protocol]
 	if port == "" {
-		return nil, fmt.Errorf("protocol %q: want https or mqtt", cfg.Protocol)
+		return nil, fmt.Errorf("protocol %q: want https, mqtt or amqp", cfg.Protocol)
 	}
 	endpoint := cfg.Endpoint
 	if endpoint == "" {
@@ -160,9 +160,15 @@ func registerOnce(ctx context.Context, cfg Config) (*dps.RegistrationState, erro
 		return nil, err
 	}
 	var t talker
-	if cfg.Protocol == "https" {
+	switch cfg.Protocol {
+	case "https":
 		t = newHTTPS(&cfg.Stamp, endpoint, tc, token)
-	} else if t, err = dialMQTT(ctx, &cfg.Stamp, endpoint, tc, token); err != nil {
+	case "mqtt":
+		t, err = dialMQTT(ctx, &cfg.Stamp, endpoint, tc, token)
+	case "amqp":
+		t, err = dialAMQP(ctx, &cfg.Stamp, endpoint, tc, token)
+	}
+	if err != nil {
 		return nil, err
 	}
 	defer t.close()

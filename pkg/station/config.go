@@ -60,7 +60,7 @@ type Config struct {
 	Register struct {
 		Endpoint string `toml:"endpoint"` // host:port
 		CA       string `toml:"ca"`       // PEM file
-		Protocol string `toml:"protocol"` // "https" (default) or "mqtt"
+		Protocol string `toml:"protocol"` // "https" (default), "mqtt" or "amqp"
 	} `toml:"register"`
 	Label struct {
 		// template of the label: "unit-50x25", "tiny-30x10", "traveller-100x50", or a file in the line's templates folder.
@@ -214,8 +214,8 @@ func (c *Config) check(f *settings.Faults) {
 	c.prove = tool("challenge", c.Challenge)
 	if p := c.Register.Protocol; p == "" {
 		c.Register.Protocol = "https"
-	} else if p != "https" && p != "mqtt" {
-		f.Key("register.protocol", "register.protocol is %q: want https or mqtt", p)
+	} else if p != "https" && p != "mqtt" && p != "amqp" {
+		f.Key("register.protocol", "register.protocol is %q: want https, mqtt or amqp", p)
 	}
 	if c.Label.Format == "" {
 		c.Label.Format = string(label.ZPL)

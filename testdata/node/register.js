@@ -28,7 +28,7 @@ if (stamp.attestation === 'x509') {
 const client = ProvisioningDeviceClient.create(host, stamp.idScope, new Transport(), security);
 client.register((err, result) => {
   if (err) {
-    console.log(JSON.stringify({ ok: false, name: err.name, message: err.message, result: err.result }));
+    console.log(JSON.stringify({ ok: false, name: err.name || err.condition, message: err.message || err.description, result: err.result }));
     process.exit(1);
   }
   console.log(JSON.stringify({ ok: true, status: result.status, assignedHub: result.assignedHub, deviceId: result.deviceId }));
