@@ -108,11 +108,24 @@ const (
 	maxPolls  = 60
 )
 
-// errBusy is an answer that asks to come back: 429, or 5xx.
+// A BusyError is the service asking to come back later: 429, or 5xx.
+type BusyError struct {
+	Code    dps.Code
+	Message string
+}
+
+// Error says what the service said.
+func (e *BusyError) Error() string {
+	return fmt.Sprintf("the service is busy: %d %s", int(e.Code), e.Message)
+}
+
+// errBusy is an answer that asks to come back, and when.
 type errBusy struct {
 	error
 	after time.Duration
 }
+
+func (e errBusy) Unwrap() error { return e.error }
 
 // A talker does the two requests of the protocol.
 type talker interface {
@@ -167,7 +180,27 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-func registerOnce(ctx context.Context, cfg *Config) (*dps.RegistrationState, error) {
+// Status asks what became of an operation, once, on a connection of its own: as a device does that was switched off while it
+// waited.
+func Status(ctx context.Context, cfg Config, operation string) (*dps.OperationStatus, error) {
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	t, err := open(ctx, &cfg)
+	if err != nil {
+		return nil, err
+	}
+	defer t.close()
+	var st *dps.OperationStatus
+	err = cfg.step("status", func() (*dps.OperationStatus, error) {
+		st, _, err = t.status(ctx, operation)
+		return st, err
+	})
+	return st, err
+}
+
+// open connects, as far as requests can be made.
+func open(ctx context.Context, cfg *Config) (talker, error) {
 	p, err := protocolOf(cfg.Protocol)
 	if err != nil {
 		return nil, err
@@ -182,11 +215,15 @@ func registerOnce(ctx context.Context, cfg *Config) (*dps.RegistrationState, err
 			return nil, err
 		}
 	}
+	return p.talk(ctx, cfg, dial, token)
+}
+
+func registerOnce(ctx context.Context, cfg *Config) (*dps.RegistrationState, error) {
 	body, err := json.Marshal(dps.RegisterRequest{RegistrationID: cfg.Stamp.RegistrationID, Payload: cfg.Payload})
 	if err != nil {
 		return nil, err
 	}
-	t, err := p.talk(ctx, cfg, dial, token)
+	t, err := open(ctx, cfg)
 	if err != nil {
 		return nil, err
 	}
@@ -251,7 +288,7 @@ func answer(status int, body []byte, after time.Duration) (*dps.OperationStatus,
 	}
 	refused := &RefusedError{Code: doc.ErrorCode, TrackingID: doc.TrackingID, Message: doc.Message}
 	if status == http.StatusTooManyRequests || status >= 500 {
-		return nil, 0, errBusy{fmt.Errorf("the service is busy: %d %s", int(doc.ErrorCode), doc.Message), after}
+		return nil, 0, errBusy{&BusyError{doc.ErrorCode, doc.Message}, after}
 	}
 	return nil, 0, refused
 }
@@ -344,7 +381,7 @@ func (t *mqttTalker) open(ctx context.Context, s *Stamp, token string) error {
 	case err != nil:
 		return err
 	case p.ReturnCode == 3:
-		return errBusy{errors.New("the service is unavailable"), 3 * time.Second}
+		return errBusy{&BusyError{dps.CodeServiceOverloaded, "the MQTT connection was refused with code 3"}, 3 * time.Second}
 	case p.ReturnCode != 0:
 		return &RefusedError{Code: dps.CodeUnauthorized, Message: fmt.Sprintf("the MQTT connection was refused with code %d", p.ReturnCode)}
 	}

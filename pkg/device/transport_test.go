@@ -63,7 +63,7 @@ func TestWebSocketRefused(t *testing.T) {
 			var e *device.RefusedError
 			return errors.As(err, &e) && e.Code == dps.CodeBadRequest
 		}},
-		"busy":       {http.StatusTooManyRequests, func(err error) bool { return strings.Contains(err.Error(), "busy") }},
+		"busy":       {http.StatusTooManyRequests, func(err error) bool { var e *device.BusyError; return errors.As(err, &e) && e.Code.Status() == 429 }},
 		"other name": {http.StatusSwitchingProtocols, func(err error) bool { return errors.Is(err, device.ErrAnswer) }},
 		"hung up":    {0, func(err error) bool { return errors.Is(err, io.EOF) }},
 	} {
@@ -104,6 +104,7 @@ func TestObserve(t *testing.T) {
 			t.Fatal(err)
 		}
 		cfg.TLS, cfg.RootCAs, cfg.Tries = tc, nil, 1
+		operation := ""
 		for range 2 {
 			var steps []string
 			var operations []string
@@ -121,8 +122,21 @@ func TestObserve(t *testing.T) {
 			if !slices.Equal(steps, want) || len(operations) != 2 || operations[0] != operations[1] {
 				t.Errorf("%s: steps %v, operations %v", protocol, steps, operations)
 			}
+			operation = operations[0]
 		}
-		// A busy service is told once where the caller wants it so.
+		// An operation can be asked for again later, and only by its own device.
+		ask := cfg
+		ask.Observe = nil
+		st, err := device.Status(t.Context(), ask, operation)
+		if err != nil || st.Status != dps.Assigned || st.RegistrationState.DeviceID != id || st.OperationID != operation {
+			t.Errorf("%s: %+v, %v", protocol, st, err)
+		}
+		ask.Stamp, ask.TLS, ask.RootCAs = symmetric(t, "own-key", s.OwnKey), nil, tc.RootCAs
+		var refused *device.RefusedError
+		if st, err := device.Status(t.Context(), ask, operation); !errors.As(err, &refused) || refused.Code != dps.CodeNotFound {
+			t.Errorf("%s, another's operation: %+v, %v", protocol, st, err)
+		}
+		// A busy service is asked once where the caller wants it so.
 		cfg.Observe = nil
 		s.busy.left.Store(1)
 		if _, err := device.Register(t.Context(), cfg); err == nil || s.busy.left.Load() != 0 {
