@@ -186,7 +186,7 @@ func Status(ctx context.Context, cfg Config, operation string) (*dps.OperationSt
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	t, err := open(ctx, &cfg)
+	t, err := connect(ctx, &cfg)
 	if err != nil {
 		return nil, err
 	}
@@ -199,8 +199,8 @@ func Status(ctx context.Context, cfg Config, operation string) (*dps.OperationSt
 	return st, err
 }
 
-// open connects, as far as requests can be made.
-func open(ctx context.Context, cfg *Config) (talker, error) {
+// connect connects, as far as requests can be made.
+func connect(ctx context.Context, cfg *Config) (talker, error) {
 	p, err := protocolOf(cfg.Protocol)
 	if err != nil {
 		return nil, err
@@ -223,7 +223,7 @@ func registerOnce(ctx context.Context, cfg *Config) (*dps.RegistrationState, err
 	if err != nil {
 		return nil, err
 	}
-	t, err := open(ctx, cfg)
+	t, err := connect(ctx, cfg)
 	if err != nil {
 		return nil, err
 	}

@@ -93,6 +93,11 @@ func (c *Config) check() error {
 	case c.Sources < 0 || c.Sources > 250:
 		return errors.New("want up to 250 source addresses")
 	}
+	if c.WatchPID != 0 {
+		if _, err := sample(c.WatchPID); err != nil {
+			return fmt.Errorf("nothing to watch: %w", err)
+		}
+	}
 	for _, p := range c.Protocols {
 		if c.Endpoints[p.Name] == nil {
 			return fmt.Errorf("no endpoint for %s", p.Name)
