@@ -23,56 +23,59 @@ type Attestation struct {
 	Group string
 	// Protocols are those that it can come by; empty for all.
 	Protocols []string
-	// Stamp makes a device that the service must take. It runs in many goroutines at once.
-	Stamp func(id string) (device.Stamp, error)
+	// Max bounds how many devices there are, where each is dear; zero for no bound of its own.
+	Max int
+	// Device makes a device that the service must take: its stamp, and what it proves itself with. It runs in many goroutines at
+	// once.
+	Device func(id string) (device.Config, error)
 	// Forge makes one that it must refuse.
-	Forge func(id string) (device.Stamp, error)
+	Forge func(id string) (device.Config, error)
 }
 
 // Symmetric makes the devices of a symmetric-key group.
 func Symmetric(idScope, group string, weight int, groupKey []byte) Attestation {
-	stamp := func(id string, key []byte) device.Stamp {
-		return device.Stamp{IDScope: idScope, RegistrationID: id, Symmetric: true, SymmetricKey: key}
+	with := func(id string, key []byte) device.Config {
+		return device.Config{Stamp: device.Stamp{IDScope: idScope, RegistrationID: id, Symmetric: true, SymmetricKey: key}}
 	}
 	return Attestation{Name: "symmetric", Weight: weight, Group: group,
-		Stamp: func(id string) (device.Stamp, error) { return stamp(id, attest.DeriveKey(groupKey, id)), nil },
-		Forge: func(id string) (device.Stamp, error) {
+		Device: func(id string) (device.Config, error) { return with(id, attest.DeriveKey(groupKey, id)), nil },
+		Forge: func(id string) (device.Config, error) {
 			key := make([]byte, 32)
 			_, err := rand.Read(key)
-			return stamp(id, key), err
+			return with(id, key), err
 		},
 	}
 }
 
 // X509 makes the devices below a CA: its certificate first, then what goes behind it.
 func X509(idScope string, weight int, chain []*x509.Certificate, key crypto.Signer) Attestation {
-	stamp := func(id string, chain []*x509.Certificate, key crypto.Signer) (device.Stamp, error) {
+	below := func(id string, chain []*x509.Certificate, key crypto.Signer) (device.Config, error) {
 		der, leafKey, err := newLeaf(id, chain[0], key)
 		s := device.Stamp{IDScope: idScope, RegistrationID: id, Certificates: [][]byte{der}, PrivateKey: leafKey}
 		for _, c := range chain {
 			s.Certificates = append(s.Certificates, c.Raw)
 		}
-		return s, err
+		return device.Config{Stamp: s}, err
 	}
 	return Attestation{Name: "x509", Weight: weight,
-		Stamp: func(id string) (device.Stamp, error) { return stamp(id, chain, key) },
-		Forge: func(id string) (device.Stamp, error) {
+		Device: func(id string) (device.Config, error) { return below(id, chain, key) },
+		Forge: func(id string) (device.Config, error) {
 			// Somebody else's CA of the same name.
 			twin := *chain[0]
 			twinKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 			if err != nil {
-				return device.Stamp{}, err
+				return device.Config{}, err
 			}
 			twin.SignatureAlgorithm, twin.PublicKey, twin.SubjectKeyId, twin.AuthorityKeyId = 0, twinKey.Public(), nil, nil
 			der, err := x509.CreateCertificate(rand.Reader, &twin, &twin, twinKey.Public(), twinKey)
 			if err != nil {
-				return device.Stamp{}, err
+				return device.Config{}, err
 			}
 			c, err := x509.ParseCertificate(der)
 			if err != nil {
-				return device.Stamp{}, err
+				return device.Config{}, err
 			}
-			return stamp(id, []*x509.Certificate{c}, twinKey)
+			return below(id, []*x509.Certificate{c}, twinKey)
 		},
 	}
 }

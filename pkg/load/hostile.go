@@ -47,7 +47,7 @@ func harms() []harm {
 			return r.mustRefuse(ctx, t.honest, protocol, func(c *device.Config) { c.Stamp.IDScope = foreignScope })
 		}},
 		{"expired token", func(r *run, ctx context.Context, t *tribe, protocol string) (string, error) {
-			if !t.honest.stamp.Symmetric {
+			if !t.honest.device.Stamp.Symmetric {
 				return "", errSkip
 			}
 			return r.mustRefuse(ctx, t.honest, protocol, func(c *device.Config) {
@@ -59,9 +59,7 @@ func harms() []harm {
 			if op == nil {
 				return "", errSkip
 			}
-			cfg := r.config(protocol, t.honest.tls, nil, true)
-			cfg.Stamp = t.honest.stamp
-			st, err := device.Status(ctx, cfg, *op)
+			st, err := device.Status(ctx, r.config(protocol, t.honest, nil, true), *op)
 			if err == nil {
 				return fmt.Sprintf("was told that it is %q", st.Status), nil
 			}
@@ -115,8 +113,7 @@ func (r *run) harm(ctx context.Context, t *tribe, protocol string) {
 
 // mustRefuse has a device register that must read 401.
 func (r *run) mustRefuse(ctx context.Context, m *member, protocol string, edit func(*device.Config)) (string, error) {
-	cfg := r.config(protocol, m.tls, nil, true)
-	cfg.Stamp = m.stamp
+	cfg := r.config(protocol, m, nil, true)
 	if edit != nil {
 		edit(&cfg)
 	}
@@ -158,7 +155,7 @@ func once(b []byte) writing {
 // inTLS writes where a device would speak its protocol.
 func inTLS(what func(protocol string) writing) func(*run, context.Context, *tribe, string) (string, error) {
 	return func(r *run, ctx context.Context, t *tribe, protocol string) (string, error) {
-		c, err := device.Dial(ctx, r.config(protocol, r.cfg.shared, nil, true))
+		c, err := device.Dial(ctx, r.config(protocol, &member{tls: r.cfg.shared}, nil, true))
 		return hungUp(ctx, c, err, what(strings.TrimSuffix(protocol, "-ws")))
 	}
 }

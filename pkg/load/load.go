@@ -137,7 +137,7 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 		return nil, err
 	}
 	var err error
-	if cfg.shared, err = tlsConfigs(&cfg, device.Config{RootCAs: cfg.RootCAs}); err != nil {
+	if cfg.shared, err = tlsConfigs(&cfg, device.Config{}); err != nil {
 		return nil, err
 	}
 	r := &run{cfg: &cfg, ledger: newLedger(&cfg), places: make(chan struct{}, cfg.MaxOutstanding)}
@@ -162,7 +162,7 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 
 // reach connects once.
 func (r *run) reach(ctx context.Context, protocol string) error {
-	c, err := device.Dial(ctx, r.config(protocol, r.cfg.shared, nil, false))
+	c, err := device.Dial(ctx, r.config(protocol, &member{tls: r.cfg.shared}, nil, false))
 	if err != nil {
 		return err
 	}
@@ -297,12 +297,12 @@ func (r *run) call(ctx, arrivals context.Context, intended time.Time) {
 }
 
 // config is how a device calls.
-func (r *run) config(protocol string, tc map[string]*tls.Config, traffic *traffic, hostile bool) device.Config {
+func (r *run) config(protocol string, m *member, traffic *traffic, hostile bool) device.Config {
 	e := r.cfg.Endpoints[protocol]
-	return device.Config{
-		Protocol: protocol, Endpoint: e.String(), TLS: tc[e.String()], Tries: 1,
-		Dial: func(ctx context.Context, _, _ string) (net.Conn, error) { return r.dial(ctx, e, traffic, hostile) },
-	}
+	c := m.device
+	c.Protocol, c.Endpoint, c.TLS, c.Tries = protocol, e.String(), m.tls[e.String()], 1
+	c.Dial = func(ctx context.Context, _, _ string) (net.Conn, error) { return r.dial(ctx, e, traffic, hostile) }
+	return c
 }
 
 func (r *run) dial(ctx context.Context, e *Endpoint, traffic *traffic, hostile bool) (net.Conn, error) {
@@ -330,9 +330,8 @@ func (r *run) register(ctx context.Context, t *tribe, protocol string, intended 
 	defer t.put(m)
 	line := r.ledger.line(protocol, t.attestation.Name)
 	phases := r.ledger.phases[protocol]
-	x := &expectation{id: m.stamp.RegistrationID, hubs: r.cfg.Hubs, group: t.attestation.Group, again: m.registered, unsure: m.unsure, hub: m.hub}
-	cfg := r.config(protocol, m.tls, &line.traffic, false)
-	cfg.Stamp = m.stamp
+	x := &expectation{id: m.device.Stamp.RegistrationID, hubs: r.cfg.Hubs, group: t.attestation.Group, again: m.registered, unsure: m.unsure, hub: m.hub}
+	cfg := r.config(protocol, m, &line.traffic, false)
 	asked := false
 	cfg.Observe = func(s device.Step) {
 		asked = asked || s.Name == "register"

@@ -15,8 +15,8 @@ import (
 
 // A member is one simulated device. Whoever took it owns it until it is put back.
 type member struct {
-	stamp device.Stamp
-	tls   map[string]*tls.Config // by server name
+	device device.Config          // its stamp and its proof
+	tls    map[string]*tls.Config // by endpoint
 
 	registered bool   // and the answer came
 	unsure     bool   // it may be, or not: an answer was lost
@@ -34,7 +34,7 @@ type tribe struct {
 	waiting     chan *member
 }
 
-const forgeries = 16
+const forgeries = 4
 
 // take takes a device: one that was there before with a given probability, or when no other is left. It waits while all are
 // at work.
@@ -68,57 +68,59 @@ func populate(ctx context.Context, cfg *Config) ([]*tribe, error) {
 	var tribes []*tribe
 	eg, ctx := errgroup.WithContext(ctx)
 	eg.SetLimit(runtime.GOMAXPROCS(0))
-	base := device.Config{RootCAs: cfg.RootCAs}
 	for i := range cfg.Attestations {
 		a := &cfg.Attestations[i]
 		n := max(cfg.Devices*a.Weight/total, 1)
+		if a.Max > 0 {
+			n = min(n, a.Max)
+		}
 		t := &tribe{attestation: a, members: make([]*member, n), forged: make([]*member, forgeries), waiting: make(chan *member, n)}
 		tribes = append(tribes, t)
-		make := func(dst **member, id string, stamp func(string) (device.Stamp, error)) {
+		make := func(dst **member, id string, device func(string) (device.Config, error)) {
 			eg.Go(func() error {
 				if ctx.Err() != nil {
 					return ctx.Err()
 				}
-				s, err := stamp(id)
+				d, err := device(id)
 				if err != nil {
 					return err
 				}
-				*dst, err = newMember(cfg, base, s)
+				*dst, err = newMember(cfg, d)
 				return err
 			})
 		}
 		for j := range t.members {
-			make(&t.members[j], fmt.Sprintf("%s-%s-%06d", cfg.Prefix, a.Name, j), a.Stamp)
+			make(&t.members[j], fmt.Sprintf("%s-%s-%06d", cfg.Prefix, a.Name, j), a.Device)
 		}
 		for j := range t.forged {
 			make(&t.forged[j], fmt.Sprintf("%s-%s-forged-%02d", cfg.Prefix, a.Name, j), a.Forge)
 		}
-		make(&t.honest, fmt.Sprintf("%s-%s-honest", cfg.Prefix, a.Name), a.Stamp)
+		make(&t.honest, fmt.Sprintf("%s-%s-honest", cfg.Prefix, a.Name), a.Device)
 	}
 	return tribes, eg.Wait()
 }
 
 // newMember prepares how a device does TLS with each server. Devices without a certificate share that, unless they keep
 // sessions.
-func newMember(cfg *Config, base device.Config, s device.Stamp) (*member, error) {
-	m := &member{stamp: s, tls: cfg.shared}
-	if len(s.Certificates) == 0 && !cfg.ResumeTLS {
+func newMember(cfg *Config, d device.Config) (*member, error) {
+	m := &member{device: d, tls: cfg.shared}
+	if len(d.Stamp.Certificates) == 0 && !cfg.ResumeTLS {
 		return m, nil
 	}
-	base.Stamp = s
 	var err error
-	m.tls, err = tlsConfigs(cfg, base)
+	m.tls, err = tlsConfigs(cfg, d)
 	return m, err
 }
 
-func tlsConfigs(cfg *Config, base device.Config) (map[string]*tls.Config, error) {
+func tlsConfigs(cfg *Config, d device.Config) (map[string]*tls.Config, error) {
 	all := make(map[string]*tls.Config, len(cfg.Endpoints))
+	d.RootCAs = cfg.RootCAs
 	for _, e := range cfg.Endpoints {
 		if all[e.String()] != nil {
 			continue
 		}
-		base.Endpoint = e.String()
-		tc, err := base.NewTLS()
+		d.Endpoint = e.String()
+		tc, err := d.NewTLS()
 		if err != nil {
 			return nil, err
 		}
