@@ -186,7 +186,7 @@ func Status(ctx context.Context, cfg Config, operation string) (*dps.OperationSt
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	t, err := connect(ctx, &cfg)
+	t, _, err := connect(ctx, &cfg)
 	if err != nil {
 		return nil, err
 	}
@@ -199,31 +199,30 @@ func Status(ctx context.Context, cfg Config, operation string) (*dps.OperationSt
 	return st, err
 }
 
-// connect connects, as far as requests can be made.
-func connect(ctx context.Context, cfg *Config) (talker, error) {
+// connect connects, as far as requests can be made, and returns the register body.
+func connect(ctx context.Context, cfg *Config) (talker, []byte, error) {
 	p, err := protocolOf(cfg.Protocol)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	dial, err := cfg.dialer(p)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	token := ""
-	if cfg.Stamp.Symmetric {
-		if token, err = cfg.Stamp.token(ctx, cfg.MAC, cfg.Now()); err != nil {
-			return nil, err
-		}
+	body, err := json.Marshal(dps.RegisterRequest{RegistrationID: cfg.Stamp.RegistrationID, Payload: cfg.Payload})
+	if err == nil && cfg.Stamp.Symmetric {
+		token, err = cfg.Stamp.token(ctx, cfg.MAC, cfg.Now())
 	}
-	return p.talk(ctx, cfg, dial, token)
+	if err != nil {
+		return nil, nil, err
+	}
+	t, err := p.talk(ctx, cfg, dial, token)
+	return t, body, err
 }
 
 func registerOnce(ctx context.Context, cfg *Config) (*dps.RegistrationState, error) {
-	body, err := json.Marshal(dps.RegisterRequest{RegistrationID: cfg.Stamp.RegistrationID, Payload: cfg.Payload})
-	if err != nil {
-		return nil, err
-	}
-	t, err := connect(ctx, cfg)
+	t, body, err := connect(ctx, cfg)
 	if err != nil {
 		return nil, err
 	}
