@@ -91,6 +91,9 @@ func TestLoad(t *testing.T) {
 	}
 	for _, protocol := range loadProtocols {
 		for _, proof := range loadProofs {
+			if proof == "tpm" && strings.HasPrefix(protocol, "mqtt") {
+				continue // no SDK has that
+			}
 			if !slices.ContainsFunc(rep.Lines, func(l load.Line) bool { return l.Protocol == protocol && l.Attestation == proof && l.Assigned > 0 }) {
 				t.Errorf("nobody came by %s with %s", protocol, proof)
 			}

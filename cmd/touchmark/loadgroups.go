@@ -124,13 +124,7 @@ func (g *ownGroups) removeGroup(ctx context.Context, id string, progress *progre
 		eg, ctx := errgroup.WithContext(ctx)
 		eg.SetLimit(8)
 		for _, r := range page {
-			eg.Go(func() error {
-				err := g.svc.call(ctx, http.MethodDelete, "/registrations/"+url.PathEscape(r.RegistrationID), nil, nil, nil, nil)
-				if notThere(err) {
-					return nil
-				}
-				return err
-			})
+			eg.Go(func() error { return g.delete(ctx, "/registrations/"+url.PathEscape(r.RegistrationID)) })
 		}
 		if err := eg.Wait(); err != nil {
 			return err
@@ -138,7 +132,12 @@ func (g *ownGroups) removeGroup(ctx context.Context, id string, progress *progre
 		done += len(page)
 		progress.say(func() string { return fmt.Sprintf("removing registrations of %s: %d", id, done) })
 	}
-	err := g.svc.call(ctx, http.MethodDelete, "/enrollmentGroups/"+url.PathEscape(id), nil, nil, nil, nil)
+	return g.delete(ctx, "/enrollmentGroups/"+url.PathEscape(id))
+}
+
+// delete deletes what may not be there.
+func (g *ownGroups) delete(ctx context.Context, path string) error {
+	err := g.svc.call(ctx, http.MethodDelete, path, nil, nil, nil, nil)
 	if notThere(err) {
 		return nil
 	}
