@@ -300,7 +300,7 @@ func TestLoadServiceKilled(t *testing.T) {
 	if err := json.NewDecoder(said).Decode(&ready); err != nil {
 		t.Fatal(err)
 	}
-	cmd, out, errs := startLoad(t, dir, append(loadOwn(ready, "--rate", "50", "--duration", "8s", "--hostile", "20%"), "--quiet=false")...)
+	cmd, out, errs := startLoad(t, dir, append(loadOwn(ready, "--rate", "50", "--duration", "12s", "--hostile", "20%"), "--quiet=false")...)
 	if err := serve.Process.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
