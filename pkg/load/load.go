@@ -242,6 +242,9 @@ func (r *run) open(ctx, arrivals context.Context) {
 			case r.places <- struct{}{}:
 				free = time.Now()
 			case <-arrivals.Done():
+				for ; ctx.Err() == nil && due(n, r.cfg.Rate, r.cfg.Ramp) < r.cfg.Duration; n++ {
+					r.ledger.unsent.Add(1)
+				}
 				return
 			}
 		}
@@ -323,7 +326,7 @@ func (r *run) dial(ctx context.Context, e *Endpoint, traffic *traffic, hostile b
 
 // register has a device register, and looks at every answer.
 func (r *run) register(ctx context.Context, t *tribe, protocol string, intended time.Time) {
-	m, err := t.take(ctx, r.cfg.Reconnect)
+	m, err := t.take(ctx, r.cfg.Reconnect, &r.ledger.full)
 	if err != nil {
 		return
 	}

@@ -275,7 +275,7 @@ func TestCoordinatedOmission(t *testing.T) {
 	})
 	cfg.Rate, cfg.Duration, cfg.MaxOutstanding = 100, 2*time.Second, 2
 	rep, err := Run(t.Context(), cfg)
-	if err != nil || rep.Wrong > 0 || rep.Client.Full == 0 {
+	if err != nil || rep.Wrong > 0 || rep.Client.Full == 0 || rep.Total.Count != 200 || rep.Total.Errors["never sent off"] == 0 {
 		t.Fatalf("%+v, %v", rep, err)
 	}
 	for _, p := range rep.Phases {

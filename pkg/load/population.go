@@ -37,8 +37,8 @@ type tribe struct {
 const forgeries = 4
 
 // take takes a device: one that was there before with a given probability, or when no other is left. It waits while all are
-// at work.
-func (t *tribe) take(ctx context.Context, again float64) (*member, error) {
+// at work, and counts that.
+func (t *tribe) take(ctx context.Context, again float64, waits *atomic.Uint64) (*member, error) {
 	if rand.Float64() < again {
 		select {
 		case m := <-t.waiting:
@@ -48,6 +48,9 @@ func (t *tribe) take(ctx context.Context, again float64) (*member, error) {
 	}
 	if n := t.next.Add(1) - 1; n < int64(len(t.members)) {
 		return t.members[n], nil
+	}
+	if len(t.waiting) == 0 {
+		waits.Add(1)
 	}
 	select {
 	case m := <-t.waiting:

@@ -91,7 +91,7 @@ type Client struct {
 	Cores int     `json:"cores"`
 	// Late is how late callers were sent off.
 	Late Latency `json:"late"`
-	// Full counts callers who waited because too many were there already.
+	// Full counts callers who waited because too many were there already, or because no device was free.
 	Full uint64 `json:"full"`
 }
 
@@ -107,6 +107,7 @@ type ledger struct {
 	harms  []*hostile
 	late   Histogram
 	full   atomic.Uint64
+	unsent atomic.Uint64 // were due, and found no place to the end
 
 	mu     sync.Mutex
 	wrongs []string
@@ -286,6 +287,10 @@ func (l *ledger) report(r *run, took time.Duration, watch *Watch) *Report {
 				rep.Phases = append(rep.Phases, Phase{p.Name, name, h.Count(), h.brief()})
 			}
 		}
+	}
+	if n := l.unsent.Load(); n > 0 {
+		total.Count += n
+		total.Errors["never sent off"] = n
 	}
 	total.Rate, total.Latency = float64(total.Assigned)/rep.Seconds, total.Histogram.brief()
 	rep.Total, rep.Wrong = total, total.Wrong
