@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -33,11 +35,11 @@ assigned in assignment.json beside the stamp.`,
 	f := c.Flags()
 	f.StringVar(&o.stamp, "stamp", "", "the device's directory (required)")
 	f.StringVar(&o.endpoint, "endpoint", "", "HOST:PORT, instead of the stamped global endpoint")
-	f.StringVar(&o.protocol, "protocol", "https", "https, mqtt or amqp")
+	f.StringVar(&o.protocol, "protocol", "https", strings.Join(device.Protocols(), ", "))
 	f.StringVar(&o.ca, "ca", "", "PEM file with the CA of the service's certificate (default: the system's)")
 	_ = c.MarkFlagRequired("stamp")
 	_ = c.MarkFlagDirname("stamp")
-	_ = c.RegisterFlagCompletionFunc("protocol", cobra.FixedCompletions([]string{"https", "mqtt", "amqp"}, cobra.ShellCompDirectiveNoFileComp))
+	_ = c.RegisterFlagCompletionFunc("protocol", cobra.FixedCompletions(device.Protocols(), cobra.ShellCompDirectiveNoFileComp))
 	return c
 }
 
@@ -75,8 +77,8 @@ func notAssigned(state *dps.RegistrationState) error {
 
 // registerStamp registers the device of a stamp, as it would itself.
 func (a *app) registerStamp(ctx context.Context, o *registerOptions) (_ *dps.RegistrationState, err error) {
-	if o.protocol != "https" && o.protocol != "mqtt" && o.protocol != "amqp" {
-		return nil, usageError{fmt.Errorf("--protocol %s: want https, mqtt or amqp", o.protocol)}
+	if !slices.Contains(device.Protocols(), o.protocol) {
+		return nil, usageError{fmt.Errorf("--protocol %s: want %s", o.protocol, strings.Join(device.Protocols(), ", "))}
 	}
 	if o.endpoint != "" {
 		if _, _, err := net.SplitHostPort(o.endpoint); err != nil {

@@ -30,6 +30,7 @@ type service struct {
 	host   string // host, or host:port
 	policy string
 	key    []byte
+	roots  *x509.CertPool // nil means the system's
 	client *http.Client
 }
 
@@ -51,17 +52,22 @@ func (a *app) openService(path, caFile string) (*service, error) {
 	if beside := filepath.Join(filepath.Dir(path), "ca.pem"); caFile == "" && exists(beside) {
 		caFile = beside
 	}
-	roots, err := loadRoots(caFile)
-	if err != nil {
+	if s.roots, err = loadRoots(caFile); err != nil {
 		return nil, err
 	}
+	s.dial((&net.Dialer{Timeout: 10 * time.Second}).DialContext)
+	return s, nil
+}
+
+// dial has the service be connected to in that way.
+func (s *service) dial(by func(ctx context.Context, network, address string) (net.Conn, error)) {
 	s.client = &http.Client{Transport: &http.Transport{
-		TLSClientConfig:       &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
-		DialContext:           (&net.Dialer{Timeout: 10 * time.Second}).DialContext,
+		TLSClientConfig:       &tls.Config{RootCAs: s.roots, MinVersion: tls.VersionTLS12},
+		DialContext:           by,
+		MaxIdleConnsPerHost:   8,
 		TLSHandshakeTimeout:   10 * time.Second,
 		ResponseHeaderTimeout: 30 * time.Minute, // an import answers when it is durable
 	}}
-	return s, nil
 }
 
 // parseConnectionString reads HostName=…;SharedAccessKeyName=…;SharedAccessKey=…. Its errors do not show the text, which

@@ -200,6 +200,13 @@ func (a *app) newProgress(doing string, total int) *progress {
 }
 
 func (p *progress) step(done int) {
+	p.say(func() string {
+		return fmt.Sprintf("%s %d of %d, %.0f/s", p.doing, done, p.total, float64(done)/time.Since(p.start).Seconds())
+	})
+}
+
+// say shows how far it is in other words, if it is time to.
+func (p *progress) say(words func() string) {
 	every := 5 * time.Second
 	if p.live {
 		every = 100 * time.Millisecond
@@ -209,7 +216,7 @@ func (p *progress) step(done int) {
 		return
 	}
 	p.last = now
-	text := fmt.Sprintf("%s %d of %d, %.0f/s", p.doing, done, p.total, float64(done)/now.Sub(p.start).Seconds())
+	text := words()
 	if p.live {
 		fmt.Fprintf(p.a.err, "\r\x1b[K%s", text)
 		p.shown = true

@@ -3,7 +3,6 @@ package device
 import (
 	"bufio"
 	"context"
-	"crypto/tls"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -19,14 +18,22 @@ import (
 	"github.com/touchmark/touchmark/pkg/dps"
 )
 
-// dialAMQP connects and attaches both links.
-func dialAMQP(ctx context.Context, s *Stamp, endpoint string, tc *tls.Config, token string) (*amqpTalker, error) {
-	d := tls.Dialer{NetDialer: &net.Dialer{Timeout: 10 * time.Second}, Config: tc}
-	c, err := d.DialContext(ctx, "tcp", endpoint)
+// newAMQP connects and attaches both links.
+func newAMQP(ctx context.Context, cfg *Config, dial dialer, token string) (t talker, err error) {
+	endpoint, err := cfg.endpoint("5671")
 	if err != nil {
 		return nil, err
 	}
-	return openAMQP(ctx, c, s, tc.ServerName, token, nil)
+	host, _, _ := net.SplitHostPort(endpoint)
+	c, err := dial(ctx)
+	if err != nil {
+		return nil, err
+	}
+	err = cfg.step("open", func() (_ *dps.OperationStatus, err error) {
+		t, err = openAMQP(ctx, c, &cfg.Stamp, host, token, nil)
+		return nil, err
+	})
+	return t, err
 }
 
 // saslTPM is a TPM's part in the SASL mechanism TPM (device API, section 12.4).

@@ -26,7 +26,7 @@ import (
 // Config says how to register.
 type Config struct {
 	Stamp Stamp
-	// Protocol is "https", "mqtt" or "amqp".
+	// Protocol is one of [Protocols].
 	Protocol string
 	// Endpoint is host:port; empty means the stamp's global endpoint on the protocol's port.
 	Endpoint string
@@ -40,7 +40,41 @@ type Config struct {
 	Now func() time.Time
 	// Payload goes to the service with the request, as JSON.
 	Payload json.RawMessage
+	// TLS is how TLS is done, used as it stands; nil means what [Config.NewTLS] makes. Who registers many times keeps one.
+	TLS *tls.Config
+	// Dial connects to the endpoint; nil means a net.Dialer's.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+	// Tries is how often a busy or silent service is tried; zero means 4.
+	Tries int
+	// Observe is told of every step of a registration, in the goroutine that made it; nil tells nobody.
+	Observe func(Step)
 }
+
+// A Step is one thing that a device waited for.
+type Step struct {
+	// Name is "connect", "handshake", "websocket", "open", "register" or "status". Open is what a protocol does before the
+	// first request can be made.
+	Name string
+	Took time.Duration
+	// Answer is what the service said to register and status; nil where Err is not.
+	Answer *dps.OperationStatus
+	Err    error
+}
+
+// step makes a step and tells of it.
+func (c *Config) step(name string, do func() (*dps.OperationStatus, error)) error {
+	if c.Observe == nil {
+		_, err := do()
+		return err
+	}
+	start := time.Now()
+	st, err := do()
+	c.Observe(Step{Name: name, Took: time.Since(start), Answer: st, Err: err})
+	return err
+}
+
+// ErrAnswer is an answer of the service that no device can make sense of.
+var ErrAnswer = errors.New("the service's answer is not understood")
 
 // A MAC computes HMAC-SHA256, as hsm.MACKey does.
 type MAC interface {
@@ -66,6 +100,7 @@ func (e *RefusedError) Error() string {
 const (
 	apiVersion  = "2021-06-01"
 	tries       = 4
+	dialTime    = 10 * time.Second
 	maxAnswer   = 128 << 10
 	requestTime = 30 * time.Second
 	// The assignment is mostly there when the register answer is, so the first question comes sooner than the hint says.
@@ -73,11 +108,24 @@ const (
 	maxPolls  = 60
 )
 
-// errBusy is an answer that asks to come back: 429, or 5xx.
+// A BusyError is the service asking to come back later: 429, or 5xx.
+type BusyError struct {
+	Code    dps.Code
+	Message string
+}
+
+// Error says what the service said.
+func (e *BusyError) Error() string {
+	return fmt.Sprintf("the service is busy: %d %s", int(e.Code), e.Message)
+}
+
+// errBusy is an answer that asks to come back, and when.
 type errBusy struct {
 	error
 	after time.Duration
 }
+
+func (e errBusy) Unwrap() error { return e.error }
 
 // A talker does the two requests of the protocol.
 type talker interface {
@@ -92,8 +140,11 @@ func Register(ctx context.Context, cfg Config) (*dps.RegistrationState, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
+	if cfg.Tries == 0 {
+		cfg.Tries = tries
+	}
 	var err error
-	for try := range tries {
+	for try := range cfg.Tries {
 		if try > 0 {
 			wait := time.Duration(1<<try) * 250 * time.Millisecond
 			var busy errBusy
@@ -105,7 +156,7 @@ func Register(ctx context.Context, cfg Config) (*dps.RegistrationState, error) {
 			}
 		}
 		var state *dps.RegistrationState
-		if state, err = registerOnce(ctx, cfg); err == nil {
+		if state, err = registerOnce(ctx, &cfg); err == nil {
 			return state, nil
 		}
 		var refused *RefusedError
@@ -129,58 +180,69 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-func registerOnce(ctx context.Context, cfg Config) (*dps.RegistrationState, error) {
-	port := map[string]string{"https": "443", "mqtt": "8883", "amqp": "5671"}[cfg.Protocol]
-	if port == "" {
-		return nil, fmt.Errorf("protocol %q: want https, mqtt or amqp", cfg.Protocol)
+// Status asks what became of an operation, once, on a connection of its own: as a device does that was switched off while it
+// waited.
+func Status(ctx context.Context, cfg Config, operation string) (*dps.OperationStatus, error) {
+	if cfg.Now == nil {
+		cfg.Now = time.Now
 	}
-	endpoint := cfg.Endpoint
-	if endpoint == "" {
-		endpoint = net.JoinHostPort(cfg.Stamp.GlobalEndpoint, port)
-	}
-	host, _, err := net.SplitHostPort(endpoint)
-	if err != nil {
-		return nil, fmt.Errorf("endpoint %q: %w", endpoint, err)
-	}
-	tc := &tls.Config{ServerName: host, RootCAs: cfg.RootCAs, MinVersion: tls.VersionTLS12, Time: cfg.Now}
-	token := ""
-	if cfg.Stamp.Symmetric {
-		if token, err = cfg.Stamp.token(ctx, cfg.MAC, cfg.Now()); err != nil {
-			return nil, err
-		}
-	} else {
-		cert, err := cfg.Stamp.certificate(cfg.Signer)
-		if err != nil {
-			return nil, err
-		}
-		tc.Certificates = []tls.Certificate{cert}
-	}
-	body, err := json.Marshal(dps.RegisterRequest{RegistrationID: cfg.Stamp.RegistrationID, Payload: cfg.Payload})
-	if err != nil {
-		return nil, err
-	}
-	var t talker
-	switch cfg.Protocol {
-	case "https":
-		t = newHTTPS(&cfg.Stamp, endpoint, tc, token)
-	case "mqtt":
-		t, err = dialMQTT(ctx, &cfg.Stamp, endpoint, tc, token)
-	case "amqp":
-		t, err = dialAMQP(ctx, &cfg.Stamp, endpoint, tc, token)
-	}
+	t, _, err := connect(ctx, &cfg)
 	if err != nil {
 		return nil, err
 	}
 	defer t.close()
-	st, after, err := t.register(ctx, body)
+	var st *dps.OperationStatus
+	err = cfg.step("status", func() (*dps.OperationStatus, error) {
+		st, _, err = t.status(ctx, operation)
+		return st, err
+	})
+	return st, err
+}
+
+// connect connects, as far as requests can be made, and returns the register body.
+func connect(ctx context.Context, cfg *Config) (talker, []byte, error) {
+	p, err := protocolOf(cfg.Protocol)
 	if err != nil {
+		return nil, nil, err
+	}
+	dial, err := cfg.dialer(p)
+	if err != nil {
+		return nil, nil, err
+	}
+	token := ""
+	body, err := json.Marshal(dps.RegisterRequest{RegistrationID: cfg.Stamp.RegistrationID, Payload: cfg.Payload})
+	if err == nil && cfg.Stamp.Symmetric {
+		token, err = cfg.Stamp.token(ctx, cfg.MAC, cfg.Now())
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	t, err := p.talk(ctx, cfg, dial, token)
+	return t, body, err
+}
+
+func registerOnce(ctx context.Context, cfg *Config) (*dps.RegistrationState, error) {
+	t, body, err := connect(ctx, cfg)
+	if err != nil {
+		return nil, err
+	}
+	defer t.close()
+	var st *dps.OperationStatus
+	var after time.Duration
+	ask := func(name string, request func() (*dps.OperationStatus, time.Duration, error)) error {
+		return cfg.step(name, func() (*dps.OperationStatus, error) {
+			st, after, err = request()
+			return st, err
+		})
+	}
+	if err := ask("register", func() (*dps.OperationStatus, time.Duration, error) { return t.register(ctx, body) }); err != nil {
 		return nil, err
 	}
 	wait := firstPoll
 	for range maxPolls {
 		if st.Status.Terminal() {
 			if st.RegistrationState == nil {
-				return nil, fmt.Errorf("the service says %q and nothing more", st.Status)
+				return nil, fmt.Errorf("%w: it says %q and nothing more", ErrAnswer, st.Status)
 			}
 			return st.RegistrationState, nil
 		}
@@ -188,7 +250,8 @@ func registerOnce(ctx context.Context, cfg Config) (*dps.RegistrationState, erro
 			return nil, err
 		}
 		wait = time.Minute // from now on the service's hint counts
-		if st, after, err = t.status(ctx, st.OperationID); err != nil {
+		operation := st.OperationID
+		if err := ask("status", func() (*dps.OperationStatus, time.Duration, error) { return t.status(ctx, operation) }); err != nil {
 			return nil, err
 		}
 	}
@@ -209,7 +272,7 @@ func answer(status int, body []byte, after time.Duration) (*dps.OperationStatus,
 	if status/100 == 2 {
 		st := &dps.OperationStatus{}
 		if err := json.Unmarshal(body, st); err != nil {
-			return nil, 0, fmt.Errorf("the service's answer is not understood: %w", err)
+			return nil, 0, fmt.Errorf("%w: %w", ErrAnswer, err)
 		}
 		return st, after, nil
 	}
@@ -224,22 +287,32 @@ func answer(status int, body []byte, after time.Duration) (*dps.OperationStatus,
 	}
 	refused := &RefusedError{Code: doc.ErrorCode, TrackingID: doc.TrackingID, Message: doc.Message}
 	if status == http.StatusTooManyRequests || status >= 500 {
-		return nil, 0, errBusy{fmt.Errorf("the service is busy: %d %s", int(doc.ErrorCode), doc.Message), after}
+		return nil, 0, errBusy{&BusyError{doc.ErrorCode, doc.Message}, after}
 	}
 	return nil, 0, refused
 }
 
 type httpsTalker struct {
 	client *http.Client
+	conn   net.Conn // the first one; there is seldom another
 	base   string
 	token  string
 }
 
-func newHTTPS(s *Stamp, endpoint string, tc *tls.Config, token string) *httpsTalker {
-	return &httpsTalker{
-		client: &http.Client{Timeout: requestTime, Transport: &http.Transport{TLSClientConfig: tc, MaxConnsPerHost: 1, DialContext: (&net.Dialer{Timeout: 10 * time.Second}).DialContext}},
-		base:   "https://" + endpoint + "/" + url.PathEscape(s.IDScope) + "/registrations/" + url.PathEscape(s.RegistrationID), token: token,
+func newHTTPS(ctx context.Context, cfg *Config, dial dialer, token string) (talker, error) {
+	s := &cfg.Stamp
+	endpoint, err := cfg.endpoint("443")
+	if err != nil {
+		return nil, err
 	}
+	c, err := dial(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &httpsTalker{
+		client: &http.Client{Timeout: requestTime, Transport: &http.Transport{MaxConnsPerHost: 1, DialTLSContext: handOver(c, dial)}}, conn: c,
+		base: "https://" + endpoint + "/" + url.PathEscape(s.IDScope) + "/registrations/" + url.PathEscape(s.RegistrationID), token: token,
+	}, nil
 }
 
 func (h *httpsTalker) do(ctx context.Context, method, path string, body []byte) (*dps.OperationStatus, time.Duration, error) {
@@ -271,7 +344,10 @@ func (h *httpsTalker) status(ctx context.Context, operation string) (*dps.Operat
 	return h.do(ctx, http.MethodGet, "/operations/"+url.PathEscape(operation), nil)
 }
 
-func (h *httpsTalker) close() { h.client.CloseIdleConnections() }
+func (h *httpsTalker) close() {
+	h.client.CloseIdleConnections()
+	_ = h.conn.Close()
+}
 
 type mqttTalker struct {
 	conn net.Conn
@@ -279,36 +355,40 @@ type mqttTalker struct {
 	rid  int
 }
 
-// dialMQTT connects and subscribes.
-func dialMQTT(ctx context.Context, s *Stamp, endpoint string, tc *tls.Config, token string) (*mqttTalker, error) {
-	d := tls.Dialer{NetDialer: &net.Dialer{Timeout: 10 * time.Second}, Config: tc}
-	c, err := d.DialContext(ctx, "tcp", endpoint)
+// newMQTT connects and subscribes.
+func newMQTT(ctx context.Context, cfg *Config, dial dialer, token string) (talker, error) {
+	s := &cfg.Stamp
+	c, err := dial(ctx)
 	if err != nil {
 		return nil, err
 	}
 	t := &mqttTalker{conn: c, r: bufio.NewReader(c)}
+	if err := cfg.step("open", func() (*dps.OperationStatus, error) { return nil, t.open(ctx, s, token) }); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	return t, nil
+}
+
+func (t *mqttTalker) open(ctx context.Context, s *Stamp, token string) error {
 	var password []byte
 	if token != "" {
 		password = []byte(token)
 	}
 	user := s.IDScope + "/registrations/" + s.RegistrationID + "/api-version=" + apiVersion + "&ClientVersion=touchmark"
 	p, err := t.exchange(ctx, mqtt.AppendConnect(nil, s.RegistrationID, user, password, 120), mqtt.Connack)
-	if err == nil && p.ReturnCode != 0 {
-		err = error(&RefusedError{Code: dps.CodeUnauthorized, Message: fmt.Sprintf("the MQTT connection was refused with code %d", p.ReturnCode)})
-		if p.ReturnCode == 3 {
-			err = errBusy{errors.New("the service is unavailable"), 3 * time.Second}
-		}
+	switch {
+	case err != nil:
+		return err
+	case p.ReturnCode == 3:
+		return errBusy{&BusyError{dps.CodeServiceOverloaded, "the MQTT connection was refused with code 3"}, 3 * time.Second}
+	case p.ReturnCode != 0:
+		return &RefusedError{Code: dps.CodeUnauthorized, Message: fmt.Sprintf("the MQTT connection was refused with code %d", p.ReturnCode)}
 	}
-	if err == nil {
-		p, err = t.exchange(ctx, mqtt.AppendSubscribe(nil, 1, "$dps/registrations/res/#", 1), mqtt.Suback)
-		if err == nil && p.Codes[0] == mqtt.SubackFailure {
-			err = errors.New("the service refused the subscription")
-		}
+	p, err = t.exchange(ctx, mqtt.AppendSubscribe(nil, 1, "$dps/registrations/res/#", 1), mqtt.Suback)
+	if err == nil && p.Codes[0] == mqtt.SubackFailure {
+		err = errors.New("the service refused the subscription")
 	}
-	if err != nil {
-		return nil, errors.Join(err, c.Close())
-	}
-	return t, nil
+	return err
 }
 
 // exchange writes and waits for a packet of a type.
@@ -348,7 +428,7 @@ func (t *mqttTalker) request(ctx context.Context, topic string, body []byte) (*d
 	code, query, ok2 := strings.Cut(rest, "/?")
 	status, err := strconv.Atoi(code)
 	if !ok || !ok2 || err != nil {
-		return nil, 0, fmt.Errorf("the service answered on topic %.100q", p.Topic)
+		return nil, 0, fmt.Errorf("%w: it came on topic %.100q", ErrAnswer, p.Topic)
 	}
 	after := 3 * time.Second
 	for pair := range strings.SplitSeq(query, "&") {

@@ -47,27 +47,30 @@ func (b *busy) Register(ctx context.Context, r *registration.Request) (*dps.Oper
 // service is all doors on one service.
 type service struct {
 	*registrationtest.Fixture
-	busy              *busy
-	https, mqtt, amqp *registrationtest.Listener
+	busy *busy
+	at   map[string]*registrationtest.Listener // by protocol
 }
 
 func newService(t *testing.T, hubs ...string) *service {
 	f := registrationtest.NewFixture(t, hubs...)
 	s := &service{Fixture: f, busy: &busy{Registrar: f.Service}}
-	s.https = f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
+	s.at = make(map[string]*registrationtest.Listener)
+	s.at["https"] = f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
 		return httpd.New(httpd.Config{Registrar: s.busy, Now: f.Now, Door: door.New(door.Config{TLS: door.TLSConfig(cert)})}).Serve(ctx, l)
 	})
-	s.mqtt = f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
+	s.at["mqtt"] = f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
 		return door.New(door.Config{TLS: door.TLSConfig(cert)}).Serve(ctx, l, mqttd.New(mqttd.Config{Registrar: s.busy, Now: f.Now}).Handle)
 	})
-	s.amqp = f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
+	s.at["amqp"] = f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
 		return door.New(door.Config{TLS: door.TLSConfig(cert)}).Serve(ctx, l, amqpd.New(amqpd.Config{Registrar: s.busy, Now: f.Now}).Handle)
 	})
+	s.at["mqtt-ws"] = f.Listen(t, webSockets("mqtt", mqttd.New(mqttd.Config{Registrar: s.busy, Protocol: "mqtt-ws", Now: f.Now}).Handle))
+	s.at["amqp-ws"] = f.Listen(t, webSockets("AMQPWSB10", amqpd.New(amqpd.Config{Registrar: s.busy, Protocol: "amqp-ws", Now: f.Now}).Handle))
 	return s
 }
 
 func (s *service) config(protocol string, stamp device.Stamp) device.Config {
-	l := map[string]*registrationtest.Listener{"https": s.https, "mqtt": s.mqtt, "amqp": s.amqp}[protocol]
+	l := s.at[protocol]
 	return device.Config{Stamp: stamp, Protocol: protocol, Endpoint: l.Addr, RootCAs: l.TLS(nil).RootCAs, Now: s.Now}
 }
 
@@ -120,7 +123,7 @@ func certificate(t *testing.T, id string, h *attesttest.Holder, chain ...*attest
 func TestRegister(t *testing.T) {
 	s := newService(t, "hub-a.example.net")
 	derived := func(id string) device.Stamp { return symmetric(t, id, attest.DeriveKey(s.GroupKey, id)) }
-	for _, protocol := range []string{"https", "mqtt", "amqp"} {
+	for _, protocol := range device.Protocols() {
 		for _, stamp := range []device.Stamp{
 			symmetric(t, "own-key", s.OwnKey), derived("dev-1"),
 			certificate(t, "own-cert", s.Own), certificate(t, "dev-2", attesttest.Leaf(t, s.Mid, "dev-2"), s.Mid),
@@ -159,7 +162,7 @@ func TestRegisterGivesUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	for _, protocol := range []string{"https", "mqtt", "amqp"} {
+	for _, protocol := range device.Protocols() {
 		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 		_, err := device.Register(ctx, device.Config{Stamp: symmetric(t, "dev-1", []byte("k")), Protocol: protocol, Endpoint: l.Addr().String()})
 		cancel()
@@ -240,7 +243,7 @@ func TestSymmetricKeyInToken(t *testing.T) {
 	if err != nil || stamp.SymmetricKey != nil {
 		t.Fatalf("%+v, %v", stamp, err)
 	}
-	for _, protocol := range []string{"https", "mqtt", "amqp"} {
+	for _, protocol := range device.Protocols() {
 		cfg := s.config(protocol, stamp)
 		if _, err := device.Register(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "was not opened") {
 			t.Errorf("%s without the key: %v", protocol, err)
