@@ -47,10 +47,10 @@ type serveOptions struct {
 	data, https, mqtt string
 	hubs, hostnames   []string
 	idScope           string
-	tlsCert, tlsKey   string
 	mqttDelay         time.Duration
 	owners            []string
 	requireOrders     bool
+	front             frontOptions
 
 	httpsAsked bool
 }
@@ -99,20 +99,21 @@ orders count that owners signed whose public keys are in its owners folder: --ow
 	f.StringArrayVar(&o.hubs, "hub", nil, "host name of a hub that devices may be assigned to; again for more")
 	f.StringArrayVar(&o.hostnames, "hostname", nil, "name that the service is reached by, for its certificate and tokens; again for more (default: localhost)")
 	f.StringVar(&o.idScope, "id-scope", "", "ID scope that a first start takes, instead of a random one")
-	f.StringVar(&o.tlsCert, "tls-cert", "", "PEM file with the certificate chain for TLS, instead of one of the service's own")
-	f.StringVar(&o.tlsKey, "tls-key", "", "PEM file with its private key")
 	f.DurationVar(&o.mqttDelay, "mqtt-response-delay", 60*time.Millisecond, "pause between a PUBACK and its response, which Azure's Java SDK needs; 0 for none")
 	f.StringArrayVar(&o.owners, "owner", nil, "PEM file with the public key of an owner whose production orders count, from now on; again for more")
 	f.BoolVar(&o.requireOrders, "require-orders", false, "refuse every bundle that was not made on a production order of an owner's")
 	_ = c.MarkFlagRequired("data")
 	_ = c.MarkFlagDirname("data")
-	c.MarkFlagsRequiredTogether("tls-cert", "tls-key")
+	o.front.flags(c)
 	return c
 }
 
 func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if o.https == "off" && o.mqtt == "off" {
 		return usageError{errors.New("both doors are off")}
+	}
+	if err := o.front.check(); err != nil {
+		return err
 	}
 	for _, h := range append(o.hubs, o.hostnames...) {
 		if err := checkHost(h); err != nil {
@@ -163,7 +164,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 		return hint(usageError{errors.New("--require-orders without an owner would refuse every bundle")}, "name the owner's public key with --owner owner.pem")
 	}
 	svc := registration.New(registration.Config{Store: store, Scope: d.scope, Hubs: o.hubs, Owners: owners, RequireOrders: o.requireOrders, Log: log})
-	certificate, err := d.certificate(o)
+	front, err := d.front(ctx, o, store, log)
 	if err != nil {
 		return err
 	}
@@ -181,30 +182,34 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	}
 	ready := map[string]any{"ready": true, "idScope": d.scope, "caFile": d.caFile(o), "recipient": d.recipient}
 	eg, ctx := errgroup.WithContext(ctx)
+	eg.Go(func() error { return front.watch(ctx) })
+	if o.mqttDelay == 0 {
+		o.mqttDelay = -1
+	}
+	mqtt := func(protocol string) door.Handler {
+		return mqttd.New(mqttd.Config{Registrar: svc, Protocol: protocol, Log: log, ResponseDelay: o.mqttDelay}).Handle
+	}
 	if listenHTTPS != nil {
 		address := reachable(listenHTTPS, o.hostnames[0])
 		if err := d.writeConnection(owner, address); err != nil {
 			return err
 		}
 		ready["https"], ready["connectionStringFile"] = address, filepath.Join(dir, connectionFile)
-		front := httpd.New(httpd.Config{
-			Door:      door.New(door.Config{TLS: door.TLSConfig(certificate, "http/1.1"), Log: log}),
+		https := httpd.New(httpd.Config{
+			Door: front.door(true), Forwarded: httpd.ForwardedCertificate(o.front.forwarded),
+			Sockets: map[string]door.Handler{
+				"mqtt": mqtt("mqtt-ws"),
+			},
 			Registrar: svc, Service: svc, Hosts: append(o.hostnames, "localhost", "127.0.0.1", "::1"), Recipient: d.recipient, Log: log,
 			Import: func(ctx context.Context, r httpd.ImportRequest) (registration.ImportResult, error) {
 				return d.importBundle(ctx, svc, r)
 			},
 		})
-		eg.Go(func() error { return front.Serve(ctx, listenHTTPS) })
+		eg.Go(func() error { return https.Serve(ctx, listenHTTPS) })
 	}
 	if listenMQTT != nil {
 		ready["mqtt"] = reachable(listenMQTT, o.hostnames[0])
-		if o.mqttDelay == 0 {
-			o.mqttDelay = -1
-		}
-		mqtt := mqttd.New(mqttd.Config{Registrar: svc, Log: log, ResponseDelay: o.mqttDelay})
-		eg.Go(func() error {
-			return door.New(door.Config{TLS: door.TLSConfig(certificate), Log: log}).Serve(ctx, listenMQTT, mqtt.Handle)
-		})
+		eg.Go(func() error { return front.door(false).Serve(ctx, listenMQTT, mqtt("mqtt")) })
 	}
 	if a.json {
 		if err := a.printJSON(ready); err != nil {
@@ -366,7 +371,7 @@ func (d *serviceData) writeConnection(p *registration.Policy, address string) er
 
 // caFile is what devices must trust, where it is the service's own.
 func (d *serviceData) caFile(o *serveOptions) string {
-	if o.tlsCert != "" {
+	if len(o.front.tlsCerts) > 0 {
 		return ""
 	}
 	return d.path(caFile)
@@ -375,16 +380,8 @@ func (d *serviceData) caFile(o *serveOptions) string {
 // renewBefore is how long before its end a certificate of the service's own is made anew.
 const renewBefore = 30 * 24 * time.Hour
 
-// certificate returns where TLS gets its certificate from: the files that were named, or one of the small CA's, which is
-// renewed in time while the service runs.
+// certificate returns where TLS gets a certificate of the small CA's from. It is renewed in time while the service runs.
 func (d *serviceData) certificate(o *serveOptions) (func(*tls.ClientHelloInfo) (*tls.Certificate, error), error) {
-	if o.tlsCert != "" {
-		c, err := tls.LoadX509KeyPair(o.tlsCert, o.tlsKey)
-		if err != nil {
-			return nil, usageError{fmt.Errorf("--tls-cert and --tls-key: %w", err)}
-		}
-		return func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return &c, nil }, nil
-	}
 	keyPEM, err := d.ensure(caKeyFile, 0o600, newKeyPEM)
 	if err != nil {
 		return nil, err

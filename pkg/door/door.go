@@ -71,6 +71,7 @@ type Conn struct {
 	Certificates []*x509.Certificate
 
 	most, read int64 // octets: what may come, and came
+	slot       *slot // below, where there is one
 
 	mu     sync.Mutex
 	ending bool
@@ -81,6 +82,9 @@ var errTooMuch = errors.New("more octets than a conversation may bring")
 // Read is net.Conn's, up to the door's limit for a conversation.
 func (c *Conn) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
+	if n > 0 && c.read == 0 && c.slot != nil {
+		c.slot.spoken() // it may have come with the end of the handshake
+	}
 	if c.read += int64(n); c.most > 0 && c.read > c.most {
 		return 0, errTooMuch
 	}
@@ -183,6 +187,7 @@ func (d *Door) Handle(ctx context.Context, c *Conn, handle Handler) {
 	c.most = d.cfg.MaxOctets
 	if over, ok := c.Conn.(interface{ NetConn() net.Conn }); ok {
 		if s, ok := over.NetConn().(*slot); ok {
+			c.slot = s
 			s.pace()
 		}
 	}

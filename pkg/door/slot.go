@@ -106,6 +106,13 @@ func (s *slot) pace() {
 	s.paced, s.fresh, s.began, s.octets = true, true, time.Now(), 0
 }
 
+// spoken says that the first octet of the conversation is here.
+func (s *slot) spoken() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.fresh = false
+}
+
 // SetReadDeadline sets the handler's deadline. What comes from now on is the next packet.
 func (s *slot) SetReadDeadline(t time.Time) error {
 	s.mu.Lock()
