@@ -56,6 +56,12 @@ func (d *service) dial(t testing.TB, device registrationtest.Device) *conn {
 	return &conn{d, device, c, bufio.NewReader(c)}
 }
 
+// over speaks on a connection that is there.
+func (c *conn) over(raw net.Conn, cert *tls.Certificate) {
+	c.c = tls.Client(raw, c.TLS(cert))
+	c.r = bufio.NewReader(c.c)
+}
+
 // do sends a request and reads the answer, and checks what holds for every answer (device API, section 10.3).
 func (c *conn) do(t testing.TB, method, path, body string, header ...string) (*http.Response, []byte) {
 	t.Helper()

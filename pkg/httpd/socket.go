@@ -19,6 +19,9 @@ import (
 // maxSocket is how many octets may come in on one WebSocket, with its frames' heads, pings and empty frames.
 const maxSocket = 8 << 20
 
+// goodbyeTime is how long a WebSocket that ends keeps its place for a peer that does not answer.
+const goodbyeTime = 2 * time.Second
+
 // tokens returns the comma-separated tokens of a header, as they are spelled.
 func tokens(h http.Header, name string) []string {
 	var all []string
@@ -148,5 +151,11 @@ type socketConn struct {
 func (c *socketConn) SetDeadline(t time.Time) error      { return c.below.SetDeadline(t) }
 func (c *socketConn) SetReadDeadline(t time.Time) error  { return c.below.SetReadDeadline(t) }
 func (c *socketConn) SetWriteDeadline(t time.Time) error { return c.below.SetWriteDeadline(t) }
+
+// Close says goodbye, and waits a little for the other side's.
+func (c *socketConn) Close() error {
+	_ = c.below.SetDeadline(time.Now().Add(goodbyeTime))
+	return c.Conn.Close()
+}
 
 func (c *socketConn) NetConn() net.Conn { return c.below.(*boundedConn).NetConn() }

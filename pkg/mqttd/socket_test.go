@@ -139,8 +139,8 @@ func TestSocketFrames(t *testing.T) {
 
 // A frame may say that it is as long as it likes: what counts is the packet in it, and how fast it comes.
 func TestSocketSizes(t *testing.T) {
-	d := openSocket(t, registrationtest.NewFixture(t, "hub-a.example.net"), func(_ *mqttd.Config, d *door.Config) {
-		d.Slack, d.MinRate = 300*time.Millisecond, 1<<20
+	d := openSocket(t, registrationtest.NewFixture(t, "hub-a.example.net"), func(c *mqttd.Config, d *door.Config) {
+		c.Second, d.Slack, d.MinRate = 50*time.Millisecond, 300*time.Millisecond, 1<<20
 	})
 	var below *tls.Conn
 	d.over = func(t testing.TB, c *tls.Conn) net.Conn {
