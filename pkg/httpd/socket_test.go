@@ -172,7 +172,8 @@ func TestSocketAbuse(t *testing.T) {
 // Frames that break RFC 6455 end the connection.
 func TestSocketFrames(t *testing.T) {
 	d := newDoor(t, sockets)
-	for name, frame := range map[string]string{
+	var conns []*conn
+	frames := map[string]string{
 		"not masked":             "\x82\x01a",
 		"a reserved bit":         "\xc2\x81\x00\x00\x00\x00a", // compressed, though nobody agreed
 		"a reserved opcode":      "\x83\x81\x00\x00\x00\x00a",
@@ -183,7 +184,8 @@ func TestSocketFrames(t *testing.T) {
 		"a close of one octet":   "\x88\x81\x00\x00\x00\x00a",
 		"a bad close code":       "\x88\x82\x00\x00\x00\x00\x03\xed",
 		"half a frame":           "",
-	} {
+	}
+	for _, frame := range frames {
 		c := d.dial(t, registrationtest.Device{})
 		_, _ = io.WriteString(c.c, "GET / HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"+key+"\r\nSec-WebSocket-Protocol: mqtt\r\n\r\n"+frame)
 		if res, err := http.ReadResponse(c.r, nil); err != nil || res.StatusCode != 101 {
@@ -193,8 +195,11 @@ func TestSocketFrames(t *testing.T) {
 			_, _ = io.WriteString(c.c, "\x82\x8a\x00\x00")
 			_ = c.c.CloseWrite()
 		}
+		conns = append(conns, c)
+	}
+	for i, c := range conns { // each is waited for a little, for its goodbye
 		if _, err := io.Copy(io.Discard, c.r); err != nil && isTimeout(err) {
-			t.Errorf("%s: still there", name)
+			t.Errorf("%d of %v: still there", i, frames)
 		}
 	}
 }
