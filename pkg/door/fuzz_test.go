@@ -3,8 +3,33 @@ package door
 import (
 	"bytes"
 	"encoding/binary"
+	"net/netip"
 	"testing"
 )
+
+// However many addresses come and go, so many are remembered; and never is one forgotten that has a connection.
+func TestCallersForget(t *testing.T) {
+	c := callers{most: 1, perSecond: 1e-6, room: 100, by: make(map[netip.Prefix]*caller)}
+	at := func(i int) netip.Prefix {
+		return network(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}))
+	}
+	for i := range 50 {
+		c.take(at(i))
+	}
+	for i := range 10_000 {
+		if n := at(1000 + i); c.take(n) {
+			c.give(n)
+		}
+		if len(c.by) > 100 {
+			t.Fatalf("%d addresses are remembered", len(c.by))
+		}
+	}
+	for i := range 50 {
+		if x := c.by[at(i)]; x == nil || x.open != 1 {
+			t.Errorf("address %d: %v", i, x)
+		}
+	}
+}
 
 // Whatever comes, a header is read whole or refused, and no further than it says; what is taken names somebody.
 func FuzzProxyHeader(f *testing.F) {

@@ -100,7 +100,7 @@ func (f ForwardedCertificate) read(h http.Header) ([]*x509.Certificate, error) {
 func clientCert(leaf, chain []string) ([]*x509.Certificate, error) {
 	if len(leaf) == 0 {
 		if len(chain) > 0 {
-			return nil, errors.New("Client-Cert-Chain without Client-Cert")
+			return nil, errors.New("a chain without Client-Cert")
 		}
 		return nil, nil
 	}

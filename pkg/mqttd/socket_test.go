@@ -212,11 +212,11 @@ func TestSocketEnd(t *testing.T) {
 		ws = upgrade(t, c, "/", "mqtt")
 		return websocket.NetConn(context.Background(), ws, websocket.MessageBinary)
 	}
-	c := d.connect(t, d.Derived("dev-1"))
+	d.connect(t, d.Derived("dev-1"))
 	if err := ws.Close(websocket.StatusNormalClosure, "bye"); err != nil {
 		t.Errorf("closed by the device: %v", err)
 	}
-	c = d.connect(t, d.Derived("dev-1"))
+	c := d.connect(t, d.Derived("dev-1"))
 	c.write(t, mqtt.AppendDisconnect(nil))
 	if _, _, err := ws.Reader(t.Context()); websocket.CloseStatus(err) != websocket.StatusNormalClosure {
 		t.Errorf("closed by the door: %v", err)
