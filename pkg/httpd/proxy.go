@@ -166,7 +166,7 @@ func envoyCert(lines []string) ([]*x509.Certificate, error) {
 	case chain == nil:
 		return leaf, nil
 	case leaf != nil && !leaf[0].Equal(chain[0]):
-		return nil, errors.New("Cert is not the first of Chain")
+		return nil, errors.New("the certificate in Cert is not the first of Chain")
 	}
 	return chain, nil
 }
