@@ -84,10 +84,13 @@ func (b *bench) register(protocol string) {
 	defer doors.Wait()
 	defer stop()
 	ours, echo := must(net.Listen("tcp", "127.0.0.1:0")), must(net.Listen("tcp", "127.0.0.1:0"))
+	// All devices have this machine's address.
+	dc := door.Config{TLS: door.TLSConfig(certificate), MaxPerAddress: 1 << 20}
 	exchange, limit, echoes := httpsExchange, 560, 2
 	switch protocol {
 	case "https":
-		front := httpd.New(httpd.Config{Registrar: svc, Service: svc, Door: door.New(door.Config{TLS: door.TLSConfig(certificate, "http/1.1")})})
+		dc.TLS.NextProtos = []string{"http/1.1"}
+		front := httpd.New(httpd.Config{Registrar: svc, Service: svc, Door: door.New(dc)})
 		doors.Go(func() { check(front.Serve(ctx, ours)) })
 	case "amqp":
 		exchange, limit, echoes = amqpExchange, 420, 3
@@ -97,7 +100,7 @@ func (b *bench) register(protocol string) {
 		exchange, limit = mqttExchange, 420
 		// Without the pause before each response, which one SDK needs: it is time and not work.
 		handle := mqttd.New(mqttd.Config{Registrar: svc, ResponseDelay: -1}).Handle
-		doors.Go(func() { check(door.New(door.Config{TLS: door.TLSConfig(certificate)}).Serve(ctx, ours, handle)) })
+		doors.Go(func() { check(door.New(dc).Serve(ctx, ours, handle)) })
 	}
 	roots := x509.NewCertPool()
 	roots.AddCert(a.cert)

@@ -83,7 +83,7 @@ func groupsLeft(t *testing.T, dir string) (left []string) {
 func TestLoad(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	ready, _ := startService(t, dir, "127.0.0.1:0", "127.0.0.1:0", "off")
+	ready, _ := startService(t, dir, "127.0.0.1:0", "127.0.0.1:0", "127.0.0.1:0")
 	code, rep, stderr := runLoad(t, dir, loadOwn(ready, "--rate", "40", "--ramp", "1s", "--duration", "14s", "--hostile", "40%", "--devices", "100", "--max-errors", "0",
 		"--histogram", "latency.csv", "--watch-pid", strconv.Itoa(os.Getpid()))...)
 	if code != exitDone || rep.Wrong > 0 || rep.ErrorShare > 0 || rep.Total.Assigned < 100 || rep.Watch == nil || rep.Watch.Last.RSS == 0 {
@@ -128,7 +128,7 @@ func TestLoad(t *testing.T) {
 func TestLoadCredentials(t *testing.T) {
 	dir := t.TempDir()
 	t.Setenv("TOUCHMARK_PASSPHRASE", "words for a test")
-	ready, _ := startService(t, dir, "127.0.0.1:0", "127.0.0.1:0", "off")
+	ready, _ := startService(t, dir, "127.0.0.1:0", "127.0.0.1:0", "127.0.0.1:0")
 	touchmark(t, dir, "init", "line", "--id-scope", "0ne00112233")
 	svc, err := (&app{}).openService(filepath.Join(dir, "svc", "owner.connection"), "")
 	if err != nil {
@@ -183,9 +183,9 @@ func TestLoadCredentials(t *testing.T) {
 func TestLoadRefused(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	ready, _ := startService(t, dir, "127.0.0.1:0", "127.0.0.1:0", "off")
+	ready, _ := startService(t, dir, "127.0.0.1:0", "127.0.0.1:0", "127.0.0.1:0")
 	other := t.TempDir()
-	startService(t, other, "127.0.0.1:0", "127.0.0.1:0")
+	startService(t, other, "127.0.0.1:0", "127.0.0.1:0", "off")
 	elsewhere := filepath.Join(dir, "elsewhere.connection")
 	if err := os.WriteFile(elsewhere, []byte("HostName=192.0.2.1;SharedAccessKeyName=p;SharedAccessKey=AAAA"), 0o600); err != nil {
 		t.Fatal(err)
@@ -265,7 +265,7 @@ func (w *watchedBuffer) Write(b []byte) (int, error) {
 func TestLoadInterrupted(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	ready, _ := startService(t, dir, "127.0.0.1:0", "127.0.0.1:0", "off")
+	ready, _ := startService(t, dir, "127.0.0.1:0", "127.0.0.1:0", "127.0.0.1:0")
 	cmd, out, errs := startLoad(t, dir, append(loadOwn(ready, "--rate", "30", "--duration", "1h", "--hostile", "30%"), "--quiet=false")...)
 	if err := cmd.Process.Signal(os.Interrupt); err != nil {
 		t.Fatal(err)

@@ -159,15 +159,15 @@ func softhsmModule(ts *testscript.TestScript) string {
 // serve [FLAG ...]: starts the service in the directory svc and puts its addresses into $HTTPS, $MQTT and $AMQP. It is stopped,
 // and must stop cleanly, when the script ends.
 func serveCmd(ts *testscript.TestScript, neg bool, args []string) {
-	startServe(ts, append([]string{"--data", ts.MkAbs("svc")}, args...))
+	serveForScript(ts, append([]string{"--data", ts.MkAbs("svc")}, args...))
 }
 
 // emulator [FLAG ...]: does the same with one that keeps nothing.
 func emulatorCmd(ts *testscript.TestScript, neg bool, args []string) {
-	startServe(ts, append([]string{"--ephemeral"}, args...))
+	serveForScript(ts, append([]string{"--ephemeral"}, args...))
 }
 
-func startServe(ts *testscript.TestScript, args []string) {
+func serveForScript(ts *testscript.TestScript, args []string) {
 	args = append([]string{"serve", "--https", "127.0.0.1:0", "--mqtt", "127.0.0.1:0", "--amqp", "127.0.0.1:0", "--json"}, args...)
 	program, err := lookPath("touchmark", ts.Getenv("PATH"))
 	ts.Check(err)

@@ -22,7 +22,7 @@ type nodeResult struct {
 }
 
 // Azure's device SDK for Node, unmodified, registers devices from stamps that this program wrote: both attestations,
-// individual and group, over HTTPS on 443, MQTT and AMQP. And it is refused, cleanly, with a wrong key and with a foreign
+// individual and group, over HTTPS on 443, MQTT, AMQP, and both in WebSockets beside HTTPS. And it is refused, cleanly, with a wrong key and with a foreign
 // certificate. DPS-D 96.
 func TestNodeSDK(t *testing.T) {
 	if _, err := exec.LookPath("node"); err != nil {
@@ -64,12 +64,12 @@ func TestNodeSDK(t *testing.T) {
 		}
 		return r
 	}
-	for _, protocol := range []string{"https", "mqtt", "amqp"} {
+	for _, protocol := range []string{"https", "mqtt", "mqtt-ws", "amqp", "amqp-ws"} {
 		for _, profile := range []string{"x509-group", "x509-individual", "symmetric-group", "symmetric-individual"} {
 			t.Run(protocol+"/"+profile, func(t *testing.T) {
 				t.Parallel()
 				id := profile + "000000"
-				if protocol == "mqtt" {
+				if protocol != "https" {
 					id = profile + "000001"
 				}
 				r := register(t, filepath.Join(dir, "stamps", id), protocol)

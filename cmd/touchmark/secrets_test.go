@@ -1,14 +1,12 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -20,33 +18,7 @@ var allProfiles = []string{"x509-group", "x509-individual", "symmetric-group", "
 // startService runs a service in dir/svc until the test ends, and returns what it said when it was ready and what it logs.
 func startService(t *testing.T, dir, https, mqtt, amqp string) (ready map[string]any, log *syncBuffer) {
 	t.Helper()
-	cmd := exec.Command(program(t), "serve", "--data", "svc", "--https", https, "--mqtt", mqtt, "--amqp", amqp, "--hub", "hub-a.example.net", "--id-scope", "0ne00112233", "--json")
-	cmd.Dir = dir
-	log = &syncBuffer{}
-	cmd.Stderr = log
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = cmd.Process.Signal(os.Interrupt)
-		if err := cmd.Wait(); err != nil {
-			t.Errorf("serve: %v", err)
-		}
-		if t.Failed() {
-			t.Log(log.String())
-		}
-	})
-	line, err := bufio.NewReader(out).ReadString('\n')
-	if err == nil {
-		err = json.Unmarshal([]byte(line), &ready)
-	}
-	if err != nil || ready["ready"] != true {
-		t.Fatalf("serve did not start: %v\n%s", err, log.String())
-	}
+	_, ready, log = startServe(t, dir, "--https", https, "--mqtt", mqtt, "--amqp", amqp)
 	return ready, log
 }
 

@@ -4,38 +4,28 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
-	"net"
 	"os"
-	"strings"
-	"syscall"
-	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/touchmark/touchmark/pkg/door"
 	"github.com/touchmark/touchmark/pkg/emulate"
 	"github.com/touchmark/touchmark/pkg/httpd"
-	"github.com/touchmark/touchmark/pkg/mqttd"
 	"github.com/touchmark/touchmark/pkg/registration"
 	"github.com/touchmark/touchmark/pkg/sqlstore"
 )
 
 type serveOptions struct {
-	data, https, mqtt string
-	hubs, hostnames   []string
-	idScope           string
-	tlsCert, tlsKey   string
-	mqttDelay         time.Duration
-	owners            []string
-	requireOrders     bool
-	exchanges         string
+	data            string
+	hubs, hostnames []string
+	idScope         string
+	owners          []string
+	requireOrders   bool
+	exchanges       string
+	doorOptions
+	front frontOptions
 	emulatorOptions
-	amqpOptions
-
-	httpsAsked bool
 }
 
 func newServe(a *app) *cobra.Command {
@@ -67,27 +57,25 @@ register in are there already, and faults happen on demand. touchmark help emula
 	}
 	f := c.Flags()
 	f.StringVar(&o.data, "data", "", "directory that the service keeps everything in")
-	f.StringVar(&o.https, "https", ":443", "address of the HTTPS door, or off; where 443 is not permitted, 8443")
-	f.StringVar(&o.mqtt, "mqtt", ":8883", "address of the MQTT door, or off")
-	o.amqpOptions.flags(c)
+	o.doorOptions.flags(c)
 	f.StringArrayVar(&o.hubs, "hub", nil, "host name of a hub that devices may be assigned to; again for more")
 	f.StringArrayVar(&o.hostnames, "hostname", nil, "name that the service is reached by, for its certificate and tokens; again for more (default: localhost)")
 	f.StringVar(&o.idScope, "id-scope", "", "ID scope that a first start takes, instead of a random one")
-	f.StringVar(&o.tlsCert, "tls-cert", "", "PEM file with the certificate chain for TLS, instead of one of the service's own")
-	f.StringVar(&o.tlsKey, "tls-key", "", "PEM file with its private key")
-	f.DurationVar(&o.mqttDelay, "mqtt-response-delay", 60*time.Millisecond, "pause between the acknowledgement of a request and its response, over MQTT and AMQP, which Azure's Java SDK needs; 0 for none")
 	f.StringArrayVar(&o.owners, "owner", nil, "PEM file with the public key of an owner whose production orders count, from now on; again for more")
 	f.BoolVar(&o.requireOrders, "require-orders", false, "refuse every bundle that was not made on a production order of an owner's")
 	f.StringVar(&o.exchanges, "exchanges", "", "file that every exchange with a device is appended to as a line of JSON, without secrets; - is standard output")
+	o.front.flags(c)
 	o.bind(c)
 	_ = c.MarkFlagDirname("data")
-	c.MarkFlagsRequiredTogether("tls-cert", "tls-key")
 	return c
 }
 
 func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if o.https == "off" && o.mqtt == "off" && o.amqp == "off" {
 		return usageError{errors.New("all doors are off")}
+	}
+	if err := o.front.check(); err != nil {
+		return err
 	}
 	for _, h := range append(o.hubs, o.hostnames...) {
 		if err := checkHost(h); err != nil {
@@ -141,7 +129,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 		return hint(usageError{errors.New("--require-orders without an owner would refuse every bundle")}, "name the owner's public key with --owner owner.pem")
 	}
 	svc := registration.New(registration.Config{Store: store, Scope: d.scope, Hubs: o.hubs, Owners: owners, RequireOrders: o.requireOrders, Log: log})
-	certificate, err := d.certificate(o)
+	front, err := d.front(ctx, o, store, log)
 	if err != nil {
 		return err
 	}
@@ -158,67 +146,39 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	}
 	defer func() { err = errors.Join(err, closeExchanges()) }()
 
-	listenHTTPS, err := a.listenHTTPS(o)
+	open, err := a.listenAll(o)
 	if err != nil {
 		return err
 	}
-	listenMQTT, err := o.listen("mqtt", o.mqtt)
-	var listenAMQP net.Listener
-	if err == nil {
-		listenAMQP, err = o.listen("amqp", o.amqp)
-	}
-	if err != nil {
-		for _, l := range []net.Listener{listenHTTPS, listenMQTT} {
-			if l != nil {
-				err = errors.Join(err, l.Close())
-			}
-		}
-		return err
-	}
-	ready := map[string]any{"ready": true, "idScope": d.scope, "caFile": d.caFile(o), "recipient": d.recipient}
 	eg, ctx := errgroup.WithContext(ctx)
+	eg.Go(func() error { return front.watch(ctx) })
 	var registrar registration.Registrar = svc
 	if o.ephemeral || exchanges != nil {
 		registrar = emulate.New(emulate.Config{Registrar: svc, Faults: faults, Exchanges: exchanges, Stop: ctx.Done()})
 	}
-	address := ""
-	if listenHTTPS != nil {
-		address = reachable(listenHTTPS, o.hostnames[0])
-		ready["https"] = address
+	ready := map[string]any{"ready": true, "idScope": d.scope, "caFile": d.caFile(o), "recipient": d.recipient}
+	for name, l := range open {
+		ready[name] = reachable(l, o.hostnames[0])
 	}
-	calls := make(map[string]httpd.Call)
+	https := httpd.Config{
+		Calls: make(map[string]httpd.Call), Service: svc, Hosts: append(o.hostnames, "localhost", "127.0.0.1", "::1"), Recipient: d.recipient, Log: log,
+		Import: func(ctx context.Context, r httpd.ImportRequest) (registration.ImportResult, error) {
+			return d.importBundle(ctx, svc, r)
+		},
+	}
+	address, _ := ready["https"].(string)
 	switch {
 	case o.ephemeral:
-		calls["faults"] = faultCalls(faults)
+		https.Calls["faults"] = faultCalls(faults)
 		err = emulated.describe(ready, owner, address)
-	case listenHTTPS != nil:
+	case address != "":
 		err = d.writeConnection(owner, address)
 		ready["connectionStringFile"] = d.path(connectionFile)
 	}
 	if err != nil {
 		return err
 	}
-	if listenHTTPS != nil {
-		front := httpd.New(httpd.Config{
-			Door:      door.New(door.Config{TLS: door.TLSConfig(certificate, "http/1.1"), Log: log}),
-			Registrar: registrar, Calls: calls, Service: svc, Hosts: append(o.hostnames, "localhost", "127.0.0.1", "::1"), Recipient: d.recipient, Log: log,
-			Import: func(ctx context.Context, r httpd.ImportRequest) (registration.ImportResult, error) {
-				return d.importBundle(ctx, svc, r)
-			},
-		})
-		eg.Go(func() error { return front.Serve(ctx, listenHTTPS) })
-	}
-	if listenMQTT != nil {
-		ready["mqtt"] = reachable(listenMQTT, o.hostnames[0])
-		if o.mqttDelay == 0 {
-			o.mqttDelay = -1
-		}
-		mqtt := mqttd.New(mqttd.Config{Registrar: registrar, Log: log, ResponseDelay: o.mqttDelay})
-		eg.Go(func() error {
-			return door.New(door.Config{TLS: door.TLSConfig(certificate), Log: log}).Serve(ctx, listenMQTT, mqtt.Handle)
-		})
-	}
-	o.serveAMQP(ctx, eg, listenAMQP, registrar, certificate, log, ready)
+	o.serveDoors(ctx, eg, open, front, registrar, https)
 	if o.ephemeral {
 		emulated.tell(a)
 	}
@@ -250,45 +210,4 @@ func (a *app) printReady(ready map[string]any) {
 	if pem, ok := ready["ca"].(string); ok && ready["caFile"] == "" {
 		fmt.Fprint(a.out, pem)
 	}
-}
-
-func (o *serveOptions) listen(what, address string) (net.Listener, error) {
-	if address == "off" {
-		return nil, nil
-	}
-	if err := o.exposes(what, address); err != nil {
-		return nil, err
-	}
-	l, err := net.Listen("tcp", address)
-	if err != nil {
-		err = fmt.Errorf("opening the %s door: %w", what, err)
-		var address *net.AddrError
-		var name *net.DNSError
-		if errors.As(err, &address) || errors.As(err, &name) {
-			return nil, hint(usageError{err}, "--%s wants HOST:PORT, :PORT or off", what)
-		}
-		if errors.Is(err, syscall.EADDRINUSE) {
-			return nil, hint(err, "another program listens there: stop it, or choose another address with --%s", what)
-		}
-		return nil, err
-	}
-	return l, nil
-}
-
-func (a *app) listenHTTPS(o *serveOptions) (net.Listener, error) {
-	l, err := o.listen("https", o.https)
-	if errors.Is(err, fs.ErrPermission) && !o.httpsAsked {
-		a.note("port 443 is not permitted here: the HTTPS door opens on 8443; Azure's device SDKs expect 443")
-		return o.listen("https", strings.TrimSuffix(o.https, "443")+"8443")
-	}
-	return l, err
-}
-
-// reachable names a listener as a caller on this machine would: by host name where it listens on every address.
-func reachable(l net.Listener, host string) string {
-	a := l.Addr().(*net.TCPAddr)
-	if !a.IP.IsUnspecified() && !a.IP.IsLoopback() {
-		host = a.IP.String()
-	}
-	return net.JoinHostPort(host, fmt.Sprint(a.Port))
 }

@@ -177,7 +177,7 @@ func (d *serviceData) writeConnection(p *registration.Policy, address string) er
 
 // caFile is what devices must trust, where it is the service's own and kept.
 func (d *serviceData) caFile(o *serveOptions) string {
-	if o.tlsCert != "" || d.dir == "" {
+	if len(o.front.tlsCerts) > 0 || d.dir == "" {
 		return ""
 	}
 	return d.path(caFile)
@@ -186,16 +186,8 @@ func (d *serviceData) caFile(o *serveOptions) string {
 // renewBefore is how long before its end a certificate of the service's own is made anew.
 const renewBefore = 30 * 24 * time.Hour
 
-// certificate returns where TLS gets its certificate from: the files that were named, or one of the small CA's, which is
-// renewed in time while the service runs.
+// certificate returns where TLS gets a certificate of the small CA's from. It is renewed in time while the service runs.
 func (d *serviceData) certificate(o *serveOptions) (func(*tls.ClientHelloInfo) (*tls.Certificate, error), error) {
-	if o.tlsCert != "" {
-		c, err := tls.LoadX509KeyPair(o.tlsCert, o.tlsKey)
-		if err != nil {
-			return nil, usageError{fmt.Errorf("--tls-cert and --tls-key: %w", err)}
-		}
-		return func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return &c, nil }, nil
-	}
 	keyPEM, err := d.ensure(caKeyFile, 0o600, func() ([]byte, error) {
 		key, err := d.seed.Key("service CA")
 		if err != nil {

@@ -40,6 +40,7 @@ const (
 	emulatorHub      = "hub.example.invalid"
 	emulatorHTTPS    = "127.0.0.1:443"
 	emulatorMQTT     = "127.0.0.1:8883"
+	emulatorAMQP     = "127.0.0.1:5671"
 	symmetricGroup   = "devices"
 	certificateGroup = "devices-x509"
 	deviceCAFile     = "device-ca.pem"
@@ -120,6 +121,9 @@ func (o *serveOptions) checkEmulator(c *cobra.Command) error {
 	}
 	if !changed("mqtt") {
 		o.mqtt = emulatorMQTT
+	}
+	if !changed("amqp") {
+		o.amqp = emulatorAMQP
 	}
 	if len(o.hubs) == 0 {
 		o.hubs = []string{emulatorHub}

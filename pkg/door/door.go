@@ -3,6 +3,10 @@
 //
 // A [Door] is one set of limits; its listeners, and what comes to it inside WebSockets, count together. A handshake runs in
 // a goroutine of its own and the conversation in a fresh one, so that the stack that the handshake grew is given back.
+//
+// Addresses are counted alone where they are of IPv4, and by their /64 where they are of IPv6. Behind trusted proxies the
+// address is the one that the proxy tells: in the PROXY protocol, version 2 (binary), or, for HTTPS, in X-Forwarded-For.
+// [Certificates] and [Tickets] are what TLS serves and remembers.
 package door
 
 import (
@@ -13,8 +17,12 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/netip"
+	"runtime"
 	"sync"
 	"time"
+
+	"golang.org/x/time/rate"
 )
 
 // Config is how a door meets callers.
@@ -22,24 +30,36 @@ type Config struct {
 	// TLS is made by [TLSConfig].
 	TLS *tls.Config
 	Log *slog.Logger
-	// HandshakeTimeout bounds the handshake; zero means 10 s.
+	// HandshakeTimeout bounds the handshake, with the PROXY header before it; zero means 10 s.
 	HandshakeTimeout time.Duration
+	// MaxHandshakes is how many handshakes compute at once; zero means one per processor. Those that wait for their caller do
+	// not count.
+	MaxHandshakes int
 	// MaxConnections and MaxPerAddress bound the open connections; zero means 20,000 and 2,000. Who comes when all places are
 	// taken waits for one; who has too many is hung up on.
 	MaxConnections, MaxPerAddress int
+	// NewPerSecond bounds the new connections of an address, behind MaxPerAddress of them at once. Zero means a tenth of those
+	// per second, and 50 at least.
+	NewPerSecond float64
+
+	// FirstOctet bounds a conversation's silence behind the handshake; zero means 10 s.
+	FirstOctet time.Duration
+	// A packet that has begun has Slack, and a second for every MinRate octets that came of it, to be whole: whoever sends
+	// one octet every few seconds is cut. Silence between packets is the handler's to bound. Zero means 10 s and 128.
+	Slack   time.Duration
+	MinRate int
+	// MaxOctets is what a conversation may bring in all; zero means 4 MiB.
+	MaxOctets int64
+
+	// Proxies are trusted to tell the address of whom they speak for. They begin every connection with a PROXY header, and are
+	// not counted themselves. From anybody else such a header is a bad handshake.
+	Proxies []netip.Prefix
+	// HeaderOptional lets proxies leave the PROXY header out: they speak HTTP and say it there.
+	HeaderOptional bool
 }
 
 // drainTime is how long those who are being answered when the service stops have for it.
 const drainTime = 10 * time.Second
-
-// TLSConfig is how devices are met on every door: TLS 1.2 and 1.3, a client certificate asked for and not required, with
-// an empty list of authorities and no judgement in the handshake (device API, sections 7.2 and 14). Sessions are not
-// resumed: every connection proves itself.
-func TLSConfig(certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error), alpn ...string) *tls.Config {
-	return &tls.Config{
-		MinVersion: tls.VersionTLS12, GetCertificate: certificate, ClientAuth: tls.RequestClientCert, NextProtos: alpn, SessionTicketsDisabled: true,
-	}
-}
 
 // A Conn is a connection that can be talked on. Once the service stops its read deadline is over and stays so: whoever waits
 // for the caller's next word ends, and whoever is answering can still write.
@@ -50,11 +70,30 @@ type Conn struct {
 	// Certificates are the client's, leaf first; possession of the first one's key has been shown.
 	Certificates []*x509.Certificate
 
+	most, read int64 // octets: what may come, and came
+	slot       *slot // below, where there is one
+
 	mu     sync.Mutex
 	ending bool
 }
 
-// SetReadDeadline is net.Conn's, until the service stops: then it returns net.ErrClosed.
+var errTooMuch = errors.New("more octets than a conversation may bring")
+
+// Read is net.Conn's, up to the door's limit for a conversation.
+func (c *Conn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if n > 0 && c.read == 0 && c.slot != nil {
+		c.slot.spoken() // it may have come with the end of the handshake
+	}
+	if c.read += int64(n); c.most > 0 && c.read > c.most {
+		return 0, errTooMuch
+	}
+	return n, err
+}
+
+// SetReadDeadline is net.Conn's, until the service stops: then it returns net.ErrClosed. A handler calls it before every
+// packet: what comes from then on must keep the pace of [Config]. Inside WebSockets a deadline that passes while somebody
+// reads ends the connection, for writing too.
 func (c *Conn) SetReadDeadline(t time.Time) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -78,10 +117,11 @@ type Handler func(ctx context.Context, c *Conn) error
 type Door struct {
 	cfg Config
 
-	slots chan struct{} // one per connection, from before it is accepted until it is closed
+	slots     chan struct{} // one per connection, from before it is accepted until it is closed
+	computing chan struct{} // one per handshake that computes
+	callers   callers
 
 	mu     sync.Mutex
-	byAddr map[string]int // connections by address
 	conns  map[*Conn]struct{}
 	ending bool
 	wait   sync.WaitGroup // for conns
@@ -92,16 +132,24 @@ func New(cfg Config) *Door {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	if cfg.HandshakeTimeout == 0 {
-		cfg.HandshakeTimeout = 10 * time.Second
+	orElse(&cfg.HandshakeTimeout, 10*time.Second)
+	orElse(&cfg.MaxHandshakes, runtime.GOMAXPROCS(0))
+	orElse(&cfg.MaxConnections, 20_000)
+	orElse(&cfg.MaxPerAddress, 2_000)
+	orElse(&cfg.NewPerSecond, max(float64(cfg.MaxPerAddress)/10, 50))
+	orElse(&cfg.FirstOctet, 10*time.Second)
+	orElse(&cfg.Slack, 10*time.Second)
+	orElse(&cfg.MinRate, 128)
+	orElse(&cfg.MaxOctets, 4<<20)
+	return &Door{cfg: cfg, slots: make(chan struct{}, cfg.MaxConnections), computing: make(chan struct{}, cfg.MaxHandshakes), conns: make(map[*Conn]struct{}),
+		callers: callers{most: cfg.MaxPerAddress, perSecond: rate.Limit(cfg.NewPerSecond), room: cfg.MaxConnections + idleCallers, by: make(map[netip.Prefix]*caller)}}
+}
+
+func orElse[T comparable](v *T, def T) {
+	var zero T
+	if *v == zero {
+		*v = def
 	}
-	if cfg.MaxConnections == 0 {
-		cfg.MaxConnections = 20_000
-	}
-	if cfg.MaxPerAddress == 0 {
-		cfg.MaxPerAddress = 2_000
-	}
-	return &Door{cfg: cfg, slots: make(chan struct{}, cfg.MaxConnections), byAddr: make(map[string]int), conns: make(map[*Conn]struct{})}
 }
 
 // Serve has a handler talk to everybody who comes to a TCP listener, until the context ends. Requests that are being worked
@@ -136,6 +184,13 @@ func (d *Door) Handle(ctx context.Context, c *Conn, handle Handler) {
 	d.conns[c] = struct{}{}
 	d.wait.Add(1)
 	d.mu.Unlock()
+	c.most = d.cfg.MaxOctets
+	if over, ok := c.Conn.(interface{ NetConn() net.Conn }); ok {
+		if s, ok := over.NetConn().(*slot); ok {
+			c.slot = s
+			s.pace()
+		}
+	}
 	defer func() {
 		d.mu.Lock()
 		delete(d.conns, c)
@@ -168,27 +223,8 @@ func (d *Door) Drain() {
 	}
 	d.mu.Lock()
 	for c := range d.conns {
-		_ = c.Close()
+		go c.Close() // a WebSocket waits for its peer's goodbye; Handle returns behind it
 	}
 	d.mu.Unlock()
 	<-done
-}
-
-// take counts a connection of an address in, unless it has too many; give counts it out.
-func (d *Door) take(address string) bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.byAddr[address] >= d.cfg.MaxPerAddress {
-		return false
-	}
-	d.byAddr[address]++
-	return true
-}
-
-func (d *Door) give(address string) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.byAddr[address]--; d.byAddr[address] == 0 {
-		delete(d.byAddr, address)
-	}
 }

@@ -79,22 +79,20 @@ func (l *listener) run(ctx context.Context) {
 
 // meet admits a connection and does its handshake.
 func (l *listener) meet(ctx context.Context, raw net.Conn) {
-	address, _, _ := net.SplitHostPort(raw.RemoteAddr().String())
-	if !l.d.take(address) {
-		<-l.d.slots
-		_ = raw.Close()
+	s := &slot{Conn: raw, d: l.d, remote: raw.RemoteAddr()}
+	proxied := l.d.trusts(addressOf(s.remote))
+	if !proxied && !s.admit() {
+		_ = s.Close()
 		return
 	}
-	c := tls.Server(&slot{Conn: raw, release: func() {
-		l.d.give(address)
-		<-l.d.slots
-	}}, l.d.cfg.TLS)
 	go func() {
-		hctx, cancel := context.WithTimeout(ctx, l.d.cfg.HandshakeTimeout)
-		err := c.HandshakeContext(hctx)
-		cancel()
+		ctx, cancel := context.WithTimeout(ctx, l.d.cfg.HandshakeTimeout)
+		defer cancel()
+		c, err := l.handshake(ctx, s, proxied)
 		if err != nil {
-			_ = c.NetConn().Close() // without the alert that c's own Close writes: nobody is known to read it
+			// Debug: anybody can cause it.
+			l.d.cfg.Log.Debug("handshake failed", "remote", s.remote.String(), "cause", err)
+			_ = s.Close() // without the alert that a tls.Conn's Close writes: nobody is known to read it
 			return
 		}
 		select {
@@ -105,14 +103,29 @@ func (l *listener) meet(ctx context.Context, raw net.Conn) {
 	}()
 }
 
-// slot is an admitted connection, counted out once when it closes.
-type slot struct {
-	net.Conn
-	once    sync.Once
-	release func()
-}
+var errTooMany = errors.New("too many connections from there")
 
-func (s *slot) Close() error {
-	s.once.Do(s.release)
-	return s.Conn.Close()
+func (l *listener) handshake(ctx context.Context, s *slot, proxied bool) (*tls.Conn, error) {
+	if proxied {
+		stop := context.AfterFunc(ctx, func() { _ = s.Close() })
+		from, head, err := readProxyHeader(s.Conn)
+		stop()
+		switch {
+		case errors.Is(err, errNoProxyHeader) && l.d.cfg.HeaderOptional:
+			s.head = head
+		case err != nil:
+			l.d.cfg.Log.Warn("a trusted proxy's connection is refused", "proxy", s.remote.String(), "cause", err)
+			return nil, err
+		case from.IsValid():
+			s.remote = net.TCPAddrFromAddrPort(from)
+			if !l.d.trusts(from.Addr()) && !s.admit() {
+				return nil, errTooMany
+			}
+		}
+	}
+	c := tls.Server(s, l.d.cfg.TLS)
+	s.compute(true)
+	err := c.HandshakeContext(ctx)
+	s.compute(false)
+	return c, err
 }

@@ -17,6 +17,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/touchmark/touchmark/pkg/attest"
@@ -42,8 +43,12 @@ type Config struct {
 	Recipient string
 	// Door takes connections in.
 	Door *door.Door
-	Log  *slog.Logger
-	Now  func() time.Time
+	// Sockets hold the conversations inside WebSockets, by folded subprotocol. Nil leaves WebSockets out.
+	Sockets map[string]door.Handler
+	// Forwarded is how trusted proxies hand on client certificates; empty for not at all.
+	Forwarded ForwardedCertificate
+	Log       *slog.Logger
+	Now       func() time.Time
 
 	// HeaderTimeout and IdleTimeout bound how long a connection may say nothing; zero means 10 s and 2 minutes.
 	HeaderTimeout, IdleTimeout time.Duration
@@ -89,7 +94,7 @@ func New(cfg Config) *Server {
 // Serve answers callers on a TCP listener until the context ends; then it answers those who are there, for a bounded time.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	srv := &http.Server{
-		Handler: s.Handler(), ReadHeaderTimeout: s.cfg.HeaderTimeout, IdleTimeout: s.cfg.IdleTimeout, MaxHeaderBytes: maxHeader,
+		Handler: s.handler(ctx), ReadHeaderTimeout: s.cfg.HeaderTimeout, IdleTimeout: s.cfg.IdleTimeout, MaxHeaderBytes: maxHeader,
 		// These hold on every path, also where nobody reads the body: net/http reads some of it away by itself.
 		ReadTimeout: s.cfg.HeaderTimeout + s.cfg.RequestTimeout, WriteTimeout: s.cfg.HeaderTimeout + 2*s.cfg.RequestTimeout,
 		ErrorLog:    slog.NewLogLogger(s.cfg.Log.Handler(), slog.LevelDebug),
@@ -102,10 +107,13 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		<-ctx.Done()
 		stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTime)
 		defer cancel()
+		var sockets sync.WaitGroup
+		sockets.Go(s.cfg.Door.Drain)
 		err := srv.Shutdown(stop)
 		if err != nil {
 			err = errors.Join(err, srv.Close())
 		}
+		sockets.Wait()
 		done <- err
 	}()
 	err := srv.Serve(s.cfg.Door.Listener(ctx, l))
@@ -115,10 +123,24 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	return err
 }
 
-// Handler returns the routes: the service's by their first path segment, everything else a device's.
-func (s *Server) Handler() http.Handler {
+// Handler returns the routes: WebSockets by their upgrade, the service's by their first path segment, everything else a
+// device's.
+func (s *Server) Handler() http.Handler { return s.handler(context.Background()) }
+
+// handler ends WebSockets with the context.
+func (s *Server) handler(ctx context.Context) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Strict-Transport-Security", "max-age=31536000; includeSubDomains")
+		release, err := s.caller(r)
+		if err != nil {
+			s.fail(w, r, err)
+			return
+		}
+		if s.cfg.Sockets != nil && hasToken(r.Header, "Upgrade", "websocket") {
+			s.socket(ctx, w, r, release)
+			return
+		}
+		defer release()
 		if len(r.RequestURI) > maxURL {
 			s.fail(w, r, dps.NewError(dps.CodeBadRequest, "The URL is too long", nil))
 			return

@@ -56,6 +56,12 @@ func (d *service) dial(t testing.TB, device registrationtest.Device) *conn {
 	return &conn{d, device, c, bufio.NewReader(c)}
 }
 
+// over speaks on a connection that is there.
+func (c *conn) over(raw net.Conn, cert *tls.Certificate) {
+	c.c = tls.Client(raw, c.TLS(cert))
+	c.r = bufio.NewReader(c.c)
+}
+
 // do sends a request and reads the answer, and checks what holds for every answer (device API, section 10.3).
 func (c *conn) do(t testing.TB, method, path, body string, header ...string) (*http.Response, []byte) {
 	t.Helper()
@@ -214,9 +220,10 @@ func TestLimits(t *testing.T) {
 	// One of unknown length is read up to the limit.
 	c = d.dial(t, d.Derived("dev-1"))
 	_, _ = fmt.Fprintf(c.c, "PUT %s HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nAuthorization: %s\r\n\r\n", c.path("/register"), c.device.Token)
+	chunked := c.c
 	go func() {
 		for range 100 {
-			if _, err := fmt.Fprintf(c.c, "1000\r\n%s\r\n", strings.Repeat(" ", 0x1000)); err != nil {
+			if _, err := fmt.Fprintf(chunked, "1000\r\n%s\r\n", strings.Repeat(" ", 0x1000)); err != nil {
 				return
 			}
 		}

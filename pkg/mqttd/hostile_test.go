@@ -2,6 +2,7 @@ package mqttd_test
 
 import (
 	"bytes"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"strings"
@@ -142,7 +143,7 @@ func TestHostileConnect(t *testing.T) {
 			t.Parallel()
 			c := d.dial(t, nil)
 			_, _ = c.c.Write(x.send) // the door may hang up in the middle
-			_ = c.c.CloseWrite()
+			_ = c.c.(*tls.Conn).CloseWrite()
 			if got := c.heard(t); got != x.want {
 				t.Errorf("%q, want %q", got, x.want)
 			}

@@ -33,11 +33,12 @@ const (
 type service struct {
 	*registrationtest.Fixture
 	*registrationtest.Listener
+	over func(testing.TB, *tls.Conn) net.Conn // what MQTT is spoken on; nil for TLS itself
 }
 
 func open(t testing.TB, f *registrationtest.Fixture, edit ...func(*mqttd.Config, *door.Config)) *service {
 	t.Helper()
-	return &service{f, f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
+	return &service{Fixture: f, Listener: f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
 		cfg, dc := mqttd.Config{Registrar: f.Service, Now: f.Now, ResponseDelay: -1}, door.Config{TLS: door.TLSConfig(cert)}
 		for _, e := range edit {
 			e(&cfg, &dc)
@@ -53,7 +54,7 @@ func newDoor(t testing.TB, edit ...func(*mqttd.Config, *door.Config)) *service {
 
 // conn is one device's connection, spoken to in packets.
 type conn struct {
-	c      *tls.Conn
+	c      net.Conn
 	r      *bufio.Reader
 	closed bool // the door refused the CONNECT
 	rid    int
@@ -61,8 +62,11 @@ type conn struct {
 
 func (d *service) dial(t testing.TB, c *tls.Certificate) *conn {
 	t.Helper()
-	tc := d.Dial(t, c)
-	return &conn{c: tc, r: bufio.NewReader(tc)}
+	var nc net.Conn = d.Dial(t, c)
+	if d.over != nil {
+		nc = d.over(t, nc.(*tls.Conn))
+	}
+	return &conn{c: nc, r: bufio.NewReader(nc)}
 }
 
 func (c *conn) write(t testing.TB, b []byte) {

@@ -94,6 +94,11 @@ type Tx interface {
 	// Policy returns a shared access policy of the service API, or ErrNotFound; PutPolicy writes one.
 	Policy(scope, name string) (*Policy, error)
 	PutPolicy(scope string, p *Policy) error
+
+	// Secret returns what all replicas of the service share under a name, or ErrNotFound; PutSecret writes it. The store encrypts
+	// it.
+	Secret(scope, name string) ([]byte, error)
+	PutSecret(scope, name string, value []byte) error
 }
 
 // Kind tells enrollments from groups.

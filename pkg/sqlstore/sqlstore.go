@@ -8,7 +8,7 @@
 // before it wrote is left out; one that fails after it wrote is rolled back with the rest, which then run again without it.
 // Readers have connections of their own and do not wait for the writer.
 //
-// Symmetric keys and policies' keys are encrypted with AES-256-GCM under the data key; scope, kind and ID are authenticated
+// Symmetric keys, policies' keys and secrets are encrypted with AES-256-GCM under the data key; scope, kind and ID are authenticated
 // with them, so that a ciphertext serves in its own row only.
 package sqlstore
 
@@ -301,6 +301,7 @@ type statements struct {
 	ending, putEnding, hasEndings, keyEnded                                  *sql.Stmt
 	grant, grantDocument, putGrant, addToGrant, orders, leases               *sql.Stmt
 	putRefusal, deleteRefusal, refusals                                      *sql.Stmt
+	secret, putSecret                                                        *sql.Stmt
 }
 
 const (
@@ -361,6 +362,8 @@ func prepare(ctx context.Context, db *sql.DB) (*statements, error) {
 		{&st.policy, `SELECT name, rights, primary_key, secondary_key FROM policies WHERE scope = $1 AND name = $2`},
 		{&st.putPolicy, `INSERT INTO policies (scope, name, rights, primary_key, secondary_key) VALUES ($1, $2, $3, $4, $5)
 			ON CONFLICT (scope, name) DO UPDATE SET rights = excluded.rights, primary_key = excluded.primary_key, secondary_key = excluded.secondary_key`},
+		{&st.secret, `SELECT value FROM secrets WHERE scope = $1 AND name = $2`},
+		{&st.putSecret, `INSERT INTO secrets (scope, name, value) VALUES ($1, $2, $3) ON CONFLICT (scope, name) DO UPDATE SET value = excluded.value`},
 	} {
 		var err error
 		if *p.dst, err = db.PrepareContext(ctx, p.text); err != nil {
@@ -624,5 +627,18 @@ func (t *tx) Policy(scope, name string) (*registration.Policy, error) {
 
 func (t *tx) PutPolicy(scope string, p *registration.Policy) error {
 	_, err := t.exec(t.st.putPolicy, scope, p.Name, p.Rights, t.seal(p.Primary, scope, "policy", p.Name, "primary"), t.seal(p.Secondary, scope, "policy", p.Name, "secondary"))
+	return err
+}
+
+func (t *tx) Secret(scope, name string) ([]byte, error) {
+	var sealed []byte
+	if err := t.row(t.st.secret, scope, name).Scan(&sealed); err != nil {
+		return nil, absent(err)
+	}
+	return t.unseal(sealed, scope, "secret", name)
+}
+
+func (t *tx) PutSecret(scope, name string, value []byte) error {
+	_, err := t.exec(t.st.putSecret, scope, name, t.seal(value, scope, "secret", name))
 	return err
 }

@@ -162,14 +162,17 @@ func scopes(t *testing.T, s registration.Store) {
 	g.Certificates = []registration.Certificate{cert}
 	update(t, s, func(tx registration.Tx) error {
 		return errors.Join(tx.PutRecord("one", g), tx.PutRegistration("one", &registration.Registration{ID: "dev", Group: "g"}),
-			tx.PutDevice("one", &registration.Device{ID: "dev"}), tx.PutPolicy("one", &registration.Policy{Name: "owner", Primary: []byte("p"), Secondary: []byte("s")}))
+			tx.PutDevice("one", &registration.Device{ID: "dev"}), tx.PutPolicy("one", &registration.Policy{Name: "owner", Primary: []byte("p"), Secondary: []byte("s")}),
+			tx.PutSecret("one", "tickets", []byte("old")), tx.PutSecret("one", "tickets", []byte("t")))
 	})
 	view(t, s, func(tx registration.Tx) error {
 		_, e1 := tx.Record("two", registration.Group, "g")
 		_, e2 := tx.Registration("two", "dev")
 		_, e3 := tx.Device("two", "dev")
 		_, e4 := tx.Policy("two", "owner")
-		for i, err := range []error{e1, e2, e3, e4} {
+		_, e5 := tx.Secret("two", "tickets")
+		_, e6 := tx.Secret("one", "other")
+		for i, err := range []error{e1, e2, e3, e4, e5, e6} {
 			if !errors.Is(err, registration.ErrNotFound) {
 				t.Errorf("%d: %v", i, err)
 			}
@@ -183,6 +186,9 @@ func scopes(t *testing.T, s registration.Store) {
 		}
 		if p, err := tx.Policy("one", "owner"); err != nil || string(p.Primary) != "p" || string(p.Secondary) != "s" {
 			t.Errorf("policy %v, %v", p, err)
+		}
+		if b, err := tx.Secret("one", "tickets"); err != nil || string(b) != "t" {
+			t.Errorf("secret %q, %v", b, err)
 		}
 		return nil
 	})
