@@ -51,6 +51,7 @@ type serveOptions struct {
 	mqttDelay         time.Duration
 	owners            []string
 	requireOrders     bool
+	limits            limitOptions
 
 	httpsAsked bool
 }
@@ -104,6 +105,7 @@ orders count that owners signed whose public keys are in its owners folder: --ow
 	f.DurationVar(&o.mqttDelay, "mqtt-response-delay", 60*time.Millisecond, "pause between a PUBACK and its response, which Azure's Java SDK needs; 0 for none")
 	f.StringArrayVar(&o.owners, "owner", nil, "PEM file with the public key of an owner whose production orders count, from now on; again for more")
 	f.BoolVar(&o.requireOrders, "require-orders", false, "refuse every bundle that was not made on a production order of an owner's")
+	o.limits.flags(c)
 	_ = c.MarkFlagRequired("data")
 	_ = c.MarkFlagDirname("data")
 	c.MarkFlagsRequiredTogether("tls-cert", "tls-key")
@@ -113,6 +115,9 @@ orders count that owners signed whose public keys are in its owners folder: --ow
 func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if o.https == "off" && o.mqtt == "off" {
 		return usageError{errors.New("both doors are off")}
+	}
+	if err := o.limits.check(); err != nil {
+		return err
 	}
 	for _, h := range append(o.hubs, o.hostnames...) {
 		if err := checkHost(h); err != nil {
@@ -163,6 +168,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 		return hint(usageError{errors.New("--require-orders without an owner would refuse every bundle")}, "name the owner's public key with --owner owner.pem")
 	}
 	svc := registration.New(registration.Config{Store: store, Scope: d.scope, Hubs: o.hubs, Owners: owners, RequireOrders: o.requireOrders, Log: log})
+	limited := o.limits.wrap(svc, log)
 	certificate, err := d.certificate(o)
 	if err != nil {
 		return err
@@ -189,7 +195,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 		ready["https"], ready["connectionStringFile"] = address, filepath.Join(dir, connectionFile)
 		front := httpd.New(httpd.Config{
 			Door:      door.New(door.Config{TLS: door.TLSConfig(certificate, "http/1.1"), Log: log}),
-			Registrar: svc, Service: svc, Hosts: append(o.hostnames, "localhost", "127.0.0.1", "::1"), Recipient: d.recipient, Log: log,
+			Registrar: limited, Service: svc, Hosts: append(o.hostnames, "localhost", "127.0.0.1", "::1"), Recipient: d.recipient, Log: log,
 			Import: func(ctx context.Context, r httpd.ImportRequest) (registration.ImportResult, error) {
 				return d.importBundle(ctx, svc, r)
 			},
@@ -201,7 +207,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 		if o.mqttDelay == 0 {
 			o.mqttDelay = -1
 		}
-		mqtt := mqttd.New(mqttd.Config{Registrar: svc, Log: log, ResponseDelay: o.mqttDelay})
+		mqtt := mqttd.New(mqttd.Config{Registrar: limited, Overloaded: limited.Overloaded, Log: log, ResponseDelay: o.mqttDelay})
 		eg.Go(func() error {
 			return door.New(door.Config{TLS: door.TLSConfig(certificate), Log: log}).Serve(ctx, listenMQTT, mqtt.Handle)
 		})
