@@ -77,6 +77,8 @@ func main() {
 		{"token-sign", b.tokenSign}, {"token-hmac", b.tokenHMAC}, {"token-keygen", b.tokenKeygen}, {"token-crowded", b.tokenCrowded},
 		{"tpm-create", b.tpmCreate}, {"tpm-sign", b.tpmSign},
 		{"register-https", func() { b.register("https") }}, {"register-mqtt", func() { b.register("mqtt") }}, {"import", b.importBundle},
+		{"limit-overhead limit-refusal", b.limitOverhead}, {"limit-fairness", b.limitFairness},
+		{"refusal-https", func() { b.refusal("https") }}, {"refusal-mqtt", func() { b.refusal("mqtt") }},
 		{"ledger-append", func() { b.ledgerAppend("ledger-append", temp, ledgerGroup) }}, {"ledger-append-disk", func() { b.ledgerAppend("ledger-append-disk", disk, ledgerGroup) }},
 		{"ledger-append-one-disk", func() { b.ledgerAppend("ledger-append-one-disk", disk, 1) }},
 		{"ledger-verify", b.ledgerVerify}, {"ledger-verify-million ledger-resume-million station-resume-million", b.ledgerMillion},
