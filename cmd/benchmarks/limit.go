@@ -139,7 +139,7 @@ func (s scopes) Register(ctx context.Context, req *registration.Request) (*dps.O
 	return s.by[req.IDScope].Register(ctx, req)
 }
 
-// limit-fairness: how long registrations in scope B take, a hundred a second, alone ("limit") and while scope A sends fifty
+// limit-fairness: how long registrations in scope B take, 400 a second, alone ("limit") and while scope A sends fifty
 // times as many; and the same without a limiter. There is no bare limit to it: a ratio of 1 would be a machine for each.
 func (b *bench) limitFairness() {
 	store := must(sqlstore.Open(context.Background(), sqlstore.Config{Path: filepath.Join(tempDir(), "service.db"), DataKey: make([]byte, 32)}))
@@ -151,7 +151,7 @@ func (b *bench) limitFairness() {
 		all.by[name] = svc
 	}
 	seconds := max(1, b.scale/2)
-	const perSecond, flood = 100, 50
+	const perSecond, flood = 400, 50
 	requests := func(scope string, n int) []*registration.Request {
 		out := make([]*registration.Request, n)
 		for i := range out {

@@ -56,7 +56,7 @@ type Config struct {
 	// Queue is how many requests of one scope may wait for a place, and Wait how long; default 1,024 and one second.
 	Queue int
 	Wait  time.Duration
-	// Keys is how many addresses, and how many devices, are told apart; default 32,768 of each, at some 400 octets.
+	// Keys is how many addresses, and how many devices in each scope, are told apart; default 32,768, at some 300 octets.
 	Keys int
 	// Off lets everything through. What replicas with limits put off is taken up.
 	Off bool
@@ -99,7 +99,6 @@ type Limiter struct {
 	lines *rate.Limiter // to the log
 
 	mu        sync.Mutex // guards what follows and everything in it
-	devices   *table
 	addresses *table
 	scopes    map[string]*scope
 	places    places
@@ -137,13 +136,14 @@ func New(cfg Config) *Limiter {
 	}
 	return &Limiter{
 		cfg: cfg, seed: maphash.MakeSeed(), lines: rate.NewLimiter(tellRate, tellBurst), scopes: make(map[string]*scope), places: places{free: cfg.Places},
-		devices: newTable(cfg.Keys, cfg.PerDevice, deviceBurst), addresses: newTable(cfg.Keys, cfg.PerAddress, addressBurst),
+		addresses: newTable(cfg.Keys, cfg.PerAddress, addressBurst),
 	}
 }
 
 // scope is what is known of an ID scope.
 type scope struct {
 	requests, bytes *bucket
+	devices         *table // its own: a flood of names in one scope takes no room from another's
 	busy            told
 
 	held    int           // places
@@ -218,7 +218,7 @@ func (l *Limiter) Overloaded(req *registration.Request) bool {
 	defer l.mu.Unlock()
 	l.place(c)
 	now := time.Now()
-	return l.addresses.peek(c.address).spent(now) || l.devices.peek(c.device).spent(now) || c.scope.requests.spent(now)
+	return l.addresses.peek(c.address).spent(now) || c.scope.devices.peek(c.device).spent(now) || c.scope.requests.spent(now)
 }
 
 // A call is one request on its way through.
@@ -249,9 +249,9 @@ func do[T any](l *Limiter, ctx context.Context, c *call, work func() (T, error))
 
 // deviceKey is the key of a device at an address; without one, of a device that proved itself.
 type deviceKey struct {
-	scope, id string
-	address   netip.Prefix
-	proven    bool
+	id      string
+	address netip.Prefix
+	proven  bool
 }
 
 // place finds the scope and the keys of a call. Keys are hashes with a seed of our own: nobody can aim at another's, and no
@@ -262,10 +262,11 @@ func (l *Limiter) place(c *call) {
 		name = ""
 	}
 	if c.scope = l.scopes[name]; c.scope == nil {
-		c.scope = &scope{requests: newBucket(l.cfg.PerScope, scopeBurst), bytes: newBucket(max(l.cfg.BytesPerScope, registration.MaxBody), bytesBurst)}
+		c.scope = &scope{requests: newBucket(l.cfg.PerScope, scopeBurst), bytes: newBucket(max(l.cfg.BytesPerScope, registration.MaxBody), bytesBurst),
+			devices: newTable(l.cfg.Keys, l.cfg.PerDevice, deviceBurst)}
 		l.scopes[strings.Clone(name)] = c.scope
 	}
-	k := deviceKey{scope: name, address: block(c.req.Remote)}
+	k := deviceKey{address: block(c.req.Remote)}
 	if dps.CheckRegistrationID(c.req.RegistrationID) == nil { // those that are none count as one
 		k.id = dps.Fold(c.req.RegistrationID)
 	}
@@ -294,7 +295,7 @@ func (l *Limiter) admit(ctx context.Context, c *call) error {
 	now := time.Now()
 	l.mu.Lock()
 	l.place(c)
-	if b := l.devices.peek(c.device); b != nil && b.refusal != nil {
+	if b := c.scope.devices.peek(c.device); b != nil && b.refusal != nil {
 		l.mu.Unlock()
 		c.hash() // takes a while, and only for who was refused before
 		l.mu.Lock()
@@ -323,11 +324,11 @@ func (l *Limiter) charge(c *call, now time.Time) (*told, string, verdict) {
 	if v := a.take(now, 1); v != passes {
 		return &a.told, "address", v
 	}
-	d := l.devices.get(c.device, now)
+	d := c.scope.devices.get(c.device, now)
 	if v := d.take(now, 1); v != passes {
 		return &d.told, "device", v
 	}
-	if p := l.devices.peek(c.proven); p != nil && p.pace.TokensAt(now) < 1 {
+	if p := c.scope.devices.peek(c.proven); p != nil && p.pace.TokensAt(now) < 1 {
 		return &p.told, "device", slows // never more: strangers meet it too
 	}
 	if v := c.scope.requests.take(now, 1); v != passes {
@@ -372,14 +373,14 @@ func (l *Limiter) learn(c *call, err error) {
 	defer l.mu.Unlock()
 	switch {
 	case refused:
-		b := l.devices.get(c.device, now)
+		b := c.scope.devices.get(c.device, now)
 		if r := b.refusal; r == nil || r.proof != c.proof || now.Sub(r.judged) >= refusalWindow {
 			b.refusal = &refusal{proof: c.proof}
 		}
 		b.refusal.answer, b.refusal.judged = e, now
 		b.refusal.n++
 	case err == nil && c.verb != "challenge":
-		l.devices.get(c.proven, now).pace.AllowN(now, 1)
+		c.scope.devices.get(c.proven, now).pace.AllowN(now, 1)
 	}
 }
 

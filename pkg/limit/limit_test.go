@@ -572,6 +572,29 @@ func TestFairness(t *testing.T) {
 	}
 }
 
+// More names in one scope than are told apart take nothing from another's.
+func TestNames(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limit.New(limit.Config{Registrar: &slow{}, Scopes: func(string) bool { return true }, Keys: 1000})
+		put := map[string]int{}
+		for i := range 10_000 {
+			time.Sleep(100 * time.Microsecond)
+			for _, scope := range []string{"a", "b"} {
+				if scope == "b" && i%100 != 0 {
+					continue
+				}
+				st, err := l.Register(t.Context(), request(registrationtest.Device{Scope: scope, ID: fmt.Sprintf("dev-%d", i)}, fmt.Sprintf("192.0.%d.%d:1", i>>8, i&0xff), ""))
+				if err != nil || ticket(st.OperationID) {
+					put[scope]++
+				}
+			}
+		}
+		if put["a"] < 9_000 || put["b"] != 0 {
+			t.Errorf("put off: %v", put)
+		}
+	})
+}
+
 // A request whose caller is gone gives its turn up.
 func TestGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
