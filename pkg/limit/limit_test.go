@@ -572,6 +572,38 @@ func TestFairness(t *testing.T) {
 	}
 }
 
+// Scopes that wait get places in turn, however many wait in each.
+func TestTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &slow{takes: map[string]time.Duration{"a": time.Millisecond, "b": time.Millisecond, "c": time.Millisecond}}
+		l := limit.New(limit.Config{Registrar: s, Scopes: func(string) bool { return true }, Places: 1})
+		var mu sync.Mutex
+		var order string
+		var wg sync.WaitGroup
+		for _, x := range []struct {
+			scope string
+			n     int
+		}{{"a", 100}, {"b", 3}, {"c", 10}} {
+			for i := range x.n {
+				wg.Go(func() {
+					st, err := l.Register(t.Context(), request(registrationtest.Device{Scope: x.scope, ID: fmt.Sprintf("dev-%d", i)}, "192.0.2.1:1", ""))
+					if err != nil || ticket(st.OperationID) {
+						t.Errorf("%s: %+v, %v", x.scope, st, err)
+					}
+					mu.Lock()
+					defer mu.Unlock()
+					order += x.scope
+				})
+				synctest.Wait()
+			}
+		}
+		wg.Wait()
+		if want := "a" + strings.Repeat("abc", 3) + strings.Repeat("ac", 7) + strings.Repeat("a", 89); order != want {
+			t.Errorf("order %s\nwant  %s", order, want)
+		}
+	})
+}
+
 // More names in one scope than are told apart take nothing from another's.
 func TestNames(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
