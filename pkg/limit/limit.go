@@ -40,7 +40,8 @@ import (
 type Config struct {
 	// Registrar does the work.
 	Registrar registration.Registrar
-	// Scopes reports whether an ID scope, folded, is one of the service's. All others count as one; nil means that all do.
+	// Scopes reports, at once, whether an ID scope, folded, is one of the service's. All others count as one; nil means that
+	// all do.
 	Scopes func(folded string) bool
 	// PerDevice is requests of one device; default 1, and 20 at once.
 	PerDevice float64
@@ -247,7 +248,7 @@ func do[T any](l *Limiter, ctx context.Context, c *call, work func() (T, error))
 	return answer, err
 }
 
-// deviceKey is the key of a device at an address; without one, of a device that proved itself.
+// deviceKey is a device at an address or, from wherever it comes, one that proved itself.
 type deviceKey struct {
 	id      string
 	address netip.Prefix
