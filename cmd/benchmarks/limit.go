@@ -140,7 +140,7 @@ func (s scopes) Register(ctx context.Context, req *registration.Request) (*dps.O
 }
 
 // limit-fairness: how long registrations in scope B take, 400 a second, alone ("limit") and while scope A sends fifty
-// times as many; and the same without a limiter. There is no bare limit to it: a ratio of 1 would be a machine for each.
+// times as many; and the same without a limiter, which may end in time-outs. There is no bare limit to it: a ratio of 1 would be a machine for each.
 func (b *bench) limitFairness() {
 	store := must(sqlstore.Open(context.Background(), sqlstore.Config{Path: filepath.Join(tempDir(), "service.db"), DataKey: make([]byte, 32)}))
 	defer store.Close()
@@ -173,8 +173,9 @@ func (b *bench) limitFairness() {
 				if took == nil {
 					return
 				}
-				if took[i] = time.Since(due); err != nil || strings.HasPrefix(st.OperationID, "4.") {
-					check(fmt.Errorf("scope B was put off or refused: %w", err))
+				took[i] = time.Since(due)
+				if _, limited := r.(*limit.Limiter); limited && (err != nil || strings.HasPrefix(st.OperationID, "4.")) {
+					check(fmt.Errorf("scope B was put off or refused: %v", err))
 				}
 			})
 		}
@@ -197,9 +198,9 @@ func (b *bench) limitFairness() {
 	}
 	alone50, alone99 := measure(newLimiter(), false)
 	limited50, limited99 := measure(newLimiter(), true)
-	bare50, bare99 := measure(all, true)
 	b.report(result{"limit-fairness-p50", limited50, alone50, limited50 / alone50, "us"})
 	b.report(result{"limit-fairness-p99", limited99, alone99, limited99 / alone99, "us"})
+	bare50, bare99 := measure(all, true)
 	b.report(result{"limit-fairness-p50-off", bare50, alone50, bare50 / alone50, "us"})
 	b.report(result{"limit-fairness-p99-off", bare99, alone99, bare99 / alone99, "us"})
 }
