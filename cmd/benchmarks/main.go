@@ -82,6 +82,8 @@ func main() {
 		{"tpm-create", b.tpmCreate}, {"tpm-sign", b.tpmSign},
 		{"register-https", func() { b.register("https") }}, {"register-mqtt", func() { b.register("mqtt") }}, {"register-amqp", func() { b.register("amqp") }},
 		{"idle-mqtt", func() { b.idle("mqtt", 34) }}, {"idle-amqp", func() { b.idle("amqp", 40) }}, {"import", b.importBundle},
+		{"limit-overhead limit-refusal", b.limitOverhead}, {"limit-fairness", b.limitFairness},
+		{"refusal-https", func() { b.refusal("https") }}, {"refusal-mqtt", func() { b.refusal("mqtt") }},
 		{"ledger-append", func() { b.ledgerAppend("ledger-append", temp, ledgerGroup) }}, {"ledger-append-disk", func() { b.ledgerAppend("ledger-append-disk", disk, ledgerGroup) }},
 		{"ledger-append-one-disk", func() { b.ledgerAppend("ledger-append-one-disk", disk, 1) }},
 		{"ledger-verify", b.ledgerVerify}, {"ledger-verify-million ledger-resume-million station-resume-million", b.ledgerMillion},

@@ -24,7 +24,8 @@ type serveOptions struct {
 	requireOrders   bool
 	exchanges       string
 	doorOptions
-	front frontOptions
+	front  frontOptions
+	limits limitOptions
 	emulatorOptions
 }
 
@@ -65,6 +66,7 @@ register in are there already, and faults happen on demand. touchmark help emula
 	f.BoolVar(&o.requireOrders, "require-orders", false, "refuse every bundle that was not made on a production order of an owner's")
 	f.StringVar(&o.exchanges, "exchanges", "", "file that every exchange with a device is appended to as a line of JSON, without secrets; - is standard output")
 	o.front.flags(c)
+	o.limits.flags(c)
 	o.bind(c)
 	_ = c.MarkFlagDirname("data")
 	return c
@@ -74,7 +76,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if o.https == "off" && o.mqtt == "off" && o.amqp == "off" {
 		return usageError{errors.New("all doors are off")}
 	}
-	if err := o.front.check(); err != nil {
+	if err := errors.Join(o.front.check(), o.limits.check()); err != nil {
 		return err
 	}
 	for _, h := range append(o.hubs, o.hostnames...) {
@@ -152,9 +154,10 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	}
 	eg, ctx := errgroup.WithContext(ctx)
 	eg.Go(func() error { return front.watch(ctx) })
-	var registrar registration.Registrar = svc
+	limited := o.limits.wrap(svc, log)
+	var registrar registration.Registrar = limited
 	if o.ephemeral || exchanges != nil {
-		registrar = emulate.New(emulate.Config{Registrar: svc, Faults: faults, Exchanges: exchanges, Stop: ctx.Done()})
+		registrar = emulate.New(emulate.Config{Registrar: limited, Faults: faults, Exchanges: exchanges, Stop: ctx.Done()})
 	}
 	ready := map[string]any{"ready": true, "idScope": d.scope, "caFile": d.caFile(o), "recipient": d.recipient}
 	for name, l := range open {
@@ -178,7 +181,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	o.serveDoors(ctx, eg, open, front, registrar, https)
+	o.serveDoors(ctx, eg, open, front, registrar, limited.Overloaded, https)
 	if o.ephemeral {
 		emulated.tell(a)
 	}

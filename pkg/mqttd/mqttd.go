@@ -24,6 +24,9 @@ import (
 // Config is what a server needs.
 type Config struct {
 	Registrar registration.Registrar
+	// Overloaded reports whether a device is to be turned away at its CONNECT, with return code 3: what it asks for would be
+	// refused. Nil means never.
+	Overloaded func(*registration.Request) bool
 	// Protocol is the door's name in records; empty means "mqtt".
 	Protocol string
 	Log      *slog.Logger
@@ -197,6 +200,9 @@ func (c *conn) connect(p *mqtt.Packet) byte {
 		if err != nil || token.Expired(c.s.cfg.Now()) {
 			return notAuthorized
 		}
+	}
+	if c.s.cfg.Overloaded != nil && c.s.cfg.Overloaded(&c.req) {
+		return unavailable
 	}
 	return accepted
 }

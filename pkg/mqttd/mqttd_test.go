@@ -20,6 +20,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/door"
 	"github.com/touchmark/touchmark/pkg/mqtt"
 	"github.com/touchmark/touchmark/pkg/mqttd"
+	"github.com/touchmark/touchmark/pkg/registration"
 	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
 )
 
@@ -172,6 +173,30 @@ func TestDoor(t *testing.T) {
 		d := open(t, f)
 		return func(t testing.TB, device registrationtest.Device) registrationtest.Conn { return d.connect(t, device) }
 	})
+}
+
+// A device whose request would be refused is turned away at its CONNECT; others are not, and a bad token is told first.
+func TestOverloaded(t *testing.T) {
+	d := newDoor(t, func(c *mqttd.Config, _ *door.Config) {
+		c.Overloaded = func(r *registration.Request) bool {
+			return r.IDScope == registrationtest.Scope && r.RegistrationID != "dev-2" && strings.HasPrefix(r.Remote, "127.0.0.1:")
+		}
+	})
+	late := d.Derived("dev-1")
+	late.Token = attesttest.Token(d.GroupKey, late.Scope, late.ID, d.Now().Add(-time.Hour))
+	for _, x := range []struct {
+		registrationtest.Device
+		code byte
+	}{{d.Derived("dev-1"), 3}, {d.Derived("dev-2"), 0}, {late, 5}} {
+		c := d.dial(t, nil)
+		c.write(t, mqtt.AppendConnect(nil, x.ID, username(x.Device), []byte(x.Token), 0))
+		if code := c.connack(t); code != x.code {
+			t.Errorf("%s: CONNACK %d, want %d", x.ID, code, x.code)
+		}
+		if x.code != 0 {
+			c.gone(t, x.ID)
+		}
+	}
 }
 
 // DPS-D 65, 66, 77, and section 11.1.

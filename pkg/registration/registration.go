@@ -18,6 +18,9 @@ type Request struct {
 	Body []byte
 	// Repeat says that the transport marked the request as one that it sends again (MQTT's DUP).
 	Repeat bool
+	// Operation is the ID that the operation is to have, for a registration that was put off: a ticket of this device
+	// ([IsTicket]). Where the device has an operation of that ID, Register finds it and does nothing. Doors leave it empty.
+	Operation string
 	// Protocol is "https", "mqtt", "mqtt-ws", "amqp" or "amqp-ws", Remote the caller's address and ClientVersion what it says it is; all for the log.
 	Protocol      string
 	Remote        string

@@ -13,6 +13,7 @@ package registration
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/rand"
@@ -101,8 +102,11 @@ func (s *Service) Register(ctx context.Context, req *Request) (*dps.OperationSta
 	if err != nil {
 		return nil, s.logged(req, "register", err)
 	}
+	if req.Operation != "" && !IsTicket(req.IDScope, req.RegistrationID, req.Operation) {
+		return nil, s.logged(req, "register", dps.NewError(dps.CodeNotFound, "Operation not found", nil))
+	}
 	proof := fingerprint(req)
-	key := dps.Fold(req.RegistrationID) + "\x00" + string(proof)
+	key := dps.Fold(req.RegistrationID) + "\x00" + string(proof) + req.Operation
 	s.mu.Lock()
 	if f := s.inFlight[key]; f != nil {
 		s.mu.Unlock()
@@ -135,19 +139,23 @@ func (s *Service) register(ctx context.Context, req *Request, body *dps.Register
 	id := dps.Fold(req.RegistrationID)
 	for range 10 {
 		var before *Registration
+		var begun *Operation
 		var v *verdict
 		err := s.cfg.Store.View(ctx, func(tx Tx) (err error) {
-			if v, err = s.judge(tx, req); err != nil {
+			if before, err = found(tx.Registration(s.scope, id)); err != nil {
 				return err
 			}
-			before, err = tx.Registration(s.scope, id)
-			if errors.Is(err, ErrNotFound) {
-				before, err = nil, nil
+			if begun = before.operation(req.Operation); begun != nil && bytes.Equal(begun.Proof, proof) {
+				return nil // judged when it began; see Status
 			}
+			v, err = s.judge(tx, req)
 			return err
 		})
 		if err != nil {
 			return nil, err
+		}
+		if begun != nil {
+			return &dps.OperationStatus{OperationID: begun.ID, Status: dps.Assigning}, nil
 		}
 		if req.Repeat && !v.disabled && before != nil && len(before.Operations) > 0 && bytes.Equal(before.Operations[0].Proof, proof) &&
 			s.cfg.Now().Sub(before.Operations[0].Started) < repeatTime {
@@ -229,7 +237,7 @@ func (s *Service) decide(req *Request, body *dps.RegisterRequest, v *verdict, be
 		}
 		st.Substatus = substatus(before, st, v.enrollment.ReprovisionPolicy)
 	}
-	op := Operation{ID: newOperationID(), Started: now.Time, Proof: proof, State: *st}
+	op := Operation{ID: cmp.Or(req.Operation, newOperationID()), Started: now.Time, Proof: proof, State: *st}
 	r.Operations = append([]Operation{op}, r.Operations[:min(len(r.Operations), keepOperations-1)]...)
 	return r
 }
@@ -300,22 +308,14 @@ func (s *Service) operation(ctx context.Context, req *Request, operationID strin
 	if err := s.checkRequest(req); err != nil {
 		return nil, err
 	}
-	var found *Operation
+	var op *Operation
 	err := s.cfg.Store.View(ctx, func(tx Tx) error {
-		found = nil
-		r, err := tx.Registration(s.scope, dps.Fold(req.RegistrationID))
-		if err != nil && !errors.Is(err, ErrNotFound) {
+		r, err := found(tx.Registration(s.scope, dps.Fold(req.RegistrationID)))
+		if err != nil {
 			return err
 		}
-		if r != nil {
-			for i := range r.Operations {
-				if r.Operations[i].ID == operationID {
-					found = &r.Operations[i]
-				}
-			}
-		}
 		// The very proof that began the operation was judged then: a token may run out while its device waits.
-		if found != nil && bytes.Equal(found.Proof, fingerprint(req)) {
+		if op = r.operation(operationID); op != nil && bytes.Equal(op.Proof, fingerprint(req)) {
 			return nil
 		}
 		_, err = s.judge(tx, req)
@@ -324,10 +324,23 @@ func (s *Service) operation(ctx context.Context, req *Request, operationID strin
 	if err != nil {
 		return nil, err
 	}
-	if found == nil {
+	if op == nil {
 		return nil, dps.NewError(dps.CodeNotFound, "Operation not found", nil)
 	}
-	return found, nil
+	return op, nil
+}
+
+// operation returns the operation of that ID, or nil; there may be no registration.
+func (r *Registration) operation(id string) *Operation {
+	if r == nil {
+		return nil
+	}
+	for i := range r.Operations {
+		if r.Operations[i].ID == id {
+			return &r.Operations[i]
+		}
+	}
+	return nil
 }
 
 // Lookup implements [Registrar].

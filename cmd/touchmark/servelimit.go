@@ -1,0 +1,47 @@
+package main
+
+import (
+	"errors"
+	"log/slog"
+
+	"github.com/spf13/cobra"
+
+	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/limit"
+	"github.com/touchmark/touchmark/pkg/registration"
+)
+
+// limitOptions are what devices may ask of the service. The flags' defaults are package limit's.
+type limitOptions struct {
+	off                             bool
+	perDevice, perAddress, perScope float64
+}
+
+func (o *limitOptions) flags(c *cobra.Command) {
+	f := c.Flags()
+	f.Float64Var(&o.perDevice, "rate-per-device", 1, "requests per second of one device; who exceeds a rate is asked to come later, and refused who goes on; 0 for no limit")
+	f.Float64Var(&o.perAddress, "rate-per-address", 500, "requests per second from one address, behind which there may be a factory; 0 for no limit")
+	f.Float64Var(&o.perScope, "rate-per-scope", 2000, "requests per second in the ID scope; 0 for no limit")
+	f.BoolVar(&o.off, "no-limits", false, "let every request through at once, whoever sends it")
+}
+
+func (o *limitOptions) check() error {
+	for _, r := range []float64{o.perDevice, o.perAddress, o.perScope} {
+		if !(r >= 0) {
+			return usageError{errors.New("a rate must not be negative")}
+		}
+	}
+	return nil
+}
+
+func (o *limitOptions) wrap(svc *registration.Service, log *slog.Logger) *limit.Limiter {
+	none := func(r float64) float64 {
+		if r == 0 {
+			return -1
+		}
+		return r
+	}
+	scope := dps.Fold(svc.Scope())
+	return limit.New(limit.Config{Registrar: svc, Scopes: func(s string) bool { return s == scope }, Off: o.off, Log: log,
+		PerDevice: none(o.perDevice), PerAddress: none(o.perAddress), PerScope: none(o.perScope)})
+}
