@@ -17,6 +17,7 @@ import (
 	"crypto"
 	"crypto/rand"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
@@ -29,6 +30,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/dps"
 )
 
@@ -43,6 +45,9 @@ type Config struct {
 	Owners []crypto.PublicKey
 	// RequireOrders refuses bundles that were not made on an order.
 	RequireOrders bool
+	// Intermediates complete devices' chains. They are CA certificates that admit nobody by themselves: devices that do not
+	// send them need them for the way to a group's.
+	Intermediates []*x509.Certificate
 	Log           *slog.Logger
 	Now           func() time.Time
 }
@@ -64,9 +69,11 @@ type Service struct {
 	cfg   Config
 	scope string // folded
 
-	mu       sync.Mutex
-	inFlight map[string]*flight
-	groups   groupCache
+	mu            sync.Mutex
+	inFlight      map[string]*flight
+	groups        groupCache
+	searcher      *searcher
+	intermediates *attest.Pool
 }
 
 // A flight is a register call that others of the same device and proof wait for.
@@ -86,7 +93,7 @@ func New(cfg Config) *Service {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Service{cfg: cfg, scope: dps.Fold(cfg.Scope), inFlight: make(map[string]*flight)}
+	return &Service{cfg: cfg, scope: dps.Fold(cfg.Scope), inFlight: make(map[string]*flight), searcher: newSearcher(), intermediates: attest.NewPool(cfg.Intermediates)}
 }
 
 // Scope returns the ID scope, as it was given.
@@ -136,7 +143,7 @@ func (s *Service) register(ctx context.Context, req *Request, body *dps.Register
 	for range 10 {
 		var before *Registration
 		var v *verdict
-		err := s.cfg.Store.View(ctx, func(tx Tx) (err error) {
+		err := s.judging(ctx, req, func(tx Tx, req *Request) (err error) {
 			if v, err = s.judge(tx, req); err != nil {
 				return err
 			}
@@ -301,7 +308,7 @@ func (s *Service) operation(ctx context.Context, req *Request, operationID strin
 		return nil, err
 	}
 	var found *Operation
-	err := s.cfg.Store.View(ctx, func(tx Tx) error {
+	err := s.judging(ctx, req, func(tx Tx, req *Request) error {
 		found = nil
 		r, err := tx.Registration(s.scope, dps.Fold(req.RegistrationID))
 		if err != nil && !errors.Is(err, ErrNotFound) {
@@ -341,7 +348,7 @@ func (s *Service) Lookup(ctx context.Context, req *Request) (*dps.RegistrationSt
 		return nil, s.logged(req, "lookup", dps.NewError(dps.CodeBadRequest, "A lookup takes no certificate signing request", nil))
 	}
 	var state *dps.RegistrationState
-	err := s.cfg.Store.View(ctx, func(tx Tx) error {
+	err := s.judging(ctx, req, func(tx Tx, req *Request) error {
 		if _, err := s.judge(tx, req); err != nil {
 			return err
 		}

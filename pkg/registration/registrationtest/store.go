@@ -97,11 +97,11 @@ func certificates(t *testing.T, s registration.Store) {
 	update(t, s, func(tx registration.Tx) error { return tx.PutRecord("scope", g) })
 	update(t, s, func(tx registration.Tx) error { return tx.PutRecord("scope", g) }) // its own certificate is no conflict
 	view(t, s, func(tx registration.Tx) error {
-		got, err := tx.GroupsBySubject("scope", cert.Subject)
+		got, err := tx.GroupsByCA("scope", cert.Subject, nil, 1)
 		if err != nil || len(got) != 1 || got[0].ID != "ca" {
 			t.Errorf("%v, %v", got, err)
 		}
-		if got, err := tx.GroupsBySubject("scope", cert.Fingerprint); err != nil || len(got) != 0 {
+		if got, err := tx.GroupsByCA("scope", cert.Fingerprint, nil, 1); err != nil || len(got) != 0 {
 			t.Errorf("another subject: %v, %v", got, err)
 		}
 		return nil
@@ -176,7 +176,7 @@ func scopes(t *testing.T, s registration.Store) {
 		}
 		a, _ := tx.Records("two", registration.Group, "", 10)
 		b, _ := tx.SymmetricGroups("two")
-		c, _ := tx.GroupsBySubject("two", cert.Subject)
+		c, _ := tx.GroupsByCA("two", cert.Subject, nil, 10)
 		d, _ := tx.Registrations("two", "g", "", 10)
 		if len(a)+len(b)+len(c)+len(d) != 0 {
 			t.Errorf("another scope sees %v %v %v %v", a, b, c, d)
