@@ -23,24 +23,25 @@ func NewGroupKey(key []byte) GroupKey {
 		key = sum[:]
 	}
 	var g GroupKey
+	var block [sha256.BlockSize]byte
 	for _, s := range []struct {
 		state *[]byte
 		pad   byte
 	}{{&g.inner, 0x36}, {&g.outer, 0x5c}} {
 		h := sha256.New()
-		block := pad(key, s.pad)
-		h.Write(block[:])
+		h.Write(pad(&block, key, s.pad))
 		*s.state, _ = h.(encoding.BinaryMarshaler).MarshalBinary() // sha256's never fails
 	}
 	return g
 }
 
-func pad(key []byte, with byte) (block [sha256.BlockSize]byte) {
-	copy(block[:], key)
+func pad(block *[sha256.BlockSize]byte, key []byte, with byte) []byte {
+	n := copy(block[:], key)
+	clear(block[n:])
 	for i := range block {
 		block[i] ^= with
 	}
-	return block
+	return block[:]
 }
 
 // A Trial tries group keys on one device's token. It is for one goroutine at a time.
@@ -49,6 +50,8 @@ type Trial struct {
 	ids   [][]byte
 	h     hash.Hash
 	sum   [sha256.Size]byte
+	key   [sha256.Size]byte // the device's in the group
+	block [sha256.BlockSize]byte
 }
 
 // Trial begins one. The registration ID counts as the device writes it; folded as well, since some tools fold it first
@@ -65,14 +68,15 @@ func (t *Token) Trial(registrationID string) *Trial {
 // whatever the answer, but for which of two spellings of the ID fits.
 func (r *Trial) Signed(k GroupKey) bool {
 	for _, id := range r.ids {
-		device := r.finish(k, id)
-		inner, outer := pad(device[:], 0x36), pad(device[:], 0x5c)
+		r.resume(k.inner, id)
+		r.resume(k.outer, r.sum[:])
+		r.key = r.sum
 		r.h.Reset()
-		r.h.Write(inner[:])
+		r.h.Write(pad(&r.block, r.key[:], 0x36))
 		r.h.Write(r.token.signed)
 		r.h.Sum(r.sum[:0])
 		r.h.Reset()
-		r.h.Write(outer[:])
+		r.h.Write(pad(&r.block, r.key[:], 0x5c))
 		r.h.Write(r.sum[:])
 		if r.h.Sum(r.sum[:0]); hmac.Equal(r.sum[:], r.token.sig) {
 			return true
@@ -81,12 +85,9 @@ func (r *Trial) Signed(k GroupKey) bool {
 	return false
 }
 
-// finish returns HMAC-SHA256(group key, id), the device's key.
-func (r *Trial) finish(k GroupKey, id []byte) [sha256.Size]byte {
-	for _, s := range []struct{ state, text []byte }{{k.inner, id}, {k.outer, r.sum[:]}} {
-		_ = r.h.(encoding.BinaryUnmarshaler).UnmarshalBinary(s.state) // its own MarshalBinary's
-		r.h.Write(s.text)
-		r.h.Sum(r.sum[:0])
-	}
-	return r.sum
+// resume hashes a text behind a prepared state.
+func (r *Trial) resume(state, text []byte) {
+	_ = r.h.(encoding.BinaryUnmarshaler).UnmarshalBinary(state) // its own MarshalBinary's
+	r.h.Write(text)
+	r.h.Sum(r.sum[:0])
 }
