@@ -39,13 +39,15 @@ type searched struct {
 
 // A searcher does the searches of a scope.
 type searcher struct {
-	cores   *semaphore.Weighted // who waits longest is next
-	asking  atomic.Int64 // searches under way and waiting
-	wrong   wrongTokens
+	cores  *semaphore.Weighted // who waits longest is next
+	asking atomic.Int64        // searches under way and waiting
+	wrong  wrongTokens
 }
 
+func searchCores() int { return max(1, runtime.GOMAXPROCS(0)/2) }
+
 func newSearcher() *searcher {
-	return &searcher{cores: semaphore.NewWeighted(int64(max(1, runtime.GOMAXPROCS(0)/2)))}
+	return &searcher{cores: semaphore.NewWeighted(int64(searchCores()))}
 }
 
 // judging runs f in a View, with the request to judge. Where a group has to be looked for, it is done between two Views.
