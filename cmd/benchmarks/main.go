@@ -77,6 +77,7 @@ func main() {
 		{"token-sign", b.tokenSign}, {"token-hmac", b.tokenHMAC}, {"token-keygen", b.tokenKeygen}, {"token-crowded", b.tokenCrowded},
 		{"tpm-create", b.tpmCreate}, {"tpm-sign", b.tpmSign},
 		{"register-https", func() { b.register("https") }}, {"register-mqtt", func() { b.register("mqtt") }}, {"import", b.importBundle},
+		{"lookup-x509", b.lookupX509}, {"lookup-key", b.lookupKey},
 		{"ledger-append", func() { b.ledgerAppend("ledger-append", temp, ledgerGroup) }}, {"ledger-append-disk", func() { b.ledgerAppend("ledger-append-disk", disk, ledgerGroup) }},
 		{"ledger-append-one-disk", func() { b.ledgerAppend("ledger-append-one-disk", disk, 1) }},
 		{"ledger-verify", b.ledgerVerify}, {"ledger-verify-million ledger-resume-million station-resume-million", b.ledgerMillion},

@@ -50,6 +50,7 @@ type serveOptions struct {
 	tlsCert, tlsKey   string
 	mqttDelay         time.Duration
 	owners            []string
+	intermediates     []string
 	requireOrders     bool
 
 	httpsAsked bool
@@ -83,7 +84,9 @@ unchanged, and operators over the service API.
 The first start makes what is missing in the data directory: an ID scope, a TLS certificate from a small CA of its own
 (ca.pem, which devices must trust), the owner's connection string (owner.connection), and a key that secrets in bundles
 are sealed to (recipient.txt). Public keys of stations in its trust folder are trusted for every import, and production
-orders count that owners signed whose public keys are in its owners folder: --owner puts one there.`,
+orders count that owners signed whose public keys are in its owners folder: --owner puts one there. Where a group has a root
+and devices send no intermediate certificates, those in the intermediates folder complete the way: --intermediate puts them
+there.`,
 		Example: `  touchmark serve --data service --hub hub-a.example.net --hub hub-b.example.net
   touchmark serve --data service --https 127.0.0.1:8443 --mqtt off --hub hub-a.example.net --json`,
 		Args: cobra.NoArgs,
@@ -104,6 +107,7 @@ orders count that owners signed whose public keys are in its owners folder: --ow
 	f.DurationVar(&o.mqttDelay, "mqtt-response-delay", 60*time.Millisecond, "pause between a PUBACK and its response, which Azure's Java SDK needs; 0 for none")
 	f.StringArrayVar(&o.owners, "owner", nil, "PEM file with the public key of an owner whose production orders count, from now on; again for more")
 	f.BoolVar(&o.requireOrders, "require-orders", false, "refuse every bundle that was not made on a production order of an owner's")
+	intermediateFlag(f, &o.intermediates)
 	_ = c.MarkFlagRequired("data")
 	_ = c.MarkFlagDirname("data")
 	c.MarkFlagsRequiredTogether("tls-cert", "tls-key")
@@ -162,7 +166,12 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if o.requireOrders && len(owners) == 0 {
 		return hint(usageError{errors.New("--require-orders without an owner would refuse every bundle")}, "name the owner's public key with --owner owner.pem")
 	}
-	svc := registration.New(registration.Config{Store: store, Scope: d.scope, Hubs: o.hubs, Owners: owners, RequireOrders: o.requireOrders, Log: log})
+	intermediates, err := d.intermediates(o.intermediates)
+	if err != nil {
+		return err
+	}
+	svc := registration.New(registration.Config{Store: store, Scope: d.scope, Hubs: o.hubs, Owners: owners, RequireOrders: o.requireOrders,
+		Intermediates: intermediates, Log: log})
 	certificate, err := d.certificate(o)
 	if err != nil {
 		return err
