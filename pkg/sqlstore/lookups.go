@@ -143,21 +143,20 @@ func scanText(row scanner) (s string, err error) {
 	return s, err
 }
 
-func (t *tx) GroupsByCA(scope string, subject [32]byte, keyID []byte, limit int) ([]*registration.Record, error) {
-	var ids []string
-	var err error
+func (t *tx) GroupsByCA(scope string, subject [32]byte, keyID []byte, limit int) (all []*registration.Record, err error) {
 	if keyID != nil {
-		ids, err = each(t, scanText, t.st.byAuthority, scope, subject[:], keyID, limit+1)
-	} else {
-		ids, err = each(t, scanText, t.st.bySubject, scope, subject[:], limit+1)
+		if all, err = t.list(scope, t.st.byAuthority, scope, subject[:], keyID, limit+1); len(all) > limit {
+			return nil, registration.ErrTooMany
+		}
+		return all, err
 	}
+	ids, err := each(t, scanText, t.st.bySubject, scope, subject[:], limit+1)
 	if err != nil {
 		return nil, err
 	}
 	if len(ids) > limit {
 		return nil, registration.ErrTooMany
 	}
-	var all []*registration.Record
 	for _, id := range ids {
 		r, err := t.Record(scope, registration.Group, id)
 		if err != nil {
