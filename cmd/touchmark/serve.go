@@ -107,7 +107,7 @@ there.`,
 	f.DurationVar(&o.mqttDelay, "mqtt-response-delay", 60*time.Millisecond, "pause between a PUBACK and its response, which Azure's Java SDK needs; 0 for none")
 	f.StringArrayVar(&o.owners, "owner", nil, "PEM file with the public key of an owner whose production orders count, from now on; again for more")
 	f.BoolVar(&o.requireOrders, "require-orders", false, "refuse every bundle that was not made on a production order of an owner's")
-	intermediateFlag(f, &o.intermediates)
+	intermediateFlag(c, &o.intermediates)
 	_ = c.MarkFlagRequired("data")
 	_ = c.MarkFlagDirname("data")
 	c.MarkFlagsRequiredTogether("tls-cert", "tls-key")

@@ -9,7 +9,7 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/spf13/pflag"
+	"github.com/spf13/cobra"
 
 	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/ca"
@@ -18,8 +18,8 @@ import (
 // intermediatesDir is the folder of a service's data directory with the CA certificates that devices leave out.
 const intermediatesDir = "intermediates"
 
-func intermediateFlag(f *pflag.FlagSet, files *[]string) {
-	f.StringArrayVar(files, "intermediate", nil, "PEM file with CA certificates between devices and groups' CAs, for devices that send their own alone, from now on; again for more")
+func intermediateFlag(c *cobra.Command, files *[]string) {
+	c.Flags().StringArrayVar(files, "intermediate", nil, "PEM file with CA certificates between devices and groups' CAs, for devices that send their own alone, from now on; again for more")
 }
 
 // intermediates puts new CA certificates into the folder, and returns all that are in it.

@@ -22,8 +22,7 @@ const (
 	MaxCertificates = 10
 	maxPath         = 8
 	maxCommonName   = 64 // X.520's ub-common-name
-	// maxPaths bounds the paths that are followed, and maxSignatures the signatures that are verified, for one device.
-	maxPaths      = 64
+	// maxSignatures bounds the signatures that are verified for one device, and with them the paths.
 	maxSignatures = 64
 )
 
@@ -34,7 +33,7 @@ var (
 	ErrValidity      = errors.New("a certificate is not valid now")
 	ErrChain         = errors.New("no path to a known CA")
 	// ErrAmbiguous is a Lookup's answer where more than MaxCandidates CAs could have signed a certificate.
-	ErrAmbiguous = errors.New("more CAs than can be tried have the issuer's name, and its key identifier tells them not apart")
+	ErrAmbiguous = errors.New("more CAs than can be tried have the issuer's name, and key identifiers do not tell them apart")
 )
 
 var (
@@ -187,11 +186,7 @@ func FindGroup[Group any](presented []*x509.Certificate, stored *Pool, lookup Lo
 	}
 	w := walk{now: now}
 	level := []*link{{cert: presented[0]}}
-	for paths := 1; len(level) > 0; paths += len(level) {
-		if paths > maxPaths {
-			w.because(errors.New("too many paths"))
-			break
-		}
+	for len(level) > 0 {
 		var first *Anchor[Group]
 		for _, l := range level {
 			a, err := anchorAbove(&w, l, lookup)
@@ -261,7 +256,13 @@ type walk struct {
 	reason     error // the last thing that stood in the way
 }
 
-func (w *walk) because(err error) { w.reason = err }
+var errTooMany = errors.New("too many signatures to verify")
+
+func (w *walk) because(err error) {
+	if !errors.Is(w.reason, errTooMany) {
+		w.reason = err
+	}
+}
 
 // above adds the paths that go on through one of some certificates.
 func (w *walk) above(next []*link, l *link, through []*x509.Certificate) []*link {
@@ -289,7 +290,7 @@ func (w *walk) signed(parent, child *x509.Certificate) bool {
 	case !strongSignature(child):
 		err = fmt.Errorf("%q has a weak signature: %s", child.Subject, child.SignatureAlgorithm)
 	case w.signatures >= maxSignatures:
-		err = errors.New("too many signatures to verify")
+		err = errTooMany
 	default:
 		w.signatures++
 		if err = parent.CheckSignature(child.SignatureAlgorithm, child.RawTBSCertificate, child.Signature); err != nil {

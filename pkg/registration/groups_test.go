@@ -195,7 +195,11 @@ func TestGroupCache(t *testing.T) {
 	var leaves [n]*holder
 	for i := range n {
 		cas[i] = attesttest.CA(t, nil, fmt.Sprint("CA ", i%4)) // several of a name
-		leaves[i] = attesttest.Leaf(t, cas[i], fmt.Sprint("leaf-", i))
+		signer := *cas[i].Certificate
+		if i%3 == 0 {
+			signer.SubjectKeyId = nil // so its leaf does not say whose key signed it
+		}
+		leaves[i] = attesttest.Leaf(t, &holder{Certificate: &signer, Key: cas[i].Key}, fmt.Sprint("leaf-", i))
 	}
 	key := func(i int) []byte { return bytes.Repeat([]byte{byte(i + 1)}, 32) }
 	put := func(id string, e dps.Enrollment) {
@@ -326,6 +330,7 @@ func keysOf(t testing.TB, f *registrationtest.Fixture, n int) [][]byte {
 // Among many groups by key a device's is looked for once: then its registration names it, or a bundle did, or it is known
 // that there is none. DPS-D 39.
 func TestSearch(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(8)) // so that several cores search
 	f := registrationtest.NewFixture(t, "a.example")
 	keys := keysOf(t, f, 300)
 	s, reads := watch(f)
@@ -358,6 +363,13 @@ func TestSearch(t *testing.T) {
 	registers("by another group", device("dev-1", keys[7]), "k-007", 2)
 	registers("by the first", device("dev-2", keys[0]), "k-000", 2)
 	registers("by a secondary key", device("dev-3", bytes.Repeat([]byte("s"), 32)), "k-000", 2) // which all of them have: the first counts
+	shared := bytes.Repeat([]byte("t"), 32)
+	for _, i := range []int{100, 255} { // of two cores' shares
+		f.Put(t, registration.Group, fmt.Sprint("k-", i), registrationtest.Symmetric(keys[i], shared))
+	}
+	for i := range 50 {
+		registers("by a key of two groups", device(fmt.Sprint("dev-3-", i), shared), "k-100", 2)
+	}
 	f.Import(t, bundle.Entry{Serial: "S9", Device: &bundle.GroupDevice{RegistrationID: "Dev-9", Group: "K-150"}})
 	registers("named by a bundle", device("dev-9", keys[150]), "k-150", 1)
 
