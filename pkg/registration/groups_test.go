@@ -212,7 +212,7 @@ func TestGroupCache(t *testing.T) {
 		put(fmt.Sprint("k-", i), registrationtest.Symmetric(key(i), nil))
 	}
 	other := f.Replica("a.example")
-	for round := range 150 {
+	for round := range 60 {
 		i := rng.IntN(n)
 		id := fmt.Sprint([]string{"x-", "k-"}[round%2], i)
 		_, err := f.Service.GetEnrollment(t.Context(), registration.Group, id)
@@ -292,7 +292,7 @@ func TestStrangers(t *testing.T) {
 	}
 	made := attesttest.CA(t, nil, "made up")
 	template := attesttest.Leaf(t, made, "evil").Certificate
-	for i := range registration.MaxStrangers + 100 {
+	for i := range registration.MaxStrangers/3 + 100 { // three strangers each
 		c := *template
 		c.RawIssuer = fmt.Appendf(nil, "issuer %d", i)
 		if _, err := s.Register(t.Context(), byChain(&holder{Certificate: &c})); dps.AsError(err).Code != dps.CodeUnauthorized {
