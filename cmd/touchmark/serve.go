@@ -21,6 +21,7 @@ type serveOptions struct {
 	hubs, hostnames []string
 	idScope         string
 	owners          []string
+	intermediates   []string
 	requireOrders   bool
 	exchanges       string
 	doorOptions
@@ -40,7 +41,9 @@ unchanged, and operators over the service API.
 The first start makes what is missing in the data directory: an ID scope, a TLS certificate from a small CA of its own
 (ca.pem, which devices must trust), the owner's connection string (owner.connection), and a key that secrets in bundles
 are sealed to (recipient.txt). Public keys of stations in its trust folder are trusted for every import, and production
-orders count that owners signed whose public keys are in its owners folder: --owner puts one there.
+orders count that owners signed whose public keys are in its owners folder: --owner puts one there. Where a group has a root
+and devices send no intermediate certificates, those in the intermediates folder complete the way: --intermediate puts them
+there.
 
 With --ephemeral it is an emulator for the tests of a device's firmware: nothing is on disk, groups that any device can
 register in are there already, and faults happen on demand. touchmark help emulator is its page.`,
@@ -65,6 +68,7 @@ register in are there already, and faults happen on demand. touchmark help emula
 	f.StringArrayVar(&o.owners, "owner", nil, "PEM file with the public key of an owner whose production orders count, from now on; again for more")
 	f.BoolVar(&o.requireOrders, "require-orders", false, "refuse every bundle that was not made on a production order of an owner's")
 	f.StringVar(&o.exchanges, "exchanges", "", "file that every exchange with a device is appended to as a line of JSON, without secrets; - is standard output")
+	intermediateFlag(c, &o.intermediates)
 	o.front.flags(c)
 	o.limits.flags(c)
 	o.bind(c)
@@ -130,7 +134,12 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if o.requireOrders && len(owners) == 0 {
 		return hint(usageError{errors.New("--require-orders without an owner would refuse every bundle")}, "name the owner's public key with --owner owner.pem")
 	}
-	svc := registration.New(registration.Config{Store: store, Scope: d.scope, Hubs: o.hubs, Owners: owners, RequireOrders: o.requireOrders, Log: log})
+	intermediates, err := d.intermediates(o.intermediates)
+	if err != nil {
+		return err
+	}
+	svc := registration.New(registration.Config{Store: store, Scope: d.scope, Hubs: o.hubs, Owners: owners, RequireOrders: o.requireOrders,
+		Intermediates: intermediates, Log: log})
 	front, err := d.front(ctx, o, store, log)
 	if err != nil {
 		return err

@@ -14,7 +14,7 @@ import (
 )
 
 // Skew is how far a token's expiry may lie in the past: clocks differ, and some SDKs sign for 30 seconds (device API,
-// section 8.2).
+// section 8.2). A certificate may become valid as far in the future.
 const Skew = 5 * time.Minute
 
 // maxToken bounds a SAS token, in octets. Azure's SDKs stay below 512.

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"strings"
 
+	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/evidence"
 )
@@ -151,7 +152,7 @@ func (s *Service) PutEnrollment(ctx context.Context, kind Kind, id string, body 
 			if before != nil {
 				was = before.x509()
 			}
-			certs, index, err := completeCertificates(d.x509(), was)
+			certs, index, err := completeCertificates(kind, d.x509(), was)
 			if err != nil {
 				return err
 			}
@@ -176,7 +177,7 @@ func (s *Service) PutEnrollment(ctx context.Context, kind Kind, id string, body 
 		}
 		err = tx.PutRecord(s.scope, r)
 		if errors.Is(err, ErrConflict) {
-			return invalid("A certificate of this enrollment belongs to another enrollment")
+			return invalid("%s", whose(err))
 		}
 		return err
 	})
@@ -189,6 +190,14 @@ func (s *Service) PutEnrollment(ctx context.Context, kind Kind, id string, body 
 	}
 	answer.base().Attestation.SymmetricKey = keys
 	return answer.value(), nil
+}
+
+// whose says in which way a certificate is another enrollment's.
+func whose(conflict error) string {
+	if errors.Is(conflict, ErrSameCA) {
+		return "A CA of this group has the name and the key of another group's: put both certificates into one group, as primary and secondary"
+	}
+	return "A certificate of this enrollment belongs to another enrollment"
 }
 
 // check says what keeps a document from being taken.
@@ -249,7 +258,7 @@ func completeKeys(in *dps.SymmetricKeyAttestation, old *Record) (*dps.SymmetricK
 }
 
 // completeCertificates parses certificates, keeps those that come back as a description only, and indexes them all.
-func completeCertificates(in, was *dps.X509Certificates) (*dps.X509Certificates, []Certificate, error) {
+func completeCertificates(kind Kind, in, was *dps.X509Certificates) (*dps.X509Certificates, []Certificate, error) {
 	out := &dps.X509Certificates{}
 	var index []Certificate
 	slot := func(c, stored *dps.X509Certificate) (*dps.X509Certificate, error) {
@@ -270,6 +279,9 @@ func completeCertificates(in, was *dps.X509Certificates) (*dps.X509Certificates,
 		entry := Certificate{Fingerprint: sha256.Sum256(cert.Raw), Subject: sha256.Sum256(cert.RawSubject)}
 		if entry.Key, err = evidence.KeyHash(cert.PublicKey); err != nil {
 			return nil, invalid("The certificate's public key is of a kind that is not known")
+		}
+		if kind == Group {
+			entry.KeyIDs = attest.KeyIDs(cert)
 		}
 		if len(index) == 0 || index[0].Fingerprint != entry.Fingerprint {
 			index = append(index, entry)
@@ -294,6 +306,17 @@ func completeCertificates(in, was *dps.X509Certificates) (*dps.X509Certificates,
 		out.Secondary = out.Primary // as the service shows it
 	}
 	return out, index, nil
+}
+
+// IndexGroup returns what indexes the certificates of a group's document, for stores that were written before they had such
+// an index; nothing for a group without certificates.
+func IndexGroup(document []byte) ([]Certificate, error) {
+	d := newDocument(Group)
+	if err := json.Unmarshal(document, d.value()); err != nil || d.x509() == nil {
+		return nil, err
+	}
+	_, index, err := completeCertificates(Group, d.x509(), nil)
+	return index, err
 }
 
 // GetEnrollment returns an individual enrollment or a group, without secrets and certificates. An individual enrollment
@@ -540,7 +563,7 @@ func (s *Service) Policy(ctx context.Context, name string) (p *Policy, err error
 // putAgain writes a record that was read, whose document is d.
 func putAgain(tx Tx, scope string, r *Record, d *document) (err error) {
 	if certs := d.x509(); certs != nil {
-		if _, r.Certificates, err = completeCertificates(certs, nil); err != nil {
+		if _, r.Certificates, err = completeCertificates(r.Kind, certs, nil); err != nil {
 			return err
 		}
 	}

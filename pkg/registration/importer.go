@@ -265,7 +265,7 @@ func (in *intake) prepare(e *bundle.Entry) (prepared, error) {
 		}
 		base.Attestation.SymmetricKey, r.Symmetric = nil, d.kind == Group
 	case dps.AttestationX509:
-		certs, index, err := completeCertificates(d.x509(), nil)
+		certs, index, err := completeCertificates(d.kind, d.x509(), nil)
 		if err != nil {
 			p.problem = dps.AsError(err).Message
 			return p, nil

@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"sync"
 	"time"
 
 	"github.com/touchmark/touchmark/pkg/attest"
@@ -32,8 +31,9 @@ type verdict struct {
 	// revision of the scope's groups.
 	document []byte
 	revision int64
-	device   *Device // what bundles said of it, nil for nothing
-	key      string  // hex SHA-256 of the public key that it proved itself with, empty without
+	device   *Device  // what bundles said of it, nil for nothing
+	key      string   // hex SHA-256 of the public key that it proved itself with, empty without
+	leaf     [32]byte // SHA-256 of the certificate, for a group by certificate
 }
 
 // fingerprint names what a device proves itself with. Where there is a token it decides.
@@ -229,6 +229,9 @@ func (s *Service) stillHolds(tx Tx, id string, v *verdict) error {
 	if err == nil && revision != v.revision {
 		err = ErrConflict
 	}
+	if err == nil && v.x509 {
+		err = s.blocked(tx, v)
+	}
 	return err
 }
 
@@ -247,100 +250,85 @@ func keysOf(r *Record) ([][]byte, error) {
 	return keys, nil
 }
 
-// groupCache keeps what the hot path needs of groups, until the scope's groups change.
-type groupCache struct {
-	mu        sync.Mutex
-	revision  int64
-	symmetric []*cachedGroup
-	loaded    bool
-	subjects  map[[32]byte][]attest.Anchor[*cachedGroup]
-}
-
-// maxSubjects bounds the cache: devices choose the issuer names that are asked for.
-const maxSubjects = 4096
-
-type cachedGroup struct {
-	id         string
-	enrollment dps.Enrollment
-	keys       [][]byte
-	disabled   bool
-	closed     bool
-	revision   int64 // of the scope's groups
-}
-
-func (s *Service) cachedGroup(r *Record, revision int64) (*cachedGroup, error) {
-	var g dps.EnrollmentGroup
-	if err := json.Unmarshal(r.Document, &g); err != nil {
-		return nil, fmt.Errorf("group %q in the store: %w", r.ID, err)
-	}
-	return &cachedGroup{id: r.ID, enrollment: g.Enrollment, disabled: g.ProvisioningStatus == dps.EnrollmentDisabled, closed: r.Closed, revision: revision}, nil
-}
-
-// withGroups runs f on the cache as it is for the present revision of the scope's groups.
-func (s *Service) withGroups(tx Tx, f func(*groupCache) error) error {
-	rev, err := tx.GroupsRevision(s.scope)
-	if err != nil {
-		return err
-	}
-	c := &s.groups
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.revision != rev || c.subjects == nil || len(c.subjects) > maxSubjects {
-		c.revision, c.symmetric, c.loaded = rev, nil, false
-		c.subjects = make(map[[32]byte][]attest.Anchor[*cachedGroup])
-	}
-	return f(c)
-}
-
 func (s *Service) judgeByKey(tx Tx, req *Request, token *attest.Token) (*verdict, error) {
-	var groups []*cachedGroup
-	err := s.withGroups(tx, func(c *groupCache) error {
-		if !c.loaded {
-			records, err := tx.SymmetricGroups(s.scope)
-			if err != nil {
-				return err
-			}
-			for _, r := range records {
-				g, err := s.cachedGroup(r, c.revision)
-				if err != nil {
-					return err
-				}
-				if g.keys, err = keysOf(r); err != nil {
-					return err
-				}
-				c.symmetric = append(c.symmetric, g)
-			}
-			c.loaded = true
-		}
-		groups = c.symmetric
-		return nil
-	})
+	groups, revision, err := s.keyedGroups(tx)
 	if err != nil {
 		return nil, err
 	}
-	// The token names no group. The ID counts as the device writes it; folded as well, since some tools fold it first.
-	ids := []string{req.RegistrationID}
-	if folded := dps.Fold(req.RegistrationID); folded != req.RegistrationID {
-		ids = append(ids, folded)
+	g, err := s.keyedGroup(tx, req, token, groups)
+	if err != nil {
+		return nil, err
 	}
-	for _, g := range groups {
-		for _, k := range g.keys {
-			for _, id := range ids {
-				if token.SignedBy(attest.DeriveKey(k, id)) {
-					if g.disabled {
-						return nil, refuse(fmt.Errorf("group %q is disabled", g.id))
-					}
-					return &verdict{enrollment: &g.enrollment, group: g.id, closed: g.closed, revision: g.revision}, nil
-				}
+	if g == nil {
+		return nil, refuse(errors.New("no enrollment has this registration ID and no group's key derives the one it was signed with"))
+	}
+	if g.disabled {
+		return nil, refuse(fmt.Errorf("group %q is disabled", g.id))
+	}
+	return &verdict{enrollment: &g.enrollment, group: g.id, closed: g.closed, revision: revision}, nil
+}
+
+// keyedGroup returns the group whose key signed a token, nil for none. The token names no group: the one that the device
+// registered by before, or that a bundle named for it, is tried first. For the rest the error is a *search.
+func (s *Service) keyedGroup(tx Tx, req *Request, token *attest.Token, groups *keyedGroups) (*cachedGroup, error) {
+	trial := token.Trial(req.RegistrationID)
+	if len(groups.all) <= tryAtOnce {
+		for _, g := range groups.all {
+			if g.signed(trial) {
+				return g, nil
+			}
+		}
+		return nil, nil
+	}
+	if was := req.searched; was != nil {
+		if was.group == nil && was.revision == groups.revision {
+			return nil, nil
+		}
+		if was.group != nil {
+			if g := groups.group(was.group.folded); g != nil && g.signed(trial) {
+				return g, nil
 			}
 		}
 	}
-	return nil, refuse(errors.New("no enrollment has this registration ID and no group's key derives the one it was signed with"))
+	id := dps.Fold(req.RegistrationID)
+	for _, named := range []func() (string, error){
+		func() (string, error) {
+			r, err := found(tx.Registration(s.scope, id))
+			if r == nil {
+				return "", err
+			}
+			return r.Group, nil
+		},
+		func() (string, error) {
+			d, err := found(tx.Device(s.scope, id))
+			if d == nil {
+				return "", err
+			}
+			return d.Group, nil
+		},
+	} {
+		name, err := named()
+		if err != nil {
+			return nil, err
+		}
+		if g := groups.group(name); g != nil && g.signed(trial) {
+			return g, nil
+		}
+	}
+	want := &search{groups: groups, token: token, id: req.RegistrationID, wrong: wrongToken(req)}
+	if s.searcher.wrong.has(groups.revision, want.wrong) {
+		return nil, nil
+	}
+	return nil, want
 }
 
 func (s *Service) judgeByChain(tx Tx, req *Request, now time.Time) (*verdict, error) {
-	g, err := attest.FindGroup(req.Proof.Certificates, func(child *x509.Certificate) ([]attest.Anchor[*cachedGroup], error) {
-		return s.anchors(tx, sha256.Sum256(child.RawIssuer))
+	revision, err := s.groupsAt(tx)
+	if err != nil {
+		return nil, err
+	}
+	g, err := attest.FindGroup(req.Proof.Certificates, s.intermediates, func(child *x509.Certificate, byName bool) ([]groupAnchor, error) {
+		return s.anchors(tx, revision, child, byName)
 	}, now)
 	if errors.Is(err, attest.ErrChain) || errors.Is(err, attest.ErrNoCertificate) {
 		return nil, refuse(err)
@@ -351,44 +339,27 @@ func (s *Service) judgeByChain(tx Tx, req *Request, now time.Time) (*verdict, er
 	if g.disabled {
 		return nil, refuse(fmt.Errorf("group %q is disabled", g.id))
 	}
-	return &verdict{enrollment: &g.enrollment, group: g.id, closed: g.closed, x509: true, revision: g.revision}, nil
+	v := &verdict{enrollment: &g.enrollment, group: g.id, closed: g.closed, x509: true, revision: revision, leaf: sha256.Sum256(req.Proof.Certificates[0].Raw)}
+	return v, s.blocked(tx, v)
 }
 
-// anchors returns the groups' certificates of a subject: one indexed read, then from memory.
-func (s *Service) anchors(tx Tx, subject [32]byte) (found []attest.Anchor[*cachedGroup], err error) {
-	err = s.withGroups(tx, func(c *groupCache) error {
-		var ok bool
-		if found, ok = c.subjects[subject]; ok {
-			return nil
-		}
-		records, err := tx.GroupsBySubject(s.scope, subject)
-		if err != nil {
-			return err
-		}
-		for _, r := range records {
-			g, err := s.cachedGroup(r, c.revision)
-			if err != nil {
-				return err
-			}
-			x := g.enrollment.Attestation.X509
-			if x == nil || x.SigningCertificates == nil {
-				continue
-			}
-			for _, slot := range []*dps.X509Certificate{x.SigningCertificates.Primary, x.SigningCertificates.Secondary} {
-				if slot == nil {
-					continue
-				}
-				cert, err := parseCertificate(slot.Certificate)
-				if err != nil {
-					return fmt.Errorf("group %q in the store: %w", r.ID, err)
-				}
-				if sha256.Sum256(cert.RawSubject) == subject {
-					found = append(found, attest.Anchor[*cachedGroup]{Certificate: cert, Group: g})
-				}
-			}
-		}
-		c.subjects[subject] = found
+// blocked refuses a certificate that a disabled enrollment of another registration ID names, whatever group admits it
+// (device API, section 7.4).
+func (s *Service) blocked(tx Tx, v *verdict) error {
+	kind, id, err := tx.CertificateOwner(s.scope, v.leaf)
+	if errors.Is(err, ErrNotFound) || err == nil && kind != Individual {
 		return nil
-	})
-	return found, err
+	}
+	if err != nil {
+		return err
+	}
+	r, err := tx.Record(s.scope, Individual, id)
+	if err != nil {
+		return err
+	}
+	d, err := open(r)
+	if err == nil && d.individual.ProvisioningStatus == dps.EnrollmentDisabled {
+		err = refuse(fmt.Errorf("its certificate is that of the disabled enrollment %q", r.ID))
+	}
+	return err
 }

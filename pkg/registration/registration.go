@@ -25,6 +25,8 @@ type Request struct {
 	Protocol      string
 	Remote        string
 	ClientVersion string
+
+	searched *searched // by the service itself
 }
 
 // A Registrar answers devices. Doors take this interface, so that limits, faults and records can wrap it.

@@ -18,6 +18,7 @@ import (
 	"crypto"
 	"crypto/rand"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
@@ -30,6 +31,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/dps"
 )
 
@@ -44,6 +46,9 @@ type Config struct {
 	Owners []crypto.PublicKey
 	// RequireOrders refuses bundles that were not made on an order.
 	RequireOrders bool
+	// Intermediates complete devices' chains. They are CA certificates that admit nobody by themselves: devices that do not
+	// send them need them for the way to a group's.
+	Intermediates []*x509.Certificate
 	Log           *slog.Logger
 	Now           func() time.Time
 }
@@ -65,9 +70,11 @@ type Service struct {
 	cfg   Config
 	scope string // folded
 
-	mu       sync.Mutex
-	inFlight map[string]*flight
-	groups   groupCache
+	mu            sync.Mutex
+	inFlight      map[string]*flight
+	groups        groupCache
+	searcher      *searcher
+	intermediates *attest.Pool
 }
 
 // A flight is a register call that others of the same device and proof wait for.
@@ -87,7 +94,7 @@ func New(cfg Config) *Service {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Service{cfg: cfg, scope: dps.Fold(cfg.Scope), inFlight: make(map[string]*flight)}
+	return &Service{cfg: cfg, scope: dps.Fold(cfg.Scope), inFlight: make(map[string]*flight), searcher: newSearcher(), intermediates: attest.NewPool(cfg.Intermediates)}
 }
 
 // Scope returns the ID scope, as it was given.
@@ -141,7 +148,7 @@ func (s *Service) register(ctx context.Context, req *Request, body *dps.Register
 		var before *Registration
 		var begun *Operation
 		var v *verdict
-		err := s.cfg.Store.View(ctx, func(tx Tx) (err error) {
+		err := s.judging(ctx, req, func(tx Tx, req *Request) (err error) {
 			if before, err = found(tx.Registration(s.scope, id)); err != nil {
 				return err
 			}
@@ -309,7 +316,7 @@ func (s *Service) operation(ctx context.Context, req *Request, operationID strin
 		return nil, err
 	}
 	var op *Operation
-	err := s.cfg.Store.View(ctx, func(tx Tx) error {
+	err := s.judging(ctx, req, func(tx Tx, req *Request) error {
 		r, err := found(tx.Registration(s.scope, dps.Fold(req.RegistrationID)))
 		if err != nil {
 			return err
@@ -354,7 +361,7 @@ func (s *Service) Lookup(ctx context.Context, req *Request) (*dps.RegistrationSt
 		return nil, s.logged(req, "lookup", dps.NewError(dps.CodeBadRequest, "A lookup takes no certificate signing request", nil))
 	}
 	var state *dps.RegistrationState
-	err := s.cfg.Store.View(ctx, func(tx Tx) error {
+	err := s.judging(ctx, req, func(tx Tx, req *Request) error {
 		if _, err := s.judge(tx, req); err != nil {
 			return err
 		}

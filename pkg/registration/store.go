@@ -3,6 +3,7 @@ package registration
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"time"
 
@@ -17,6 +18,11 @@ var (
 	// ErrConflict says that a registration was written by somebody else meanwhile, or that a certificate belongs to
 	// another enrollment.
 	ErrConflict = errors.New("conflict")
+	// ErrSameCA is an ErrConflict: a CA of a group has the name and the key of another group's, in another certificate.
+	// Nothing could tell the devices of the two apart.
+	ErrSameCA = fmt.Errorf("%w of CAs", ErrConflict)
+	// ErrTooMany says that there is more than was asked for.
+	ErrTooMany = errors.New("too many")
 )
 
 // A Store remembers scopes, enrollments and registrations. Every record belongs to an ID scope; scopes and IDs are folded
@@ -38,7 +44,7 @@ type Tx interface {
 	// Record returns an enrollment or a group, or ErrNotFound.
 	Record(scope string, kind Kind, id string) (*Record, error)
 	// PutRecord writes a record over the one of that kind and ID, if there is one. ErrConflict: one of its certificates
-	// belongs to another record.
+	// belongs to another record. ErrSameCA: a group's CA that it did not have before is another group's, by name and key.
 	PutRecord(scope string, r *Record) error
 	// DeleteRecord removes a record, or says ErrNotFound.
 	DeleteRecord(scope string, kind Kind, id string) error
@@ -46,8 +52,13 @@ type Tx interface {
 	Records(scope string, kind Kind, after string, limit int) ([]*Record, error)
 	// SymmetricGroups returns every group that attests by symmetric key.
 	SymmetricGroups(scope string) ([]*Record, error)
-	// GroupsBySubject returns the groups that have a signing certificate with that subject (SHA-256 of its DER).
-	GroupsBySubject(scope string, subject [32]byte) ([]*Record, error)
+	// GroupsByCA returns the groups that have a signing certificate with that subject (SHA-256 of its DER), and of those the
+	// ones with that key identifier; a nil one does not count. ErrTooMany: they are more than limit.
+	GroupsByCA(scope string, subject [32]byte, keyID []byte, limit int) ([]*Record, error)
+	// ChangedGroups returns the groups that were written after a revision, and the folded IDs of those that were deleted.
+	ChangedGroups(scope string, after int64) (written []*Record, deleted []string, err error)
+	// CertificateOwner returns whose certificate it is, by the SHA-256 of its DER, or ErrNotFound. The ID is folded.
+	CertificateOwner(scope string, fingerprint [32]byte) (kind Kind, id string, err error)
 
 	// Registration returns a device's registration, or ErrNotFound.
 	Registration(scope, id string) (*Registration, error)
@@ -120,7 +131,8 @@ type Record struct {
 	Keys []byte
 	// Symmetric marks groups that attest by symmetric key.
 	Symmetric bool
-	// Fresh says that this transaction found none of that kind and ID: PutRecord need not look for what it takes the place of.
+	// Fresh says that this transaction found no individual enrollment of that ID: PutRecord need not look for what it takes the
+	// place of.
 	Fresh bool
 	// Closed marks groups that admit only devices that a bundle named.
 	Closed bool
@@ -134,7 +146,8 @@ type Record struct {
 type Certificate struct {
 	Fingerprint [32]byte // SHA-256 of its DER
 	Subject     [32]byte // SHA-256 of its subject's DER
-	Key         string   // hex SHA-256 of its public key (SubjectPublicKeyInfo); not kept
+	Key         string   // hex SHA-256 of its public key (SubjectPublicKeyInfo); kept of groups' alone
+	KeyIDs      [][]byte // of a group's: what certificates below it may call its key, see attest.KeyIDs
 }
 
 // A Registration is what became of a device.

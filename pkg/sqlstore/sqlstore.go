@@ -105,7 +105,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if err != nil {
 		return fail(err)
 	}
-	provider, err := goose.NewProvider(goose.DialectSQLite3, s.write, dir)
+	provider, err := goose.NewProvider(goose.DialectSQLite3, s.write, dir, goose.WithGoMigrations(lookups))
 	if err != nil {
 		return fail(err)
 	}
@@ -295,6 +295,8 @@ type statements struct {
 	revision, bumpRevision                                                   *sql.Stmt
 	record, putRecord, deleteRecord, records, symmetric, bySubject           *sql.Stmt
 	certificateOwner, putCertificate, deleteCertificates                     *sql.Stmt
+	byAuthority, authorityOwners, putAuthority, deleteAuthorities            *sql.Stmt
+	changedGroups, deletedGroups, putDeletedGroup, dropDeletedGroup          *sql.Stmt
 	registration, insertRegistration, updateRegistration, deleteRegistration *sql.Stmt
 	registrations, device, putDevice, policy, putPolicy                      *sql.Stmt
 	deviceBySerial, devices, devicesUnseen                                   *sql.Stmt
@@ -320,13 +322,25 @@ func prepare(ctx context.Context, db *sql.DB) (*statements, error) {
 		{&st.revision, `SELECT groups_revision FROM scopes WHERE scope = $1`},
 		{&st.bumpRevision, `INSERT INTO scopes (scope, groups_revision) VALUES ($1, 1) ON CONFLICT (scope) DO UPDATE SET groups_revision = scopes.groups_revision + 1`},
 		{&st.record, recordColumns + `WHERE scope = $1 AND kind = $2 AND id = $3`},
-		{&st.putRecord, `INSERT INTO records (scope, kind, id, name, document, keys, symmetric, content, closed) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+		{&st.putRecord, `INSERT INTO records (scope, kind, id, name, document, keys, symmetric, content, closed, revision) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9,
+			CASE WHEN $2 = 'group' THEN (SELECT groups_revision FROM scopes WHERE scope = $1) ELSE 0 END)
 			ON CONFLICT (scope, kind, id) DO UPDATE SET name = excluded.name, document = excluded.document, keys = excluded.keys,
-			symmetric = excluded.symmetric, content = excluded.content, closed = excluded.closed`},
+			symmetric = excluded.symmetric, content = excluded.content, closed = excluded.closed, revision = excluded.revision`},
 		{&st.deleteRecord, `DELETE FROM records WHERE scope = $1 AND kind = $2 AND id = $3`},
 		{&st.records, recordColumns + `WHERE scope = $1 AND kind = $2 AND id > $3 ORDER BY id LIMIT $4`},
 		{&st.symmetric, recordColumns + `WHERE scope = $1 AND symmetric = 1 ORDER BY id`},
-		{&st.bySubject, `SELECT DISTINCT id FROM certificates WHERE scope = $1 AND subject = $2 AND kind = 'group' ORDER BY id`},
+		// A group has two certificates at most, so twice as many rows are enough, and the thousands behind them are not read.
+		{&st.bySubject, `SELECT DISTINCT id FROM (SELECT id FROM certificates WHERE scope = $1 AND subject = $2 AND kind = 'group' LIMIT 2 * $3) AS found ORDER BY id LIMIT $3`},
+		{&st.byAuthority, `SELECT r.kind, r.name, r.document, r.keys, r.symmetric, r.content, r.id, r.closed FROM authorities AS a
+			JOIN records AS r ON r.scope = a.scope AND r.kind = 'group' AND r.id = a.id WHERE a.scope = $1 AND a.subject = $2 AND a.key_id = $3 ORDER BY a.id LIMIT $4`},
+		{&st.authorityOwners, `SELECT COUNT(*), COALESCE(SUM(CASE WHEN id = $4 THEN 1 ELSE 0 END), 0) FROM authorities WHERE scope = $1 AND subject = $2 AND key_id = $3`},
+		{&st.putAuthority, putAuthority},
+		{&st.deleteAuthorities, `DELETE FROM authorities WHERE scope = $1 AND id = $2`},
+		{&st.changedGroups, recordColumns + `WHERE scope = $1 AND kind = 'group' AND revision > $2 ORDER BY id`},
+		{&st.deletedGroups, `SELECT id FROM deleted_groups WHERE scope = $1 AND revision > $2 ORDER BY id`},
+		{&st.putDeletedGroup, `INSERT INTO deleted_groups (scope, id, revision) SELECT scope, $2, groups_revision FROM scopes WHERE scope = $1
+			ON CONFLICT (scope, id) DO UPDATE SET revision = excluded.revision`},
+		{&st.dropDeletedGroup, `DELETE FROM deleted_groups WHERE scope = $1 AND id = $2`},
 		{&st.certificateOwner, `SELECT kind, id FROM certificates WHERE scope = $1 AND fingerprint = $2`},
 		{&st.putCertificate, `INSERT INTO certificates (scope, fingerprint, subject, kind, id) VALUES ($1, $2, $3, $4, $5) ON CONFLICT (scope, fingerprint) DO NOTHING`},
 		{&st.deleteCertificates, `DELETE FROM certificates WHERE scope = $1 AND kind = $2 AND id = $3`},
@@ -462,6 +476,11 @@ func (t *tx) PutRecord(scope string, r *registration.Record) error {
 				return err
 			}
 		}
+		if r.Kind == registration.Group {
+			if err := t.checkAuthorities(scope, id, r.Certificates); err != nil {
+				return err
+			}
+		}
 		if _, err := t.exec(t.st.deleteCertificates, scope, string(r.Kind), id); err != nil {
 			return err
 		}
@@ -481,10 +500,16 @@ func (t *tx) PutRecord(scope string, r *registration.Record) error {
 	if r.Keys != nil {
 		keys = t.seal(r.Keys, scope, string(r.Kind), id)
 	}
-	if _, err := t.exec(t.st.putRecord, scope, string(r.Kind), id, r.ID, r.Document, keys, bit(r.Symmetric), r.Content, bit(r.Closed)); err != nil {
-		return err
+	if r.Kind == registration.Group {
+		if err := t.changeGroup(scope, id, t.st.dropDeletedGroup); err != nil {
+			return err
+		}
+		if err := t.putAuthorities(scope, id, r.Certificates); err != nil {
+			return err
+		}
 	}
-	return t.bump(scope, r.Kind)
+	_, err := t.exec(t.st.putRecord, scope, string(r.Kind), id, r.ID, r.Document, keys, bit(r.Symmetric), r.Content, bit(r.Closed))
+	return err
 }
 
 // bit is a bool as every database has it.
@@ -495,12 +520,13 @@ func bit(b bool) int64 {
 	return 0
 }
 
-// bump tells every service that the scope's groups have changed.
-func (t *tx) bump(scope string, kind registration.Kind) error {
-	if kind != registration.Group {
-		return nil
+// changeGroup tells every service that a group has changed: the scope's groups have a new revision, which what is written of
+// the group behind it takes.
+func (t *tx) changeGroup(scope, id string, deleted *sql.Stmt) error {
+	if _, err := t.exec(t.st.bumpRevision, scope); err != nil {
+		return err
 	}
-	_, err := t.exec(t.st.bumpRevision, scope)
+	_, err := t.exec(deleted, scope, id)
 	return err
 }
 
@@ -512,10 +538,13 @@ func (t *tx) DeleteRecord(scope string, kind registration.Kind, id string) error
 	if n == 0 {
 		return registration.ErrNotFound
 	}
-	if _, err := t.exec(t.st.deleteCertificates, scope, string(kind), id); err != nil {
+	if _, err := t.exec(t.st.deleteCertificates, scope, string(kind), id); err != nil || kind != registration.Group {
 		return err
 	}
-	return t.bump(scope, kind)
+	if err := t.changeGroup(scope, id, t.st.putDeletedGroup); err != nil {
+		return err
+	}
+	return t.putAuthorities(scope, id, nil)
 }
 
 // each returns what scan makes of every row.
@@ -547,25 +576,6 @@ func (t *tx) Records(scope string, kind registration.Kind, after string, limit i
 
 func (t *tx) SymmetricGroups(scope string) ([]*registration.Record, error) {
 	return t.list(scope, t.st.symmetric, scope)
-}
-
-func (t *tx) GroupsBySubject(scope string, subject [32]byte) ([]*registration.Record, error) {
-	ids, err := each(t, func(row scanner) (id string, err error) {
-		err = row.Scan(&id)
-		return id, err
-	}, t.st.bySubject, scope, subject[:])
-	if err != nil {
-		return nil, err
-	}
-	var all []*registration.Record
-	for _, id := range ids {
-		r, err := t.Record(scope, registration.Group, id)
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, r)
-	}
-	return all, nil
 }
 
 func scanRegistration(row scanner) (*registration.Registration, error) {

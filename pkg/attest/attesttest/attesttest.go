@@ -73,6 +73,12 @@ func Again(t testing.TB, parent, device *Holder, cn string) *Holder {
 	return certify(t, parent, cn, device.Key, AsLeaf)
 }
 
+// Cross signs another certificate for a CA's key, by the same name: a renewed one, or one of another issuer.
+func Cross(t testing.TB, parent, ca *Holder, edit ...func(*x509.Certificate)) *Holder {
+	t.Helper()
+	return certify(t, parent, ca.Certificate.Subject.CommonName, ca.Key, edit...)
+}
+
 // AsLeaf makes a template a leaf's.
 func AsLeaf(c *x509.Certificate) {
 	c.IsCA, c.KeyUsage, c.MaxPathLen = false, x509.KeyUsageDigitalSignature, 0

@@ -3,8 +3,11 @@ package registrationtest
 
 import (
 	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -17,7 +20,7 @@ import (
 // Run runs the suite on a store that open returns; each call gives an empty one.
 func Run(t *testing.T, open func(t *testing.T) registration.Store) {
 	for name, f := range map[string]func(*testing.T, registration.Store){
-		"records": records, "certificates": certificates, "registrations": registrations, "scopes": scopes, "updates": updates, "devices": devices, "orders": orders, "endings": endings,
+		"records": records, "certificates": certificates, "registrations": registrations, "scopes": scopes, "updates": updates, "devices": devices, "orders": orders, "endings": endings, "authorities": authorities, "changes": changes,
 	} {
 		t.Run(name, func(t *testing.T) { f(t, open(t)) })
 	}
@@ -97,11 +100,11 @@ func certificates(t *testing.T, s registration.Store) {
 	update(t, s, func(tx registration.Tx) error { return tx.PutRecord("scope", g) })
 	update(t, s, func(tx registration.Tx) error { return tx.PutRecord("scope", g) }) // its own certificate is no conflict
 	view(t, s, func(tx registration.Tx) error {
-		got, err := tx.GroupsBySubject("scope", cert.Subject)
+		got, err := tx.GroupsByCA("scope", cert.Subject, nil, 1)
 		if err != nil || len(got) != 1 || got[0].ID != "ca" {
 			t.Errorf("%v, %v", got, err)
 		}
-		if got, err := tx.GroupsBySubject("scope", cert.Fingerprint); err != nil || len(got) != 0 {
+		if got, err := tx.GroupsByCA("scope", cert.Fingerprint, nil, 1); err != nil || len(got) != 0 {
 			t.Errorf("another subject: %v, %v", got, err)
 		}
 		return nil
@@ -123,6 +126,154 @@ func certificates(t *testing.T, s registration.Store) {
 	}
 	update(t, s, func(tx registration.Tx) error { return tx.DeleteRecord("scope", registration.Group, "ca") })
 	update(t, s, func(tx registration.Tx) error { return tx.PutRecord("scope", other) })
+}
+
+// authorities: groups are found by what certificates say of their issuer, and no two have one CA.
+func authorities(t *testing.T, s registration.Store) {
+	subject := sha256.Sum256([]byte("s"))
+	ca := func(id string, keys ...string) *registration.Record {
+		g := &registration.Record{Kind: registration.Group, ID: id, Document: []byte(`{}`)}
+		for i, k := range keys {
+			key := sha256.Sum256([]byte(k))
+			g.Certificates = append(g.Certificates, registration.Certificate{Fingerprint: sha256.Sum256([]byte(id + fmt.Sprint(i))), Subject: subject,
+				Key: hex.EncodeToString(key[:]), KeyIDs: [][]byte{[]byte("id of " + k), []byte("shared")}})
+		}
+		return g
+	}
+	update(t, s, func(tx registration.Tx) error {
+		return errors.Join(tx.PutRecord("scope", ca("A", "1", "2")), tx.PutRecord("scope", ca("B", "3", "3")), tx.PutRecord("scope", ca("C", "4")))
+	})
+	want := func(what string, subject [32]byte, keyID []byte, limit int, wantErr error, want ...string) {
+		t.Helper()
+		view(t, s, func(tx registration.Tx) error {
+			got, err := tx.GroupsByCA("scope", subject, keyID, limit)
+			var ids []string
+			for _, g := range got {
+				ids = append(ids, g.ID)
+			}
+			if !errors.Is(err, wantErr) || !slices.Equal(ids, want) {
+				t.Errorf("%s: %v, %v", what, ids, err)
+			}
+			return nil
+		})
+	}
+	key1 := sha256.Sum256([]byte("1"))
+	want("by identifier", subject, []byte("id of 2"), 1, nil, "A")
+	want("by its key", subject, key1[:], 1, nil, "A")
+	want("an identifier of two certificates", subject, []byte("id of 3"), 1, nil, "B")
+	want("an identifier of all", subject, []byte("shared"), 3, nil, "A", "B", "C")
+	want("of too many", subject, []byte("shared"), 2, registration.ErrTooMany)
+	want("by name", subject, nil, 3, nil, "A", "B", "C")
+	want("by a name of too many", subject, nil, 2, registration.ErrTooMany)
+	want("another identifier", subject, []byte("id of"), 3, nil)
+	want("an empty identifier", subject, []byte{}, 3, nil)
+	want("another subject", key1, []byte("id of 1"), 3, nil)
+
+	refused := func(what string, r *registration.Record) {
+		t.Helper()
+		err := s.Update(t.Context(), func(tx registration.Tx) error { return tx.PutRecord("scope", r) })
+		if !errors.Is(err, registration.ErrSameCA) || !errors.Is(err, registration.ErrConflict) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	refused("another certificate of A's key", ca("D", "2"))
+	refused("as a second one", ca("D", "5", "2"))
+	refused("of C, which had none of it", ca("C", "4", "2"))
+	if err := s.Update(t.Context(), func(tx registration.Tx) error {
+		return tx.PutRecord("scope", &registration.Record{Kind: registration.Group, ID: "D", Document: []byte(`{}`), Certificates: ca("A", "1").Certificates})
+	}); !errors.Is(err, registration.ErrConflict) || errors.Is(err, registration.ErrSameCA) {
+		t.Errorf("the very certificate: %v", err)
+	}
+	other := ca("D", "2")
+	other.Certificates[0].Subject = key1
+	update(t, s, func(tx registration.Tx) error {
+		return errors.Join(tx.PutRecord("scope", other), // the key by another name
+			tx.PutRecord("other", ca("D", "2")), tx.PutRecord("scope", ca("A", "1")), tx.PutRecord("scope", ca("C", "4", "2")), tx.DeleteRecord("scope", registration.Group, "b"))
+	})
+	want("what A gave away", subject, []byte("id of 2"), 1, nil, "C")
+	want("what was deleted", subject, []byte("id of 3"), 1, nil)
+	individual := &registration.Record{Kind: registration.Individual, ID: "Dev", Document: []byte(`{}`), Certificates: []registration.Certificate{{Fingerprint: key1, Subject: subject, Key: hex.EncodeToString(key1[:])}}}
+	update(t, s, func(tx registration.Tx) error { return tx.PutRecord("scope", individual) }) // a device may have a CA's key: it is enrolled by its certificate
+	want("by name, individual enrollments apart", subject, nil, 2, nil, "A", "C")
+	view(t, s, func(tx registration.Tx) error {
+		if kind, id, err := tx.CertificateOwner("scope", key1); kind != registration.Individual || id != "dev" || err != nil {
+			t.Errorf("whose: %s %s, %v", kind, id, err)
+		}
+		if kind, id, err := tx.CertificateOwner("scope", sha256.Sum256([]byte("C1"))); kind != registration.Group || id != "c" || err != nil {
+			t.Errorf("whose: %s %s, %v", kind, id, err)
+		}
+		if _, _, err := tx.CertificateOwner("other", key1); !errors.Is(err, registration.ErrNotFound) {
+			t.Errorf("nobody's: %v", err)
+		}
+		return nil
+	})
+}
+
+// changes: who knows the groups of one revision is told what makes them those of another.
+func changes(t *testing.T, s registration.Store) {
+	known := map[string]string{}
+	var at int64
+	follow := func() {
+		t.Helper()
+		view(t, s, func(tx registration.Tx) error {
+			written, deleted, err := tx.ChangedGroups("scope", at)
+			if err != nil {
+				return err
+			}
+			for _, id := range deleted {
+				delete(known, id)
+			}
+			for _, g := range written {
+				known[strings.ToLower(g.ID)] = string(g.Keys)
+			}
+			if at, err = tx.GroupsRevision("scope"); err != nil {
+				return err
+			}
+			all, err := tx.Records("scope", registration.Group, "", 100)
+			if len(all) != len(known) {
+				t.Errorf("%d groups, %d are known", len(all), len(known))
+			}
+			for _, g := range all {
+				if k, ok := known[strings.ToLower(g.ID)]; !ok || k != string(g.Keys) {
+					t.Errorf("of %s is known %q, %v", g.ID, k, ok)
+				}
+			}
+			return err
+		})
+	}
+	put := func(id, keys string) {
+		g := group(id)
+		g.Keys = []byte(keys)
+		update(t, s, func(tx registration.Tx) error { return tx.PutRecord("scope", g) })
+	}
+	gone := func(id string) {
+		update(t, s, func(tx registration.Tx) error { return tx.DeleteRecord("scope", registration.Group, id) })
+	}
+	for i, f := range []func(){
+		func() { put("A", "1"); put("B", "1"); put("C", "1") },
+		func() { put("b", "2") },
+		func() { gone("a"); put("D", "1") },
+		func() { put("A", "3"); gone("b") },
+		func() { put("E", "1"); gone("e") },
+		func() { gone("a"); put("a", "4"); gone("a") },
+		func() {},
+		func() { // all of one transaction
+			update(t, s, func(tx registration.Tx) error {
+				return errors.Join(tx.DeleteRecord("scope", registration.Group, "c"), tx.PutRecord("scope", group("C")), tx.PutRecord("scope", group("F")), tx.PutRecord("other", group("G")))
+			})
+		},
+	} {
+		f()
+		if i != 4 { // and twice at once
+			follow()
+		}
+	}
+	view(t, s, func(tx registration.Tx) error {
+		if w, d, err := tx.ChangedGroups("scope", at); len(w)+len(d) > 0 || err != nil {
+			t.Errorf("nothing has changed: %v, %v, %v", w, d, err)
+		}
+		return nil
+	})
 }
 
 func registrations(t *testing.T, s registration.Store) {
@@ -179,7 +330,7 @@ func scopes(t *testing.T, s registration.Store) {
 		}
 		a, _ := tx.Records("two", registration.Group, "", 10)
 		b, _ := tx.SymmetricGroups("two")
-		c, _ := tx.GroupsBySubject("two", cert.Subject)
+		c, _ := tx.GroupsByCA("two", cert.Subject, nil, 10)
 		d, _ := tx.Registrations("two", "g", "", 10)
 		if len(a)+len(b)+len(c)+len(d) != 0 {
 			t.Errorf("another scope sees %v %v %v %v", a, b, c, d)

@@ -1,0 +1,25 @@
+package registration
+
+import "context"
+
+// HoldSearches keeps searches from beginning until release is called.
+func (s *Service) HoldSearches(ctx context.Context) (release func(), err error) {
+	n := int64(searchCores())
+	return func() { s.searcher.cores.Release(n) }, s.searcher.cores.Acquire(ctx, n)
+}
+
+// Searches returns how many searches there are, and how many there may be.
+func (s *Service) Searches() (now, most int) { return int(s.searcher.asking.Load()), maxSearches }
+
+// What a cache of groups may hold.
+const (
+	MaxStrangers = maxStrangers
+	TryAtOnce    = tryAtOnce
+)
+
+// Strangers returns how many issuers are kept that are nobody's.
+func (s *Service) Strangers() int {
+	s.groups.mu.RLock()
+	defer s.groups.mu.RUnlock()
+	return len(s.groups.strangers)
+}
