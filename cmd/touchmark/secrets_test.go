@@ -18,9 +18,9 @@ import (
 var allProfiles = []string{"x509-group", "x509-individual", "symmetric-group", "symmetric-individual", "esp32-nvs", "eeprom"}
 
 // startService runs a service in dir/svc until the test ends, and returns what it said when it was ready and what it logs.
-func startService(t *testing.T, dir, https, mqtt string) (ready map[string]any, log *syncBuffer) {
+func startService(t *testing.T, dir, https, mqtt string, more ...string) (ready map[string]any, log *syncBuffer) {
 	t.Helper()
-	cmd := exec.Command(program(t), "serve", "--data", "svc", "--https", https, "--mqtt", mqtt, "--hub", "hub-a.example.net", "--id-scope", "0ne00112233", "--json")
+	cmd := exec.Command(program(t), append([]string{"serve", "--data", "svc", "--https", https, "--mqtt", mqtt, "--hub", "hub-a.example.net", "--id-scope", "0ne00112233", "--json"}, more...)...)
 	cmd.Dir = dir
 	log = &syncBuffer{}
 	cmd.Stderr = log

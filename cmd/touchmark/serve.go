@@ -51,6 +51,7 @@ type serveOptions struct {
 	mqttDelay         time.Duration
 	owners            []string
 	requireOrders     bool
+	issue             issueOptions
 
 	httpsAsked bool
 }
@@ -104,6 +105,7 @@ orders count that owners signed whose public keys are in its owners folder: --ow
 	f.DurationVar(&o.mqttDelay, "mqtt-response-delay", 60*time.Millisecond, "pause between a PUBACK and its response, which Azure's Java SDK needs; 0 for none")
 	f.StringArrayVar(&o.owners, "owner", nil, "PEM file with the public key of an owner whose production orders count, from now on; again for more")
 	f.BoolVar(&o.requireOrders, "require-orders", false, "refuse every bundle that was not made on a production order of an owner's")
+	o.issue.flags(c)
 	_ = c.MarkFlagRequired("data")
 	_ = c.MarkFlagDirname("data")
 	c.MarkFlagsRequiredTogether("tls-cert", "tls-key")
@@ -162,7 +164,13 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if o.requireOrders && len(owners) == 0 {
 		return hint(usageError{errors.New("--require-orders without an owner would refuse every bundle")}, "name the owner's public key with --owner owner.pem")
 	}
-	svc := registration.New(registration.Config{Store: store, Scope: d.scope, Hubs: o.hubs, Owners: owners, RequireOrders: o.requireOrders, Log: log})
+	cfg := registration.Config{Store: store, Scope: d.scope, Hubs: o.hubs, Owners: owners, RequireOrders: o.requireOrders, Log: log}
+	closeIssuers, err := a.openIssuers(ctx, &o.issue, &cfg)
+	defer func() { err = errors.Join(err, closeIssuers()) }()
+	if err != nil {
+		return err
+	}
+	svc := registration.New(cfg)
 	certificate, err := d.certificate(o)
 	if err != nil {
 		return err

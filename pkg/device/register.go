@@ -7,6 +7,7 @@ import (
 	"crypto"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -40,6 +41,9 @@ type Config struct {
 	Now func() time.Time
 	// Payload goes to the service with the request, as JSON.
 	Payload json.RawMessage
+	// CSR is a certificate signing request, as DER, to be answered with an operational certificate: see [NewCSR] and
+	// [CheckChain]. Nil asks for none.
+	CSR []byte
 }
 
 // A MAC computes HMAC-SHA256, as hsm.MACKey does.
@@ -155,14 +159,14 @@ func registerOnce(ctx context.Context, cfg Config) (*dps.RegistrationState, erro
 		}
 		tc.Certificates = []tls.Certificate{cert}
 	}
-	body, err := json.Marshal(dps.RegisterRequest{RegistrationID: cfg.Stamp.RegistrationID, Payload: cfg.Payload})
+	body, err := json.Marshal(dps.RegisterRequest{RegistrationID: cfg.Stamp.RegistrationID, Payload: cfg.Payload, CSR: base64.StdEncoding.EncodeToString(cfg.CSR)})
 	if err != nil {
 		return nil, err
 	}
 	var t talker
 	if cfg.Protocol == "https" {
-		t = newHTTPS(&cfg.Stamp, endpoint, tc, token)
-	} else if t, err = dialMQTT(ctx, &cfg.Stamp, endpoint, tc, token); err != nil {
+		t = newHTTPS(&cfg, endpoint, tc, token)
+	} else if t, err = dialMQTT(ctx, &cfg, endpoint, tc, token); err != nil {
 		return nil, err
 	}
 	defer t.close()
@@ -226,18 +230,21 @@ func answer(status int, body []byte, after time.Duration) (*dps.OperationStatus,
 type httpsTalker struct {
 	client *http.Client
 	base   string
+	query  string
 	token  string
 }
 
-func newHTTPS(s *Stamp, endpoint string, tc *tls.Config, token string) *httpsTalker {
+func newHTTPS(cfg *Config, endpoint string, tc *tls.Config, token string) *httpsTalker {
+	s := &cfg.Stamp
 	return &httpsTalker{
+		query:  "?api-version=" + cfg.apiVersion(),
 		client: &http.Client{Timeout: requestTime, Transport: &http.Transport{TLSClientConfig: tc, MaxConnsPerHost: 1, DialContext: (&net.Dialer{Timeout: 10 * time.Second}).DialContext}},
 		base:   "https://" + endpoint + "/" + url.PathEscape(s.IDScope) + "/registrations/" + url.PathEscape(s.RegistrationID), token: token,
 	}
 }
 
 func (h *httpsTalker) do(ctx context.Context, method, path string, body []byte) (*dps.OperationStatus, time.Duration, error) {
-	req, err := http.NewRequestWithContext(ctx, method, h.base+path+"?api-version="+apiVersion, bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, method, h.base+path+h.query, bytes.NewReader(body))
 	if err != nil {
 		return nil, 0, err
 	}
@@ -274,7 +281,8 @@ type mqttTalker struct {
 }
 
 // dialMQTT connects and subscribes.
-func dialMQTT(ctx context.Context, s *Stamp, endpoint string, tc *tls.Config, token string) (*mqttTalker, error) {
+func dialMQTT(ctx context.Context, cfg *Config, endpoint string, tc *tls.Config, token string) (*mqttTalker, error) {
+	s := &cfg.Stamp
 	d := tls.Dialer{NetDialer: &net.Dialer{Timeout: 10 * time.Second}, Config: tc}
 	c, err := d.DialContext(ctx, "tcp", endpoint)
 	if err != nil {
@@ -285,7 +293,7 @@ func dialMQTT(ctx context.Context, s *Stamp, endpoint string, tc *tls.Config, to
 	if token != "" {
 		password = []byte(token)
 	}
-	user := s.IDScope + "/registrations/" + s.RegistrationID + "/api-version=" + apiVersion + "&ClientVersion=touchmark"
+	user := s.IDScope + "/registrations/" + s.RegistrationID + "/api-version=" + cfg.apiVersion() + "&ClientVersion=touchmark"
 	p, err := t.exchange(ctx, mqtt.AppendConnect(nil, s.RegistrationID, user, password, 120), mqtt.Connack)
 	if err == nil && p.ReturnCode != 0 {
 		err = error(&RefusedError{Code: dps.CodeUnauthorized, Message: fmt.Sprintf("the MQTT connection was refused with code %d", p.ReturnCode)})
