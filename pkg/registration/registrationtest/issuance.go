@@ -91,7 +91,9 @@ func (f *Fixture) Issues(t testing.TB, issuers map[string]registration.Issuer, n
 	}
 	f.Service = registration.New(cfg)
 	for id, e := range map[string]dps.Enrollment{"keys": Symmetric(f.GroupKey, nil), "line": Signers(f.Root, nil)} {
-		e.ClientCertificateIssuancePolicy = &dps.ClientCertificateIssuancePolicy{CertificateAuthorityName: name}
+		if name != "" {
+			e.ClientCertificateIssuancePolicy = &dps.ClientCertificateIssuancePolicy{CertificateAuthorityName: name}
+		}
 		f.Put(t, registration.Group, id, e)
 	}
 }
