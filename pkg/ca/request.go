@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"math/big"
 	"slices"
+	"sync"
 
 	"github.com/touchmark/touchmark/hsm"
 )
@@ -96,8 +97,8 @@ func checkRequestKey(pub crypto.PublicKey) error {
 	return nil
 }
 
-// smallPrimes returns the product of the primes below 752, which no sound modulus shares a factor with.
-func smallPrimes() *big.Int {
+// smallPrimes is the product of the primes below 752, which no sound modulus shares a factor with.
+var smallPrimes = sync.OnceValue(func() *big.Int {
 	p := big.NewInt(2)
 	for n := int64(3); n < 752; n += 2 {
 		if big.NewInt(n).ProbablyPrime(0) {
@@ -105,7 +106,7 @@ func smallPrimes() *big.Int {
 		}
 	}
 	return p
-}
+})
 
 // AlgorithmOf names what a public key is.
 func AlgorithmOf(pub crypto.PublicKey) (hsm.Algorithm, error) {

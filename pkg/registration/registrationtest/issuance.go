@@ -15,6 +15,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"math/big"
 	"net/url"
@@ -371,6 +372,9 @@ func issuance(t *testing.T, serve func(*testing.T, *Fixture) func(testing.TB, De
 // hostileRequests are register bodies of dev-1 that get nothing, by what is wrong with them.
 func hostileRequests(t testing.TB, keys map[string]*ecdsa.PrivateKey) map[string]string {
 	good := CSR(t, ECKey(t, elliptic.P256()), "dev-1")
+	for len(good)%3 != 1 { // so that base64 ends in four bits that say nothing, and ==
+		good = CSR(t, ECKey(t, elliptic.P256()), "dev-1")
+	}
 	text := base64.StdEncoding.EncodeToString(good)
 	raw := func(csr string) string {
 		b, err := json.Marshal(map[string]string{"registrationId": "dev-1", "csr": csr})
@@ -398,7 +402,7 @@ func hostileRequests(t testing.TB, keys map[string]*ecdsa.PrivateKey) map[string
 	off[len(off)-1] ^= 1
 	all := map[string]string{
 		"not base64": raw("~~~~"), "base64 of nothing": raw("===="), "base64 for URLs": raw(strings.NewReplacer("+", "-", "/", "_").Replace(text) + "-_"),
-		"a line break": raw(text[:64] + "\r\n" + text[64:]), "a space in front": raw(" " + text), "no padding": raw(strings.TrimRight(text, "=") + "A"),
+		"a line break": raw(text[:64] + "\r\n" + text[64:]), "a space in front": raw(" " + text), "idle bits": raw(text[:len(text)-3] + string(text[len(text)-3]+1) + "=="), "no padding": raw(strings.TrimRight(text, "=") + "A"),
 		"PEM":                 raw(string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: good}))),
 		"PEM in base64":       der(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: good})),
 		"a certificate":       der(cert.Certificate.Raw),
@@ -530,4 +534,56 @@ func edKey(t testing.TB) crypto.Signer {
 		t.Fatal(err)
 	}
 	return k
+}
+
+// issuedCertificates is the part of the store's contract about certificates that are planned and issued.
+func issuedCertificates(t *testing.T, s registration.Store) {
+	at := time.Date(2026, 6, 1, 0, 0, 0, 123456789, time.UTC)
+	cert := func(serial, id, key string, planned time.Duration) *registration.Issued {
+		return &registration.Issued{SerialNumber: serial, ID: id, Name: strings.ToUpper(id), Issuer: "ops", KeyHash: key, NotAfter: at.Add(time.Hour), Planned: at.Add(planned), Plan: []byte(serial)}
+	}
+	planned := func(scope, id, key string) (c *registration.Issued, err error) {
+		return c, errors.Join(s.View(t.Context(), func(tx registration.Tx) error {
+			c, err = tx.Planned(scope, id, key)
+			return nil
+		}), err)
+	}
+	taken := func(scope, key, id string) (is bool) {
+		if err := s.View(t.Context(), func(tx registration.Tx) (err error) {
+			is, err = tx.KeyTaken(scope, key, id)
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return is
+	}
+	if c, err := planned("a", "dev-1", "k1"); !errors.Is(err, registration.ErrNotFound) {
+		t.Errorf("%+v, %v", c, err)
+	}
+	old, next := cert("01", "dev-1", "k1", 0), cert("02", "dev-1", "k1", time.Minute)
+	update(t, s, func(tx registration.Tx) error {
+		return errors.Join(tx.PutIssued("a", next), tx.PutIssued("a", old), tx.PutIssued("a", cert("03", "dev-2", "k2", 0)), tx.PutDevice("a", &registration.Device{ID: "dev-3", KeyHash: "k3"}),
+			tx.PutDevice("a", &registration.Device{ID: "dev-4", KeyHash: "k4", Revision: 1, Ended: 2}), tx.PutDevice("a", &registration.Device{ID: "dev-5"}))
+	})
+	if c, err := planned("a", "dev-1", "k1"); err != nil || c.SerialNumber != "02" || !bytes.Equal(c.Plan, next.Plan) || c.ID != "dev-1" || c.KeyHash != "k1" || c.Name != "DEV-1" || c.Issuer != "ops" || !c.NotAfter.Equal(next.NotAfter) || !c.Planned.Equal(next.Planned) {
+		t.Errorf("the newest: %+v, %v", c, err)
+	}
+	next.Thumbprint = "ab"
+	update(t, s, func(tx registration.Tx) error { return tx.PutIssued("a", next) })
+	if c, err := planned("a", "dev-1", "k1"); err != nil || c.SerialNumber != "01" {
+		t.Errorf("after one is issued: %+v, %v", c, err)
+	}
+	for _, x := range [][3]string{{"b", "dev-1", "k1"}, {"a", "dev-2", "k1"}, {"a", "dev-1", "k2"}} {
+		if c, err := planned(x[0], x[1], x[2]); !errors.Is(err, registration.ErrNotFound) {
+			t.Errorf("%v: %+v, %v", x, c, err)
+		}
+	}
+	for _, x := range []struct {
+		scope, key, id string
+		want           bool
+	}{{"a", "k1", "dev-1", false}, {"a", "k1", "dev-2", true}, {"b", "k1", "dev-2", false}, {"a", "k3", "dev-1", true}, {"a", "k3", "dev-3", false}, {"a", "k4", "dev-1", false}, {"a", "", "dev-1", false}, {"a", "k9", "dev-1", false}} {
+		if taken(x.scope, x.key, x.id) != x.want {
+			t.Errorf("%v", x)
+		}
+	}
 }
