@@ -134,6 +134,9 @@ func (a *app) registerStamp(ctx context.Context, o *registerOptions) (_ *dps.Reg
 	}
 	state, err := device.Register(ctx, cfg)
 	var refused *device.RefusedError
+	if errors.As(err, &refused) && o.csrKey != "" && refused.Code.Status() == 400 {
+		return nil, hint(err, "the service certifies no key that another device has or had, and none of a kind that its issuer does not take")
+	}
 	if errors.As(err, &refused) {
 		return nil, hint(err, "the service does not know the device with this proof: was its bundle imported there, and is the stamp that of the last minting?")
 	}

@@ -64,8 +64,7 @@ type issuance struct {
 	name    string // of the issuer
 	pub     crypto.PublicKey
 	keyHash string
-	hash    []byte // of the request
-	pem     bool   // the answer is of 2021-11-01-preview
+	pem     bool // the answer is of 2021-11-01-preview
 }
 
 func asksCertificate(body *dps.RegisterRequest) bool {
@@ -88,7 +87,7 @@ func (s *Service) issuance(req *Request, body *dps.RegisterRequest, v *verdict) 
 	if v.disabled || !asksCertificate(body) || policy == nil || s.cfg.Issuers[policy.CertificateAuthorityName] == nil {
 		return nil, nil
 	}
-	want := &issuance{issuer: s.cfg.Issuers[policy.CertificateAuthorityName], name: policy.CertificateAuthorityName, hash: csrHash(body)}
+	want := &issuance{issuer: s.cfg.Issuers[policy.CertificateAuthorityName], name: policy.CertificateAuthorityName}
 	text := body.CSR + body.ClientCertificateCSR // every api-version has one of the two
 	want.pem = body.CSR == ""
 	der, err := base64.StdEncoding.Strict().DecodeString(text)
@@ -134,7 +133,7 @@ func (s *Service) keyFree(tx Tx, id, keyHash string) error {
 }
 
 // certify has a certificate signed for a device that is about to be assigned, and puts the chain into its operation. An issuer
-// that can plan none makes the registration fail.
+// that can plan none makes the registration fail. ErrConflict: the registration was written meanwhile.
 func (s *Service) certify(ctx context.Context, r *Registration, want *issuance) (*Issued, error) {
 	op := &r.Operations[0]
 	unit := ca.Unit{RegistrationID: r.State.DeviceID}
@@ -149,10 +148,17 @@ func (s *Service) certify(ctx context.Context, r *Registration, want *issuance) 
 	}
 	var cert *Issued
 	err = s.cfg.Store.Update(ctx, func(tx Tx) error {
+		// Who was overtaken plans nothing: what the other one got may be the answer.
+		now, err := found(tx.Registration(s.scope, r.ID))
+		if err != nil {
+			return err
+		}
+		if now == nil && r.Version != 0 || now != nil && now.Version != r.Version {
+			return ErrConflict
+		}
 		if err := s.keyFree(tx, r.ID, want.keyHash); err != nil {
 			return err
 		}
-		var err error
 		cert, err = tx.Planned(s.scope, r.ID, want.keyHash)
 		if err == nil && cert.by(want) && cert.Name == unit.RegistrationID && op.Started.Sub(cert.Planned) < planTime {
 			return nil

@@ -3,7 +3,8 @@
 // A door brings a [Request]; [Service.Register] finds the individual enrollment or the group that decides about the device,
 // has package attest judge the proof, chooses a hub, and writes the registration down before it answers. The answer says
 // "assigning", as the wire wants it; the first [Service.Status] finds the assignment ready. Operators' side is in the
-// methods on enrollments ([Service.PutEnrollment] and its neighbours) and in [Service.Import].
+// methods on enrollments ([Service.PutEnrollment] and its neighbours) and in [Service.Import]. Where an enrollment names an
+// [Issuer], a device that sends a certificate signing request gets its operational certificate with the assignment.
 //
 // All state is in the [Store]: any number of Services may work on one. A Service may be used by many goroutines.
 //
@@ -161,28 +162,28 @@ func (s *Service) register(ctx context.Context, req *Request, body *dps.Register
 		if err != nil {
 			return nil, err
 		}
-		if op := s.repeated(req, v, before, proof, want); op != nil {
+		if op := s.repeated(req, v, before, proof, csrHash(body), want); op != nil {
 			return s.registered(req, op), nil
 		}
 		after := s.decide(req, body, v, before, proof, want)
 		var cert *Issued
 		if want != nil && after.State.Status == dps.Assigned {
-			if cert, err = s.certify(ctx, after, want); err != nil {
-				return nil, err
-			}
+			cert, err = s.certify(ctx, after, want)
 		}
-		err = s.cfg.Store.Update(ctx, func(tx Tx) error {
-			if err := s.stillHolds(tx, id, v); err != nil {
-				return err
-			}
-			if err := tx.PutRegistration(s.scope, after); err != nil || after.State.Status != dps.Assigned {
-				return err
-			}
-			if err := s.putIssued(tx, cert); err != nil {
-				return err
-			}
-			return s.firstSeen(tx, v.device)
-		})
+		if err == nil {
+			err = s.cfg.Store.Update(ctx, func(tx Tx) error {
+				if err := s.stillHolds(tx, id, v); err != nil {
+					return err
+				}
+				if err := tx.PutRegistration(s.scope, after); err != nil || after.State.Status != dps.Assigned {
+					return err
+				}
+				if err := s.putIssued(tx, cert); err != nil {
+					return err
+				}
+				return s.firstSeen(tx, v.device)
+			})
+		}
 		if errors.Is(err, ErrConflict) {
 			continue // an operator or another register of this device came first; decide again
 		}
@@ -202,20 +203,17 @@ func (s *Service) register(ctx context.Context, req *Request, body *dps.Register
 
 // repeated returns the operation that a request is about which a device sends again: because its transport says so, or because
 // it wants a certificate for the same request and has one that it did not see.
-func (s *Service) repeated(req *Request, v *verdict, before *Registration, proof []byte, want *issuance) *Operation {
+func (s *Service) repeated(req *Request, v *verdict, before *Registration, proof, asked []byte, want *issuance) *Operation {
 	if v.disabled || before == nil || len(before.Operations) == 0 {
 		return nil
 	}
 	op := &before.Operations[0]
-	switch {
-	case s.cfg.Now().Sub(op.Started) >= repeatTime:
+	marked := req.Repeat && bytes.Equal(op.Proof, proof)
+	same := want != nil && op.State.Status == dps.Assigned && before.Issued.by(want)
+	if !marked && !same || !bytes.Equal(op.CSR, asked) || s.cfg.Now().Sub(op.Started) >= repeatTime {
 		return nil
-	case want != nil && bytes.Equal(op.CSR, want.hash) && op.State.Status == dps.Assigned && before.Issued.by(want):
-		return op
-	case want == nil && req.Repeat && op.CSR == nil && bytes.Equal(op.Proof, proof):
-		return op // the device did not see our acknowledgement
 	}
-	return nil
+	return op
 }
 
 // registered answers a register request. Only who is known to take it is told the end at once.
