@@ -2,12 +2,18 @@ package main
 
 import (
 	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net"
+	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -18,6 +24,7 @@ import (
 
 type registerOptions struct {
 	stamp, endpoint, protocol, ca string
+	csrKey                        string
 }
 
 func newRegister(a *app) *cobra.Command {
@@ -26,9 +33,13 @@ func newRegister(a *app) *cobra.Command {
 		Use:   "register --stamp DIR",
 		Short: "Register as a stamped device would at its first power-on",
 		Long: `register reads a device's stamp, proves to the registration service that it is that device, and keeps the hub that it was
-assigned in assignment.json beside the stamp.`,
+assigned in assignment.json beside the stamp.
+
+With --csr-key it asks for an operational certificate, too, and keeps it with its chain in operational.pem beside the stamp: behind
+its key, where that is new, and without it, where the key has a URI. To renew the certificate, register again.`,
 		Example: `  touchmark register --stamp stamps/pump-0001
-  touchmark register --stamp stamps/pump-0001 --protocol mqtt --endpoint localhost:8883 --ca service/ca.pem`,
+  touchmark register --stamp stamps/pump-0001 --protocol mqtt --endpoint localhost:8883 --ca service/ca.pem
+  touchmark register --stamp stamps/pump-0001 --csr-key new`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.runRegister(cmd.Context(), o) },
 	}
@@ -37,6 +48,7 @@ assigned in assignment.json beside the stamp.`,
 	f.StringVar(&o.endpoint, "endpoint", "", "HOST:PORT, instead of the stamped global endpoint")
 	f.StringVar(&o.protocol, "protocol", "https", strings.Join(device.Protocols(), ", "))
 	f.StringVar(&o.ca, "ca", "", "PEM file with the CA of the service's certificate (default: the system's)")
+	f.StringVar(&o.csrKey, "csr-key", "", "ask for an operational certificate, for the key of a key URI, which is made if there is none, or for a new one; again to renew it")
 	_ = c.MarkFlagRequired("stamp")
 	_ = c.MarkFlagDirname("stamp")
 	_ = c.RegisterFlagCompletionFunc("protocol", cobra.FixedCompletions(device.Protocols(), cobra.ShellCompDirectiveNoFileComp))
@@ -113,15 +125,87 @@ func (a *app) registerStamp(ctx context.Context, o *registerOptions) (_ *dps.Reg
 			return nil, err
 		}
 	}
+	keep := func(*dps.RegistrationState) error { return nil }
+	if o.csrKey != "" {
+		var closeKey func() error
+		keep, closeKey, err = a.askCertificate(ctx, o, &cfg)
+		if err != nil {
+			return nil, err
+		}
+		defer func() { err = errors.Join(err, closeKey()) }()
+	}
 	state, err := device.Register(ctx, cfg)
 	var refused *device.RefusedError
+	if errors.As(err, &refused) && o.csrKey != "" && refused.Code.Status() == 400 {
+		return nil, hint(err, "the service certifies no key that another device has or had, and none of a kind that its issuer does not take")
+	}
 	if errors.As(err, &refused) {
 		return nil, hint(err, "the service does not know the device with this proof: was its bundle imported there, and is the stamp that of the last minting?")
 	}
 	if err != nil {
 		return nil, connectHint(err)
 	}
-	return state, nil
+	return state, keep(state)
+}
+
+// askCertificate has a registration ask for an operational certificate. Keep checks what came and keeps it; the state is
+// without it then.
+func (a *app) askCertificate(ctx context.Context, o *registerOptions, cfg *device.Config) (keep func(*dps.RegistrationState) error, closeKey func() error, err error) {
+	closeKey = func() error { return nil }
+	var fresh, key crypto.Signer
+	if o.csrKey == "new" {
+		if fresh, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+			return nil, nil, err
+		}
+		key = fresh
+	} else if key, closeKey, err = a.openOrMakeKey(ctx, o.csrKey); err != nil {
+		return nil, nil, err
+	}
+	if cfg.CSR, err = device.NewCSR(cfg.Stamp.RegistrationID, key); err != nil {
+		return nil, nil, errors.Join(err, closeKey())
+	}
+	return func(state *dps.RegistrationState) error {
+		if state.Status != dps.Assigned {
+			return nil
+		}
+		chain, err := device.CheckChain(state, key.Public(), time.Now())
+		if err != nil {
+			return err
+		}
+		state.IssuedCertificateChain = nil
+		return device.SaveOperational(o.stamp, chain, fresh)
+	}, closeKey, nil
+}
+
+// openOrMakeKey opens the key that a URI names, or makes it there.
+func (a *app) openOrMakeKey(ctx context.Context, raw string) (_ crypto.Signer, _ func() error, err error) {
+	uri, err := hsm.ParseURI(raw)
+	if err == nil && uri.Object == "" {
+		err = errors.New("the key URI names a store, and no key in it: want an object")
+	}
+	if err != nil {
+		return nil, nil, usageError{fmt.Errorf("--csr-key: %w", err)}
+	}
+	wd, err := os.Getwd()
+	if err != nil {
+		return nil, nil, err
+	}
+	store, err := a.openStore(ctx, raw, wd)
+	if err != nil {
+		return nil, nil, err
+	}
+	key, err := store.Open(ctx, uri.Object)
+	if errors.Is(err, hsm.ErrNotFound) {
+		key, err = store.Generate(ctx, hsm.Spec{Name: uri.Object, Algorithm: hsm.ECP256})
+	}
+	var signer hsm.SigningKey
+	if err == nil {
+		signer, err = hsm.SigningKeyOf(key)
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("operational key: %w", errors.Join(err, store.Close()))
+	}
+	return signer, store.Close, nil
 }
 
 // openKeyURI opens the one key that a URI names.

@@ -16,9 +16,9 @@ import (
 var allProfiles = []string{"x509-group", "x509-individual", "symmetric-group", "symmetric-individual", "esp32-nvs", "eeprom"}
 
 // startService runs a service in dir/svc until the test ends, and returns what it said when it was ready and what it logs.
-func startService(t *testing.T, dir, https, mqtt, amqp string) (ready map[string]any, log *syncBuffer) {
+func startService(t *testing.T, dir, https, mqtt, amqp string, more ...string) (ready map[string]any, log *syncBuffer) {
 	t.Helper()
-	_, ready, log = startServe(t, dir, "--https", https, "--mqtt", mqtt, "--amqp", amqp)
+	_, ready, log = startServe(t, dir, append([]string{"--https", https, "--mqtt", mqtt, "--amqp", amqp}, more...)...)
 	return ready, log
 }
 

@@ -27,6 +27,7 @@ type serveOptions struct {
 	doorOptions
 	front  frontOptions
 	limits limitOptions
+	issue  issueOptions
 	emulatorOptions
 }
 
@@ -71,6 +72,7 @@ register in are there already, and faults happen on demand. touchmark help emula
 	intermediateFlag(c, &o.intermediates)
 	o.front.flags(c)
 	o.limits.flags(c)
+	o.issue.flags(c)
 	o.bind(c)
 	_ = c.MarkFlagDirname("data")
 	return c
@@ -138,8 +140,13 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	svc := registration.New(registration.Config{Store: store, Scope: d.scope, Hubs: o.hubs, Owners: owners, RequireOrders: o.requireOrders,
-		Intermediates: intermediates, Log: log})
+	cfg := registration.Config{Store: store, Scope: d.scope, Hubs: o.hubs, Owners: owners, RequireOrders: o.requireOrders, Intermediates: intermediates, Log: log}
+	closeIssuers, err := a.openIssuers(ctx, &o.issue, &cfg)
+	defer func() { err = errors.Join(err, closeIssuers()) }()
+	if err != nil {
+		return err
+	}
+	svc := registration.New(cfg)
 	front, err := d.front(ctx, o, store, log)
 	if err != nil {
 		return err

@@ -24,10 +24,12 @@ func intermediateFlag(c *cobra.Command, files *[]string) {
 
 // intermediates puts new CA certificates into the folder, and returns all that are in it.
 func (d *serviceData) intermediates(files []string) ([]*x509.Certificate, error) {
-	dir := d.path(intermediatesDir)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, err
+	if d.dir != "" {
+		if err := os.MkdirAll(d.path(intermediatesDir), 0o700); err != nil {
+			return nil, err
+		}
 	}
+	var all []*x509.Certificate
 	for _, f := range files {
 		certs, err := readCertificates(f)
 		if err != nil {
@@ -45,12 +47,16 @@ func (d *serviceData) intermediates(files []string) ([]*x509.Certificate, error)
 				return nil, err
 			}
 		}
+		all = append(all, certs...)
 	}
-	names, err := filepath.Glob(filepath.Join(dir, "*.pem"))
+	if d.dir == "" {
+		return all, nil
+	}
+	all = nil // with those of the folder, and once
+	names, err := filepath.Glob(d.path(filepath.Join(intermediatesDir, "*.pem")))
 	if err != nil {
 		return nil, err
 	}
-	var all []*x509.Certificate
 	for _, name := range names { // one that expired since is of no use, and no reason not to start
 		certs, err := readCertificates(name)
 		if err != nil {

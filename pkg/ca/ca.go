@@ -34,6 +34,9 @@ import (
 // ErrClock says that the clock cannot be right: it stands before the CA's certificate begins.
 var ErrClock = errors.New("clock is before the CA's certificate begins")
 
+// ErrEnded says that a CA, or one above it, is not valid any more.
+var ErrEnded = errors.New("certificate authority has ended")
+
 // AuthorityConfig says what CA to make.
 type AuthorityConfig struct {
 	Subject  pkix.Name

@@ -69,6 +69,8 @@ type Profile struct {
 	// Template is the text of a certificate template. It sees RegistrationID, Serial and Columns.
 	Template string
 	Validity time.Duration
+	// Until is when leaves end that would be valid for longer. Zero means never: a leaf that would outlive its CA is refused.
+	Until time.Time
 	// Backdate is how far before its issue a leaf begins, for devices whose clocks are behind.
 	Backdate time.Duration
 	// Columns are the names that a unit's Columns have.
@@ -242,14 +244,31 @@ func (r *Prepared) checkValidity(now time.Time) error {
 	if now.Before(ca.NotBefore) {
 		return fmt.Errorf("%w: it shows %s, CA %q begins %s: set the clock", ErrClock, now.UTC().Format(time.RFC3339), ca.Subject.CommonName, ca.NotBefore.Format(time.RFC3339))
 	}
-	if now.After(ca.NotAfter) {
-		return fmt.Errorf("CA %q ended on %s", ca.Subject.CommonName, ca.NotAfter.Format(time.DateOnly))
+	end := r.end(now)
+	if now.After(ca.NotAfter) || !end.After(now) {
+		return fmt.Errorf("%w: CA %q on %s", ErrEnded, ca.Subject.CommonName, earlier(ca.NotAfter, end).Format(time.DateOnly))
 	}
-	if end := now.Add(r.profile.Validity); end.After(ca.NotAfter) {
+	if end.After(ca.NotAfter) {
 		return fmt.Errorf("leaves would be valid until %s and outlive CA %q, which ends on %s: lower certificate.days in the profile",
 			end.UTC().Format(time.DateOnly), ca.Subject.CommonName, ca.NotAfter.Format(time.DateOnly))
 	}
 	return nil
+}
+
+// end is when a leaf ends that is made now.
+func (r *Prepared) end(now time.Time) time.Time {
+	end := now.Add(r.profile.Validity)
+	if u := r.profile.Until; !u.IsZero() {
+		end = earlier(end, u)
+	}
+	return end
+}
+
+func earlier(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
 }
 
 // Certificate returns the issuing CA's certificate, and ChainPEM the chain that devices carry behind their leaf: from the
@@ -280,7 +299,7 @@ func (r *Prepared) Plan(u Unit) (Plan, error) {
 	if first := r.issuer.cfg.Certificate.NotBefore; begin.Before(first) {
 		begin = first
 	}
-	return Plan{Unit: u, SerialNumber: serial, NotBefore: begin, NotAfter: now.Add(r.profile.Validity)}, nil
+	return Plan{Unit: u, SerialNumber: serial, NotBefore: begin, NotAfter: r.end(now)}, nil
 }
 
 // render makes the x509 template of a plan.

@@ -30,7 +30,7 @@ func newAMQP(ctx context.Context, cfg *Config, dial dialer, token string) (t tal
 		return nil, err
 	}
 	err = cfg.step("open", func() (_ *dps.OperationStatus, err error) {
-		t, err = openAMQP(ctx, c, &cfg.Stamp, host, token, nil)
+		t, err = openAMQP(ctx, c, cfg, host, token, nil)
 		return nil, err
 	})
 	return t, err
@@ -45,12 +45,13 @@ type saslTPM struct {
 
 // amqpTalker speaks AMQP 1.0 on a connection of any kind (device API, section 12).
 type amqpTalker struct {
-	conn     net.Conn
-	r        *bufio.Reader
-	stamp    *Stamp
-	maxFrame uint32 // the service's
-	credit   uint32
-	next     uint32 // the next delivery's ID
+	conn       net.Conn
+	r          *bufio.Reader
+	stamp      *Stamp
+	apiVersion string
+	maxFrame   uint32 // the service's
+	credit     uint32
+	next       uint32 // the next delivery's ID
 
 	mu   sync.Mutex // for writing: the beat writes too
 	beat *time.Timer
@@ -65,8 +66,8 @@ const (
 
 // openAMQP opens a conversation: with a TPM by SASL TPM, with a token by SASL PLAIN, and else bare, behind a client
 // certificate. The connection is the talker's from here on.
-func openAMQP(ctx context.Context, c net.Conn, s *Stamp, host, token string, tpm *saslTPM) (_ *amqpTalker, err error) {
-	t := &amqpTalker{conn: c, r: bufio.NewReader(c), stamp: s, maxFrame: amqp.MinMaxFrameSize}
+func openAMQP(ctx context.Context, c net.Conn, cfg *Config, host, token string, tpm *saslTPM) (_ *amqpTalker, err error) {
+	t := &amqpTalker{conn: c, r: bufio.NewReader(c), stamp: &cfg.Stamp, apiVersion: cfg.apiVersion(), maxFrame: amqp.MinMaxFrameSize}
 	stop, err := t.within(ctx)
 	defer stop()
 	if err == nil && (token != "" || tpm != nil) {
@@ -187,7 +188,7 @@ func (m *saslTPM) respond(ctx context.Context, challenge, blob []byte) (response
 // attach opens connection, session and links in one flight, and waits until requests may be sent.
 func (t *amqpTalker) attach(host string) error {
 	address := t.stamp.IDScope + "/registrations/" + t.stamp.RegistrationID
-	properties := amqp.Map{{Key: amqp.Symbol("com.microsoft:api-version"), Value: apiVersion}, {Key: amqp.Symbol("com.microsoft:client-version"), Value: "touchmark"}}
+	properties := amqp.Map{{Key: amqp.Symbol("com.microsoft:api-version"), Value: t.apiVersion}, {Key: amqp.Symbol("com.microsoft:client-version"), Value: "touchmark"}}
 	zero, handle, credit := uint32(0), answers, uint32(100)
 	var out []byte
 	for _, p := range []amqp.Performative{

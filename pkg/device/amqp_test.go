@@ -37,14 +37,14 @@ func TestAMQP(t *testing.T) {
 	l := f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
 		return door.New(door.Config{TLS: door.TLSConfig(cert)}).Serve(ctx, l, amqpd.New(amqpd.Config{Registrar: r, Now: f.Now, ResponseDelay: -1}).Handle)
 	})
-	stamp := &Stamp{IDScope: registrationtest.Scope, RegistrationID: "own-key"}
+	cfg := &Config{Stamp: Stamp{IDScope: registrationtest.Scope, RegistrationID: "own-key"}}
 	tpm := &saslTPM{EK: r.ek, SRK: r.srk, Activate: func(_ context.Context, blob []byte) (string, error) {
 		if !bytes.Equal(blob, r.blob) {
 			return "", errors.New("the TPM does not take the blob")
 		}
 		return f.ByKey("own-key", f.OwnKey).Token, nil
 	}}
-	talk, err := openAMQP(t.Context(), l.Dial(t, nil), stamp, registrationtest.Host, "", tpm)
+	talk, err := openAMQP(t.Context(), l.Dial(t, nil), cfg, registrationtest.Host, "", tpm)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -68,7 +68,7 @@ func TestAMQP(t *testing.T) {
 	}
 	for why, x := range map[string]*saslTPM{"another TPM": {EK: r.srk, SRK: r.srk, Activate: tpm.Activate}, "no token": {EK: r.ek, SRK: r.srk, Activate: func(context.Context, []byte) (string, error) { return "x", nil }}} {
 		var refused *RefusedError
-		if _, err := openAMQP(t.Context(), l.Dial(t, nil), stamp, registrationtest.Host, "", x); !errors.As(err, &refused) || refused.Code != dps.CodeUnauthorized {
+		if _, err := openAMQP(t.Context(), l.Dial(t, nil), cfg, registrationtest.Host, "", x); !errors.As(err, &refused) || refused.Code != dps.CodeUnauthorized {
 			t.Errorf("%s: %v", why, err)
 		}
 	}

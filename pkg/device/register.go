@@ -7,6 +7,7 @@ import (
 	"crypto"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -40,6 +41,9 @@ type Config struct {
 	Now func() time.Time
 	// Payload goes to the service with the request, as JSON.
 	Payload json.RawMessage
+	// CSR is a certificate signing request, as DER, to be answered with an operational certificate: see [NewCSR] and
+	// [CheckChain]. Nil asks for none.
+	CSR []byte
 	// TLS is how TLS is done, used as it stands; nil means what [Config.NewTLS] makes. Who registers many times keeps one.
 	TLS *tls.Config
 	// Dial connects to the endpoint; nil means a net.Dialer's.
@@ -210,7 +214,7 @@ func connect(ctx context.Context, cfg *Config) (talker, []byte, error) {
 		return nil, nil, err
 	}
 	token := ""
-	body, err := json.Marshal(dps.RegisterRequest{RegistrationID: cfg.Stamp.RegistrationID, Payload: cfg.Payload})
+	body, err := json.Marshal(dps.RegisterRequest{RegistrationID: cfg.Stamp.RegistrationID, Payload: cfg.Payload, CSR: base64.StdEncoding.EncodeToString(cfg.CSR)})
 	if err == nil && cfg.Stamp.Symmetric {
 		token, err = cfg.Stamp.token(ctx, cfg.MAC, cfg.Now())
 	}
@@ -296,6 +300,7 @@ type httpsTalker struct {
 	client *http.Client
 	conn   net.Conn // the first one; there is seldom another
 	base   string
+	query  string
 	token  string
 }
 
@@ -310,13 +315,13 @@ func newHTTPS(ctx context.Context, cfg *Config, dial dialer, token string) (talk
 		return nil, err
 	}
 	return &httpsTalker{
-		client: &http.Client{Timeout: requestTime, Transport: &http.Transport{MaxConnsPerHost: 1, DialTLSContext: handOver(c, dial)}}, conn: c,
+		client: &http.Client{Timeout: requestTime, Transport: &http.Transport{MaxConnsPerHost: 1, DialTLSContext: handOver(c, dial)}}, conn: c, query: "?api-version=" + cfg.apiVersion(),
 		base: "https://" + endpoint + "/" + url.PathEscape(s.IDScope) + "/registrations/" + url.PathEscape(s.RegistrationID), token: token,
 	}, nil
 }
 
 func (h *httpsTalker) do(ctx context.Context, method, path string, body []byte) (*dps.OperationStatus, time.Duration, error) {
-	req, err := http.NewRequestWithContext(ctx, method, h.base+path+"?api-version="+apiVersion, bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, method, h.base+path+h.query, bytes.NewReader(body))
 	if err != nil {
 		return nil, 0, err
 	}
@@ -357,24 +362,24 @@ type mqttTalker struct {
 
 // newMQTT connects and subscribes.
 func newMQTT(ctx context.Context, cfg *Config, dial dialer, token string) (talker, error) {
-	s := &cfg.Stamp
 	c, err := dial(ctx)
 	if err != nil {
 		return nil, err
 	}
 	t := &mqttTalker{conn: c, r: bufio.NewReader(c)}
-	if err := cfg.step("open", func() (*dps.OperationStatus, error) { return nil, t.open(ctx, s, token) }); err != nil {
+	if err := cfg.step("open", func() (*dps.OperationStatus, error) { return nil, t.open(ctx, cfg, token) }); err != nil {
 		return nil, errors.Join(err, c.Close())
 	}
 	return t, nil
 }
 
-func (t *mqttTalker) open(ctx context.Context, s *Stamp, token string) error {
+func (t *mqttTalker) open(ctx context.Context, cfg *Config, token string) error {
+	s := &cfg.Stamp
 	var password []byte
 	if token != "" {
 		password = []byte(token)
 	}
-	user := s.IDScope + "/registrations/" + s.RegistrationID + "/api-version=" + apiVersion + "&ClientVersion=touchmark"
+	user := s.IDScope + "/registrations/" + s.RegistrationID + "/api-version=" + cfg.apiVersion() + "&ClientVersion=touchmark"
 	p, err := t.exchange(ctx, mqtt.AppendConnect(nil, s.RegistrationID, user, password, 120), mqtt.Connack)
 	switch {
 	case err != nil:

@@ -64,6 +64,10 @@ type RegistrationState struct {
 	X509                   *struct{}          `json:"x509,omitempty"`
 	SymmetricKey           *SymmetricKeyState `json:"symmetricKey,omitempty"`
 	Payload                json.RawMessage    `json:"payload,omitempty"`
+	// IssuedCertificateChain answers a CSR, in status answers alone: DER of the operational certificate, the intermediates and the
+	// root. IssuedClientCertificate is the same as PEM, in answer to a ClientCertificateCSR (device API, section 15.2).
+	IssuedCertificateChain  [][]byte `json:"issuedCertificateChain,omitempty"`
+	IssuedClientCertificate string   `json:"issuedClientCertificate,omitempty"`
 }
 
 // SymmetricKeyState names the enrollment group that a symmetric-key device came in by.

@@ -98,10 +98,12 @@ func CheckAPIVersion(v string) error {
 	return nil
 }
 
-// AcceptsCSR reports whether a register request of this version may carry a certificate signing request.
-func AcceptsCSR(apiVersion string) bool {
-	return apiVersion == "2021-11-01-preview" || apiVersion >= "2025-07-01-preview"
-}
+// AcceptsCSR reports whether a register request of this version may carry a certificate signing request as csr, and
+// AcceptsClientCertificateCSR whether as clientCertificateCsr (device API, section 15.2).
+func AcceptsCSR(apiVersion string) bool { return apiVersion >= "2025-07-01-preview" }
+
+// AcceptsClientCertificateCSR is described at [AcceptsCSR].
+func AcceptsClientCertificateCSR(apiVersion string) bool { return apiVersion == "2021-11-01-preview" }
 
 // Time prints and parses the device API's timestamps: UTC, seven fractional digits, "Z".
 type Time struct{ time.Time }

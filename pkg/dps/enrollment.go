@@ -101,6 +101,15 @@ type Enrollment struct {
 	IoTHubs                    []string                    `json:"iotHubs,omitempty"`
 	CustomAllocationDefinition *CustomAllocationDefinition `json:"customAllocationDefinition,omitempty"`
 	CredentialPolicyName       string                      `json:"credentialPolicyName,omitempty"`
+
+	// ClientCertificateIssuancePolicy lets devices have operational certificates; without it they get none.
+	ClientCertificateIssuancePolicy *ClientCertificateIssuancePolicy `json:"clientCertificateIssuancePolicy,omitempty"`
+}
+
+// ClientCertificateIssuancePolicy names the CA that signs operational certificates for an enrollment's devices (service API,
+// 2021-11-01-preview).
+type ClientCertificateIssuancePolicy struct {
+	CertificateAuthorityName string `json:"certificateAuthorityName"`
 }
 
 // Attestation is the wire's attestationMechanism: a type and exactly the member that goes with it.

@@ -3,11 +3,6 @@ package mint
 import (
 	"bytes"
 	"context"
-	"crypto"
-	"crypto/ecdsa"
-	"crypto/ed25519"
-	"crypto/elliptic"
-	"crypto/rsa"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
@@ -16,7 +11,7 @@ import (
 	"os"
 	"strings"
 
-	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/pkg/ca"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/fixture"
 )
@@ -51,7 +46,7 @@ func (r *run) readCSR(ctx context.Context, u *unit) error {
 	if cn := csr.Subject.CommonName; cn != "" && dps.Fold(cn) != dps.Fold(u.row.RegistrationID) {
 		return fmt.Errorf("certificate signing request %s is for %q, and the unit is %s: is it another device's?", from, cn, u.row.RegistrationID)
 	}
-	alg, err := algorithmOf(csr.PublicKey)
+	alg, err := ca.AlgorithmOf(csr.PublicKey)
 	if err == nil && alg != r.alg {
 		err = fmt.Errorf("its key is %s, and the profile wants %s", alg, r.alg)
 	}
@@ -108,31 +103,4 @@ func parseCSR(b []byte) (*x509.CertificateRequest, error) {
 		return nil, fmt.Errorf("whoever made it does not have its key: %w", err)
 	}
 	return csr, nil
-}
-
-// algorithmOf names what a public key is.
-func algorithmOf(pub crypto.PublicKey) (hsm.Algorithm, error) {
-	switch k := pub.(type) {
-	case *ecdsa.PublicKey:
-		switch k.Curve {
-		case elliptic.P256():
-			return hsm.ECP256, nil
-		case elliptic.P384():
-			return hsm.ECP384, nil
-		case elliptic.P521():
-			return hsm.ECP521, nil
-		}
-	case *rsa.PublicKey:
-		switch k.N.BitLen() {
-		case 2048:
-			return hsm.RSA2048, nil
-		case 3072:
-			return hsm.RSA3072, nil
-		case 4096:
-			return hsm.RSA4096, nil
-		}
-	case ed25519.PublicKey:
-		return hsm.Ed25519, nil
-	}
-	return "", fmt.Errorf("a key of its kind (%T) gets no certificate here", pub)
 }

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/pkg/ca"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/templates"
 )
@@ -82,7 +83,7 @@ func FuzzParseCSR(f *testing.F) {
 		if err := csr.CheckSignature(); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := algorithmOf(csr.PublicKey); err == nil {
+		if _, err := ca.AlgorithmOf(csr.PublicKey); err == nil {
 			if _, err := publicKeyHash(csr.PublicKey); err != nil {
 				t.Fatal(err)
 			}

@@ -217,6 +217,9 @@ func (s *Service) check(d *document) error {
 	case a.X509 != nil && d.x509() == nil:
 		return invalid("An individual enrollment takes clientCertificates, a group signingCertificates")
 	}
+	if p := e.ClientCertificateIssuancePolicy; p != nil && s.cfg.Issuers[p.CertificateAuthorityName] == nil {
+		return invalid("There is no certificate authority %.100q in this service", p.CertificateAuthorityName)
+	}
 	switch {
 	case e.AllocationPolicy == dps.AllocationCustom:
 		return invalid("Custom allocation is not supported")

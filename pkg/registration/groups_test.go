@@ -241,35 +241,35 @@ func TestGroupCache(t *testing.T) {
 	}
 }
 
-// A watched store counts what is read.
-type watched struct {
+// A counted store counts what is read.
+type counted struct {
 	registration.Store
 	views, groups atomic.Int64
 }
 
-func (w *watched) View(ctx context.Context, f func(registration.Tx) error) error {
+func (w *counted) View(ctx context.Context, f func(registration.Tx) error) error {
 	w.views.Add(1)
-	return w.Store.View(ctx, func(tx registration.Tx) error { return f(watchedTx{tx, w}) })
+	return w.Store.View(ctx, func(tx registration.Tx) error { return f(countedTx{tx, w}) })
 }
 
-type watchedTx struct {
+type countedTx struct {
 	registration.Tx
-	w *watched
+	w *counted
 }
 
-func (t watchedTx) GroupsByCA(scope string, subject [32]byte, keyID []byte, limit int) ([]*registration.Record, error) {
+func (t countedTx) GroupsByCA(scope string, subject [32]byte, keyID []byte, limit int) ([]*registration.Record, error) {
 	t.w.groups.Add(1)
 	return t.Tx.GroupsByCA(scope, subject, keyID, limit)
 }
 
-func (t watchedTx) SymmetricGroups(scope string) ([]*registration.Record, error) {
+func (t countedTx) SymmetricGroups(scope string) ([]*registration.Record, error) {
 	t.w.groups.Add(1)
 	return t.Tx.SymmetricGroups(scope)
 }
 
 // watch returns a service on a fixture's store, and what tells how many views and reads of groups a call took.
 func watch(f *registrationtest.Fixture) (*registration.Service, func(func()) (views, groups int64)) {
-	w := &watched{Store: f.Store}
+	w := &counted{Store: f.Store}
 	s := registration.New(registration.Config{Store: w, Scope: registrationtest.Scope, Hubs: []string{"a.example"}, Now: f.Now})
 	return s, func(f func()) (int64, int64) {
 		w.views.Store(0)

@@ -3,7 +3,8 @@
 // A door brings a [Request]; [Service.Register] finds the individual enrollment or the group that decides about the device,
 // has package attest judge the proof, chooses a hub, and writes the registration down before it answers. The answer says
 // "assigning", as the wire wants it; the first [Service.Status] finds the assignment ready. Operators' side is in the
-// methods on enrollments ([Service.PutEnrollment] and its neighbours) and in [Service.Import].
+// methods on enrollments ([Service.PutEnrollment] and its neighbours) and in [Service.Import]. Where an enrollment names an
+// [Issuer], a device that sends a certificate signing request gets its operational certificate with the assignment.
 //
 // All state is in the [Store]: any number of Services may work on one. A Service may be used by many goroutines.
 //
@@ -24,6 +25,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"math"
 	"slices"
@@ -49,8 +51,15 @@ type Config struct {
 	// Intermediates complete devices' chains. They are CA certificates that admit nobody by themselves: devices that do not
 	// send them need them for the way to a group's.
 	Intermediates []*x509.Certificate
-	Log           *slog.Logger
-	Now           func() time.Time
+	// Issuers sign operational certificates for devices whose enrollment names them. Without one a CSR makes a registration fail.
+	Issuers map[string]Issuer
+	// AtOnce are patterns of client versions, in which * stands for any text. Who says to be such a client is told the end of a
+	// registration in the answer to register. Azure's SDKs for Node ("azure-iot-provisioning-device/*"), Python
+	// ("azure-iot-device-provisioning-py/*") and C take it; those for C# and the IoT identity service do not (device API, section
+	// 6.2). Nil tells nobody.
+	AtOnce []string
+	Log    *slog.Logger
+	Now    func() time.Time
 }
 
 // MaxBody bounds a register body, in octets (device API, section 15.1).
@@ -113,7 +122,7 @@ func (s *Service) Register(ctx context.Context, req *Request) (*dps.OperationSta
 		return nil, s.logged(req, "register", dps.NewError(dps.CodeNotFound, "Operation not found", nil))
 	}
 	proof := fingerprint(req)
-	key := dps.Fold(req.RegistrationID) + "\x00" + string(proof) + req.Operation
+	key := fmt.Sprintf("%s\x00%s\x00%s\x00%s\x00%t", dps.Fold(req.RegistrationID), proof, req.Operation, csrHash(body), s.atOnce(req))
 	s.mu.Lock()
 	if f := s.inFlight[key]; f != nil {
 		s.mu.Unlock()
@@ -162,23 +171,34 @@ func (s *Service) register(ctx context.Context, req *Request, body *dps.Register
 			return nil, err
 		}
 		if begun != nil {
-			return &dps.OperationStatus{OperationID: begun.ID, Status: dps.Assigning}, nil
+			return s.registered(req, begun), nil
 		}
-		if req.Repeat && !v.disabled && before != nil && len(before.Operations) > 0 && bytes.Equal(before.Operations[0].Proof, proof) &&
-			s.cfg.Now().Sub(before.Operations[0].Started) < repeatTime {
-			// The device did not see our acknowledgement and sends the same request again.
-			return &dps.OperationStatus{OperationID: before.Operations[0].ID, Status: dps.Assigning}, nil
+		want, err := s.issuance(req, body, v)
+		if err != nil {
+			return nil, err
 		}
-		after := s.decide(req, body, v, before, proof)
-		err = s.cfg.Store.Update(ctx, func(tx Tx) error {
-			if err := s.stillHolds(tx, id, v); err != nil {
-				return err
-			}
-			if err := tx.PutRegistration(s.scope, after); err != nil || after.State.Status != dps.Assigned {
-				return err
-			}
-			return s.firstSeen(tx, v.device)
-		})
+		if op := s.repeated(req, v, before, proof, csrHash(body), want); op != nil {
+			return s.registered(req, op), nil
+		}
+		after := s.decide(req, body, v, before, proof, want)
+		var cert *Issued
+		if want != nil && after.State.Status == dps.Assigned {
+			cert, err = s.certify(ctx, after, want)
+		}
+		if err == nil {
+			err = s.cfg.Store.Update(ctx, func(tx Tx) error {
+				if err := s.stillHolds(tx, id, v); err != nil {
+					return err
+				}
+				if err := tx.PutRegistration(s.scope, after); err != nil || after.State.Status != dps.Assigned {
+					return err
+				}
+				if err := s.putIssued(tx, cert); err != nil {
+					return err
+				}
+				return s.firstSeen(tx, v.device)
+			})
+		}
 		if errors.Is(err, ErrConflict) {
 			continue // an operator or another register of this device came first; decide again
 		}
@@ -187,9 +207,56 @@ func (s *Service) register(ctx context.Context, req *Request, body *dps.Register
 		}
 		s.cfg.Log.Info("registration", "registrationId", req.RegistrationID, "status", after.State.Status, "substatus", after.State.Substatus,
 			"hub", after.State.AssignedHub, "group", v.group, "protocol", req.Protocol, "remote", req.Remote, "operationId", after.Operations[0].ID)
-		return &dps.OperationStatus{OperationID: after.Operations[0].ID, Status: dps.Assigning}, nil
+		if cert != nil {
+			s.cfg.Log.Info("certificate issued", "registrationId", req.RegistrationID, "issuer", cert.Issuer, "serialNumber", cert.SerialNumber,
+				"sha256", cert.Thumbprint, "notAfter", cert.NotAfter, "operationId", after.Operations[0].ID)
+		}
+		return s.registered(req, &after.Operations[0]), nil
 	}
 	return nil, dps.NewError(dps.CodeServiceOverloaded, "Try again later", errors.New("the registration kept changing"))
+}
+
+// repeated returns the operation that a request is about which a device sends again: because its transport says so, or because
+// it wants a certificate for the same request and has one that it did not see.
+func (s *Service) repeated(req *Request, v *verdict, before *Registration, proof, asked []byte, want *issuance) *Operation {
+	if v.disabled || before == nil || len(before.Operations) == 0 {
+		return nil
+	}
+	op := &before.Operations[0]
+	marked := req.Repeat && bytes.Equal(op.Proof, proof)
+	same := want != nil && op.State.Status == dps.Assigned && before.Issued.by(want)
+	if !marked && !same || !bytes.Equal(op.CSR, asked) || s.cfg.Now().Sub(op.Started) >= repeatTime {
+		return nil
+	}
+	return op
+}
+
+// registered answers a register request. Only who is known to take it is told the end at once.
+func (s *Service) registered(req *Request, op *Operation) *dps.OperationStatus {
+	if s.atOnce(req) {
+		return &dps.OperationStatus{OperationID: op.ID, Status: op.State.Status, RegistrationState: &op.State}
+	}
+	return &dps.OperationStatus{OperationID: op.ID, Status: dps.Assigning}
+}
+
+func (s *Service) atOnce(req *Request) bool {
+	return slices.ContainsFunc(s.cfg.AtOnce, func(p string) bool { return matches(p, req.ClientVersion) })
+}
+
+// matches reports whether a text is a pattern's, in which * stands for any text.
+func matches(pattern, text string) bool {
+	first, rest, star := strings.Cut(pattern, "*")
+	text, ok := strings.CutPrefix(text, first)
+	if !star || !ok {
+		return ok && text == ""
+	}
+	parts := strings.Split(rest, "*")
+	for _, part := range parts[:len(parts)-1] {
+		if _, text, ok = strings.Cut(text, part); !ok {
+			return false
+		}
+	}
+	return strings.HasSuffix(text, parts[len(parts)-1])
 }
 
 // firstSeen counts a device of an order that registers for the first time.
@@ -211,13 +278,13 @@ func (s *Service) firstSeen(tx Tx, d *Device) error {
 }
 
 // decide makes the registration that follows from a verdict. It has no effect of its own.
-func (s *Service) decide(req *Request, body *dps.RegisterRequest, v *verdict, before *Registration, proof []byte) *Registration {
+func (s *Service) decide(req *Request, body *dps.RegisterRequest, v *verdict, before *Registration, proof []byte, want *issuance) *Registration {
 	now := dps.Time{Time: s.cfg.Now()}
 	r := &Registration{ID: dps.Fold(req.RegistrationID), Group: dps.Fold(v.group)}
 	st := &r.State
 	st.RegistrationID, st.CreatedDateTimeUTC, st.LastUpdatedDateTimeUTC, st.ETag = req.RegistrationID, &now, &now, newETag()
 	if before != nil {
-		r.Version, r.Operations = before.Version, before.Operations
+		r.Version, r.Operations, r.Issued = before.Version, before.Operations, before.Issued
 		st.CreatedDateTimeUTC = before.State.CreatedDateTimeUTC
 	}
 	switch {
@@ -229,8 +296,8 @@ func (s *Service) decide(req *Request, body *dps.RegisterRequest, v *verdict, be
 	switch hub, err := s.allocate(req, v.enrollment, before); {
 	case v.disabled:
 		st.Status = dps.Disabled
-	case body.CSR != "" || body.ClientCertificateCSR != "":
-		// There is no issuer for operational certificates; to assign without one would hide it (device API, section 15.2).
+	case want == nil && asksCertificate(body):
+		// There is no issuer for the device's operational certificates; to assign without one would hide it (device API, section 15.2).
 		st.Status, st.ErrorCode, st.ErrorMessage = dps.Failed, int(dps.CodeBadRequest), "Certificate issuance is not configured"
 	case err != nil:
 		st.Status, st.ErrorCode, st.ErrorMessage = dps.Failed, int(dps.CodeNoHub), "No IoT hub could be chosen"
@@ -244,7 +311,7 @@ func (s *Service) decide(req *Request, body *dps.RegisterRequest, v *verdict, be
 		}
 		st.Substatus = substatus(before, st, v.enrollment.ReprovisionPolicy)
 	}
-	op := Operation{ID: cmp.Or(req.Operation, newOperationID()), Started: now.Time, Proof: proof, State: *st}
+	op := Operation{ID: cmp.Or(req.Operation, newOperationID()), Started: now.Time, Proof: proof, CSR: csrHash(body), State: *st}
 	r.Operations = append([]Operation{op}, r.Operations[:min(len(r.Operations), keepOperations-1)]...)
 	return r
 }
@@ -357,7 +424,7 @@ func (s *Service) Lookup(ctx context.Context, req *Request) (*dps.RegistrationSt
 	}
 	if body, err := parseBody(req); err != nil {
 		return nil, s.logged(req, "lookup", err)
-	} else if body.CSR != "" || body.ClientCertificateCSR != "" {
+	} else if asksCertificate(body) {
 		return nil, s.logged(req, "lookup", dps.NewError(dps.CodeBadRequest, "A lookup takes no certificate signing request", nil))
 	}
 	var state *dps.RegistrationState
@@ -437,7 +504,7 @@ func parseBody(req *Request) (*dps.RegisterRequest, error) {
 	if body.RegistrationID != "" && dps.Fold(body.RegistrationID) != dps.Fold(req.RegistrationID) {
 		return nil, dps.NewError(dps.CodeBadRequest, "The registration ID of the body is another one", nil)
 	}
-	if (body.CSR != "" || body.ClientCertificateCSR != "") && !dps.AcceptsCSR(req.APIVersion) {
+	if body.CSR != "" && !dps.AcceptsCSR(req.APIVersion) || body.ClientCertificateCSR != "" && !dps.AcceptsClientCertificateCSR(req.APIVersion) {
 		return nil, dps.NewError(dps.CodeBadCSR, "This api-version takes no certificate signing request", nil)
 	}
 	return &body, nil

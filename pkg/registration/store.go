@@ -102,6 +102,13 @@ type Tx interface {
 	DeleteRefusal(scope, order, id, station string) (bool, error)
 	Refusals(scope, order, after string, limit int) ([]*Refusal, error)
 
+	// Planned returns the newest certificate that was planned and not issued, for a registration ID and the hash of a key, or
+	// ErrNotFound. PutIssued writes one, over the one of its serial number. KeyTaken reports whether a key is known of another
+	// registration ID: a bundle named it for a living device, or a certificate was planned for it.
+	Planned(scope, id, keyHash string) (*Issued, error)
+	PutIssued(scope string, c *Issued) error
+	KeyTaken(scope, keyHash, id string) (bool, error)
+
 	// Policy returns a shared access policy of the service API, or ErrNotFound; PutPolicy writes one.
 	Policy(scope, name string) (*Policy, error)
 	PutPolicy(scope string, p *Policy) error
@@ -156,6 +163,8 @@ type Registration struct {
 	State   dps.RegistrationState `json:"state"`
 	Group   string                `json:"group,omitempty"` // folded ID of the group that it came in by
 	Version int64                 `json:"-"`
+	// Issued is the operational certificate that the device had last; nil for none.
+	Issued *Issued `json:"issued,omitempty"`
 	// Operations are the last few, newest first. They live in the registration, so there is nothing to clean up.
 	Operations []Operation `json:"operations"`
 }
@@ -166,6 +175,8 @@ type Operation struct {
 	Started time.Time `json:"started"`
 	// Proof is the SHA-256 of what the device proved itself with: the leaf or the token.
 	Proof []byte `json:"proof"`
+	// CSR is the SHA-256 of the certificate signing request that came with it, nil for none.
+	CSR []byte `json:"csr,omitempty"`
 	// State is what the device is told, however often it asks.
 	State dps.RegistrationState `json:"state"`
 }

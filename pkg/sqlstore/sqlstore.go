@@ -304,6 +304,7 @@ type statements struct {
 	grant, grantDocument, putGrant, addToGrant, orders, leases               *sql.Stmt
 	putRefusal, deleteRefusal, refusals                                      *sql.Stmt
 	secret, putSecret                                                        *sql.Stmt
+	planned, putIssued, keyTaken                                             *sql.Stmt
 }
 
 const (
@@ -373,6 +374,12 @@ func prepare(ctx context.Context, db *sql.DB) (*statements, error) {
 		{&st.putRefusal, `INSERT INTO refusals (scope, order_id, id, serial, station, reason, at) VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (scope, order_id, id) DO NOTHING`},
 		{&st.deleteRefusal, `DELETE FROM refusals WHERE scope = $1 AND order_id = $2 AND id = $3 AND station = $4`},
 		{&st.refusals, `SELECT order_id, id, serial, station, reason, at FROM refusals WHERE scope = $1 AND order_id = $2 AND id > $3 ORDER BY id LIMIT $4`},
+		{&st.planned, `SELECT serial_number, name, issuer, not_after, planned, plan FROM issued
+			WHERE scope = $1 AND key_hash = $2 AND id = $3 AND thumbprint = '' ORDER BY planned DESC LIMIT 1`},
+		{&st.putIssued, `INSERT INTO issued (scope, serial_number, id, name, issuer, key_hash, not_after, planned, plan, thumbprint)
+			VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (scope, serial_number) DO UPDATE SET thumbprint = excluded.thumbprint`},
+		{&st.keyTaken, `SELECT EXISTS (SELECT 1 FROM issued WHERE scope = $1 AND key_hash = $2 AND id <> $3)
+			OR EXISTS (SELECT 1 FROM devices WHERE scope = $1 AND key_hash = $2 AND key_hash <> '' AND id <> $3 AND revision >= ended)`},
 		{&st.policy, `SELECT name, rights, primary_key, secondary_key FROM policies WHERE scope = $1 AND name = $2`},
 		{&st.putPolicy, `INSERT INTO policies (scope, name, rights, primary_key, secondary_key) VALUES ($1, $2, $3, $4, $5)
 			ON CONFLICT (scope, name) DO UPDATE SET rights = excluded.rights, primary_key = excluded.primary_key, secondary_key = excluded.secondary_key`},

@@ -589,6 +589,7 @@ func Doors(t *testing.T, serve func(*testing.T, *Fixture) func(testing.TB, Devic
 			t.Errorf("with the token that began it, expired since: %d %s", a.Status, a.Body)
 		}
 	})
+	issuance(t, serve)
 	t.Run("many at once", func(t *testing.T) { // DPS-D 28; invariant 3 under load
 		f, dial := start(t, hub)
 		var wg sync.WaitGroup
