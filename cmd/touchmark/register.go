@@ -10,12 +10,13 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/hsm/tpm"
 	"github.com/touchmark/touchmark/pkg/device"
 	"github.com/touchmark/touchmark/pkg/dps"
 )
 
 type registerOptions struct {
-	stamp, endpoint, protocol, ca string
+	stamp, endpoint, protocol, ca, tpm string
 }
 
 func newRegister(a *app) *cobra.Command {
@@ -26,7 +27,8 @@ func newRegister(a *app) *cobra.Command {
 		Long: `register reads a device's stamp, proves to the registration service that it is that device, and keeps the hub that it was
 assigned in assignment.json beside the stamp.`,
 		Example: `  touchmark register --stamp stamps/pump-0001
-  touchmark register --stamp stamps/pump-0001 --protocol mqtt --endpoint localhost:8883 --ca service/ca.pem`,
+  touchmark register --stamp stamps/pump-0001 --protocol mqtt --endpoint localhost:8883 --ca service/ca.pem
+  touchmark register --stamp stamps/pump-0002 --tpm tpm:?device=/dev/tpmrm0`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.runRegister(cmd.Context(), o) },
 	}
@@ -35,6 +37,7 @@ assigned in assignment.json beside the stamp.`,
 	f.StringVar(&o.endpoint, "endpoint", "", "HOST:PORT, instead of the stamped global endpoint")
 	f.StringVar(&o.protocol, "protocol", "https", "https, mqtt or amqp")
 	f.StringVar(&o.ca, "ca", "", "PEM file with the CA of the service's certificate (default: the system's)")
+	f.StringVar(&o.tpm, "tpm", "", "key URI of the TPM of a device that attests by it (default: $TOUCHMARK_TPM, else "+tpm.DefaultDevice+")")
 	_ = c.MarkFlagRequired("stamp")
 	_ = c.MarkFlagDirname("stamp")
 	_ = c.RegisterFlagCompletionFunc("protocol", cobra.FixedCompletions([]string{"https", "mqtt", "amqp"}, cobra.ShellCompDirectiveNoFileComp))
@@ -111,7 +114,16 @@ func (a *app) registerStamp(ctx context.Context, o *registerOptions) (_ *dps.Reg
 			return nil, err
 		}
 	}
-	state, err := device.Register(ctx, cfg)
+	var state *dps.RegistrationState
+	if stamp.TPM {
+		err = a.withTPM(ctx, &tpmOptions{uri: o.tpm}, func(s *tpm.Store) error {
+			cfg.TPM = s.Identity()
+			state, err = device.Register(ctx, cfg)
+			return err
+		})
+	} else {
+		state, err = device.Register(ctx, cfg)
+	}
 	var refused *device.RefusedError
 	if errors.As(err, &refused) {
 		return nil, hint(err, "the service does not know the device with this proof: was its bundle imported there, and is the stamp that of the last minting?")

@@ -36,6 +36,8 @@ type Config struct {
 	Signer crypto.Signer
 	// MAC is the symmetric key where it is not in the stamp.
 	MAC MAC
+	// TPM is the device's, where it attests by it.
+	TPM TPM
 	// Now tells the time; nil means time.Now.
 	Now func() time.Time
 	// Payload goes to the service with the request, as JSON.
@@ -144,7 +146,15 @@ func registerOnce(ctx context.Context, cfg Config) (*dps.RegistrationState, erro
 	}
 	tc := &tls.Config{ServerName: host, RootCAs: cfg.RootCAs, MinVersion: tls.VersionTLS12, Time: cfg.Now}
 	token := ""
-	if cfg.Stamp.Symmetric {
+	body, err := json.Marshal(dps.RegisterRequest{RegistrationID: cfg.Stamp.RegistrationID, Payload: cfg.Payload})
+	if err != nil {
+		return nil, err
+	}
+	if cfg.Stamp.TPM {
+		if body, err = tpmBody(ctx, &cfg); err != nil {
+			return nil, err
+		}
+	} else if cfg.Stamp.Symmetric {
 		if token, err = cfg.Stamp.token(ctx, cfg.MAC, cfg.Now()); err != nil {
 			return nil, err
 		}
@@ -154,10 +164,6 @@ func registerOnce(ctx context.Context, cfg Config) (*dps.RegistrationState, erro
 			return nil, err
 		}
 		tc.Certificates = []tls.Certificate{cert}
-	}
-	body, err := json.Marshal(dps.RegisterRequest{RegistrationID: cfg.Stamp.RegistrationID, Payload: cfg.Payload})
-	if err != nil {
-		return nil, err
 	}
 	var t talker
 	switch cfg.Protocol {
@@ -172,6 +178,11 @@ func registerOnce(ctx context.Context, cfg Config) (*dps.RegistrationState, erro
 		return nil, err
 	}
 	defer t.close()
+	if cfg.Stamp.TPM {
+		if err := proveTPM(ctx, &cfg, t, body); err != nil {
+			return nil, err
+		}
+	}
 	st, after, err := t.register(ctx, body)
 	if err != nil {
 		return nil, err
@@ -182,7 +193,7 @@ func registerOnce(ctx context.Context, cfg Config) (*dps.RegistrationState, erro
 			if st.RegistrationState == nil {
 				return nil, fmt.Errorf("the service says %q and nothing more", st.Status)
 			}
-			return st.RegistrationState, nil
+			return st.RegistrationState, keepKey(ctx, &cfg, st.RegistrationState)
 		}
 		if err := pause(ctx, min(wait, after)); err != nil {
 			return nil, err
@@ -242,10 +253,11 @@ func newHTTPS(s *Stamp, endpoint string, tc *tls.Config, token string) *httpsTal
 	}
 }
 
-func (h *httpsTalker) do(ctx context.Context, method, path string, body []byte) (*dps.OperationStatus, time.Duration, error) {
+// exchange does one request and returns the answer as it came, and its hint.
+func (h *httpsTalker) exchange(ctx context.Context, method, path string, body []byte) (status int, answered []byte, after time.Duration, err error) {
 	req, err := http.NewRequestWithContext(ctx, method, h.base+path+"?api-version="+apiVersion, bytes.NewReader(body))
 	if err != nil {
-		return nil, 0, err
+		return 0, nil, 0, err
 	}
 	req.Header.Set("Content-Type", "application/json; charset=utf-8")
 	if h.token != "" {
@@ -253,14 +265,19 @@ func (h *httpsTalker) do(ctx context.Context, method, path string, body []byte) 
 	}
 	res, err := h.client.Do(req)
 	if err != nil {
-		return nil, 0, err
+		return 0, nil, 0, err
 	}
 	defer res.Body.Close()
-	b, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer))
+	answered, err = io.ReadAll(io.LimitReader(res.Body, maxAnswer))
+	return res.StatusCode, answered, hint(res.Header.Get("Retry-After")), err
+}
+
+func (h *httpsTalker) do(ctx context.Context, method, path string, body []byte) (*dps.OperationStatus, time.Duration, error) {
+	status, answered, after, err := h.exchange(ctx, method, path, body)
 	if err != nil {
 		return nil, 0, err
 	}
-	return answer(res.StatusCode, b, hint(res.Header.Get("Retry-After")))
+	return answer(status, answered, after)
 }
 
 func (h *httpsTalker) register(ctx context.Context, body []byte) (*dps.OperationStatus, time.Duration, error) {

@@ -63,10 +63,16 @@ type RegistrationState struct {
 	ETag                   string             `json:"etag,omitempty"`
 	X509                   *struct{}          `json:"x509,omitempty"`
 	SymmetricKey           *SymmetricKeyState `json:"symmetricKey,omitempty"`
+	TPM                    *TPMState          `json:"tpm,omitempty"`
 	Payload                json.RawMessage    `json:"payload,omitempty"`
 }
 
 // SymmetricKeyState names the enrollment group that a symmetric-key device came in by.
 type SymmetricKeyState struct {
 	EnrollmentGroupID string `json:"enrollmentGroupId"`
+}
+
+// TPMState carries the device's key for its hub: an activation blob, which only the device's TPM opens.
+type TPMState struct {
+	AuthenticationKey []byte `json:"authenticationKey"`
 }

@@ -101,6 +101,15 @@ func (s *Service) Register(ctx context.Context, req *Request) (*dps.OperationSta
 	if err != nil {
 		return nil, s.logged(req, "register", err)
 	}
+	if body.TPM != nil && req.Proof.Token == "" && len(req.Proof.Certificates) == 0 {
+		return nil, s.challenged(ctx, req, body.TPM, refuse(errors.New("the TPM has yet to prove itself")))
+	}
+	answer, err := s.registerShared(ctx, req, body)
+	return answer, s.challenged(ctx, req, body.TPM, err)
+}
+
+// registerShared registers a device, or waits for the answer to the same request.
+func (s *Service) registerShared(ctx context.Context, req *Request, body *dps.RegisterRequest) (*dps.OperationStatus, error) {
 	proof := fingerprint(req)
 	key := dps.Fold(req.RegistrationID) + "\x00" + string(proof)
 	s.mu.Lock()
@@ -155,6 +164,9 @@ func (s *Service) register(ctx context.Context, req *Request, body *dps.Register
 			return &dps.OperationStatus{OperationID: before.Operations[0].ID, Status: dps.Assigning}, nil
 		}
 		after := s.decide(req, body, v, before, proof)
+		if err := handKey(v, before, after); err != nil {
+			return nil, err
+		}
 		err = s.cfg.Store.Update(ctx, func(tx Tx) error {
 			if err := s.stillHolds(tx, id, v); err != nil {
 				return err
@@ -335,13 +347,14 @@ func (s *Service) Lookup(ctx context.Context, req *Request) (*dps.RegistrationSt
 	if err := s.checkRequest(req); err != nil {
 		return nil, s.logged(req, "lookup", err)
 	}
-	if body, err := parseBody(req); err != nil {
+	body, err := parseBody(req)
+	if err != nil {
 		return nil, s.logged(req, "lookup", err)
 	} else if body.CSR != "" || body.ClientCertificateCSR != "" {
 		return nil, s.logged(req, "lookup", dps.NewError(dps.CodeBadRequest, "A lookup takes no certificate signing request", nil))
 	}
 	var state *dps.RegistrationState
-	err := s.cfg.Store.View(ctx, func(tx Tx) error {
+	err = s.cfg.Store.View(ctx, func(tx Tx) error {
 		if _, err := s.judge(tx, req); err != nil {
 			return err
 		}
@@ -355,14 +368,9 @@ func (s *Service) Lookup(ctx context.Context, req *Request) (*dps.RegistrationSt
 		return err
 	})
 	if err != nil {
-		return nil, s.logged(req, "lookup", err)
+		return nil, s.challenged(ctx, req, body.TPM, s.logged(req, "lookup", err))
 	}
 	return state, nil
-}
-
-// Challenge implements [Registrar].
-func (s *Service) Challenge(_ context.Context, req *Request) ([]byte, error) {
-	return nil, s.logged(req, "challenge", refuse(errors.New("no enrollment attests by TPM")))
 }
 
 // logged writes a refusal down with its reason and returns what the device may see.

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/dps"
 )
@@ -58,6 +59,11 @@ type Tx interface {
 	DeleteRegistration(scope, id string) error
 	// Registrations returns up to limit registrations that came in by a group, IDs greater than after, in order.
 	Registrations(scope, group, after string, limit int) ([]*Registration, error)
+
+	// Challenge returns what a device's TPM was last challenged with, expired or not, or ErrNotFound. PutChallenge writes it over
+	// the one before, and removes a few of the scope that have expired by now.
+	Challenge(scope, id string) (*PendingChallenge, error)
+	PutChallenge(scope string, c *PendingChallenge, now time.Time) error
 
 	// Device returns what bundles said of a registration ID, or ErrNotFound; PutDevice writes it. ErrConflict: another device
 	// of an order has its serial.
@@ -138,6 +144,8 @@ type Registration struct {
 	State   dps.RegistrationState `json:"state"`
 	Group   string                `json:"group,omitempty"` // folded ID of the group that it came in by
 	Version int64                 `json:"-"`
+	// DeviceKey is the key that the device's TPM was handed with its assignment, for its hub; nil for others. The store encrypts it.
+	DeviceKey []byte `json:"-"`
 	// Operations are the last few, newest first. They live in the registration, so there is nothing to clean up.
 	Operations []Operation `json:"operations"`
 }
@@ -150,6 +158,24 @@ type Operation struct {
 	Proof []byte `json:"proof"`
 	// State is what the device is told, however often it asks.
 	State dps.RegistrationState `json:"state"`
+}
+
+// A PendingChallenge is what a TPM was challenged with: its next requests need not say again which keys it has, and may meet
+// another replica. The store encrypts it.
+type PendingChallenge struct {
+	ID      string    `json:"id"`     // folded
+	EKHash  string    `json:"ekHash"` // attest.EKHash of the endorsement key
+	Begun   time.Time `json:"begun"`
+	Expires time.Time `json:"expires"`
+	Issued
+	// Previous is what the challenge before issued, nil for none.
+	Previous *Issued `json:"previous,omitempty"`
+}
+
+// Issued is the key that one challenge wrapped, and whom for.
+type Issued struct {
+	Keys attest.TPMKeys `json:"keys"`
+	Key  []byte         `json:"key"` // secret
 }
 
 // A Device is what bundles said of one registration ID.
