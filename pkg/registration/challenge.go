@@ -92,12 +92,19 @@ func (s *Service) challenge(ctx context.Context, req *Request, keys *attest.TPMK
 		if r == nil {
 			return refuse(errors.New("no enrollment has this registration ID"))
 		}
-		enrolled, err := endorsement(r)
+		var e dps.IndividualEnrollment
+		if err := json.Unmarshal(r.Document, &e); err != nil {
+			return fmt.Errorf("enrollment %q in the store: %w", r.ID, err)
+		}
+		enrolled, err := endorsement(&e)
 		if err != nil {
 			return err
 		}
 		if enrolled != hash {
 			return refuse(errors.New("the enrollment is not for this endorsement key"))
+		}
+		if e.ProvisioningStatus == dps.EnrollmentDisabled {
+			return nil // which it is told when it has proved itself
 		}
 		ended, err := tx.KeyEnded(s.scope, hash)
 		if err == nil && ended {
@@ -123,30 +130,26 @@ func (s *Service) challenge(ctx context.Context, req *Request, keys *attest.TPMK
 }
 
 // endorsement returns the hash of the endorsement key that an enrollment is for; empty where it does not attest by TPM.
-func endorsement(r *Record) (string, error) {
-	var e dps.IndividualEnrollment
-	if err := json.Unmarshal(r.Document, &e); err != nil {
-		return "", fmt.Errorf("enrollment %q in the store: %w", r.ID, err)
-	}
-	return endorsementOf(e.Attestation)
-}
-
-func endorsementOf(a *dps.Attestation) (string, error) {
-	if a.Type != dps.AttestationTPM {
+func endorsement(e *dps.IndividualEnrollment) (string, error) {
+	if e.Attestation.Type != dps.AttestationTPM {
 		return "", nil
 	}
-	ek, err := base64.StdEncoding.DecodeString(a.TPM.EndorsementKey)
-	if err != nil {
-		return "", err
+	ek, err := base64.StdEncoding.DecodeString(e.Attestation.TPM.EndorsementKey)
+	var hash string
+	if err == nil {
+		hash, err = attest.EKHash(ek)
 	}
-	return attest.EKHash(ek)
+	if err != nil {
+		err = fmt.Errorf("enrollment %q in the store: %w", e.RegistrationID, err)
+	}
+	return hash, err
 }
 
 // proveTPM holds a token against what the device's TPM was challenged with, and sets the TPM of the verdict.
 func (s *Service) proveTPM(tx Tx, v *verdict, e *dps.IndividualEnrollment, req *Request, token *attest.Token) error {
-	hash, err := endorsementOf(e.Attestation)
+	hash, err := endorsement(e)
 	if err != nil {
-		return fmt.Errorf("enrollment %q in the store: %w", e.RegistrationID, err)
+		return err
 	}
 	c, err := found(tx.Challenge(s.scope, dps.Fold(req.RegistrationID)))
 	if err != nil {
