@@ -9,11 +9,15 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"errors"
+	"io"
+	"net"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/google/go-tpm-tools/client"
 	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
 
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/hsm/hsmtest"
@@ -133,6 +137,109 @@ func TestActivationInTPM(t *testing.T) {
 	}
 	if err := id.Activate(t.Context(), mixed); !errors.Is(err, tpm.ErrActivation) {
 		t.Errorf("for another TPM's storage root key: %v", err)
+	}
+}
+
+// Keys that Google's go-tpm-tools made, from templates of its own, are those that we would have made; and so a blob for them is
+// taken in. Then an endorsement key of the high range, with SHA-384 and AES-256.
+func TestActivationOfOthersKeys(t *testing.T) {
+	s := hsmtest.SWTPM(t)
+	conn, err := net.Dial("unix", s.Socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var theirs attest.TPMKeys
+	for public, make := range map[*[]byte]func(io.ReadWriter) (*client.Key, error){&theirs.EK: client.EndorsementKeyRSA, &theirs.SRK: client.StorageRootKeyRSA} {
+		k, err := make(conn)
+		if err != nil {
+			t.Fatal(err)
+		}
+		area, err := k.PublicArea().Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		*public = append(binary.BigEndian.AppendUint16(nil, uint16(len(area))), area...)
+	}
+	if err := conn.Close(); err != nil {
+		t.Fatal(err)
+	}
+	store, err := tpm.Open(t.Context(), tpm.Config{URI: s.URI()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = store.Close() })
+	if ek, srk, err := store.Identity().Keys(t.Context()); err != nil || !bytes.Equal(ek, theirs.EK) || !bytes.Equal(srk, theirs.SRK) {
+		t.Errorf("the keys at the persistent handles are others: %v", err)
+	}
+	for _, fresh := range []*tpm.Store{store, openTPM(t)} { // the other makes the same from our templates
+		ek, srk, err := fresh.Identity().Keys(t.Context())
+		if err != nil || !bytes.Equal(ek[:58], theirs.EK[:58]) || !bytes.Equal(srk[:26], theirs.SRK[:26]) {
+			t.Errorf("%x %x, go-tpm-tools has %x %x: %v", ek[:58], srk[:26], theirs.EK[:58], theirs.SRK[:26], err)
+		}
+	}
+	takes(t, store, &theirs)
+	if err := store.Close(); err != nil {
+		t.Fatal(err)
+	}
+
+	high := tpm2.RSAEKTemplate
+	high.NameAlg = tpm2.TPMAlgSHA384
+	high.Parameters = tpm2.NewTPMUPublicParms(tpm2.TPMAlgRSA, &tpm2.TPMSRSAParms{KeyBits: 2048, Symmetric: tpm2.TPMTSymDefObject{
+		Algorithm: tpm2.TPMAlgAES, KeyBits: tpm2.NewTPMUSymKeyBits(tpm2.TPMAlgAES, tpm2.TPMKeyBits(256)), Mode: tpm2.NewTPMUSymMode(tpm2.TPMAlgAES, tpm2.TPMAlgCFB)}})
+	policy, err := tpm2.NewPolicyCalculator(tpm2.TPMAlgSHA384)
+	if err == nil {
+		err = (tpm2.PolicySecret{AuthHandle: tpm2.TPMRHEndorsement}).Update(policy)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	high.AuthPolicy.Buffer = policy.Hash().Digest
+	second := hsmtest.SWTPM(t)
+	conn, err = net.Dial("unix", second.Socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	direct := transport.FromReadWriter(conn)
+	made, err := tpm2.CreatePrimary{PrimaryHandle: tpm2.TPMRHEndorsement, InPublic: tpm2.New2B(high)}.Execute(direct)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := (tpm2.EvictControl{Auth: tpm2.TPMRHOwner, ObjectHandle: &tpm2.NamedHandle{Handle: made.ObjectHandle, Name: made.Name}, PersistentHandle: 0x81010001}).Execute(direct); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := (tpm2.FlushContext{FlushHandle: made.ObjectHandle}).Execute(direct); err != nil {
+		t.Fatal(err)
+	}
+	if err := conn.Close(); err != nil {
+		t.Fatal(err)
+	}
+	store, err = tpm.Open(t.Context(), tpm.Config{URI: second.URI()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = store.Close() })
+	ek, srk, err := store.Identity().Keys(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	takes(t, store, &attest.TPMKeys{EK: ek, SRK: srk})
+}
+
+// takes has a TPM take a key in.
+func takes(t *testing.T, s *tpm.Store, keys *attest.TPMKeys) {
+	t.Helper()
+	secret := bytes.Repeat([]byte{9}, 32)
+	blob, err := attest.Activation(keys, secret)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Identity().Activate(t.Context(), blob); err != nil {
+		t.Fatal(err)
+	}
+	want := hmac.New(sha256.New, secret)
+	want.Write([]byte("text"))
+	if got, err := s.Identity().MAC(t.Context(), nil, []byte("text")); err != nil || !bytes.Equal(got, want.Sum(nil)) {
+		t.Errorf("HMAC %x, %v", got, err)
 	}
 }
 
