@@ -96,7 +96,8 @@ func (s *Store) control(b *bus, h tpm2.TPMHandle, name tpm2.TPM2BName, at tpm2.T
 }
 
 // Activate takes in the key of an activation blob, untrusted, in place of the one before (DPS device API, section 9.5). The error is
-// ErrActivation for a blob that is malformed, was changed, or is for another TPM.
+// ErrActivation for a blob that is malformed, was changed, or is for another TPM, and hsm.ErrExists where another kind of key is at the
+// handle.
 func (i *Identity) Activate(ctx context.Context, blob []byte) error {
 	parts, err := splitActivation(blob)
 	if err != nil {
@@ -149,18 +150,31 @@ func (i *Identity) Activate(ctx context.Context, blob []byte) error {
 			name = loaded.Name
 			return loaded.ObjectHandle, nil
 		}, func(h tpm2.TPMHandle) error {
-			old, err := b.readPublic(persistentIdentity)
-			if err == nil {
-				err = i.s.control(b, persistentIdentity, old.Name, persistentIdentity)
-			} else if errors.Is(err, tpm2.TPMRCHandle) {
-				err = nil
-			}
-			if err != nil {
-				return fmt.Errorf("evicting the identity key from before: %w", err)
+			if err := i.evict(b); err != nil {
+				return fmt.Errorf("evicting the key from before: %w", err)
 			}
 			return i.s.control(b, h, name, persistentIdentity)
 		})
 	}))
+}
+
+// evict makes room at the handle of the identity key. Somebody's key of another kind stays.
+func (i *Identity) evict(b *bus) error {
+	old, err := b.readPublic(persistentIdentity)
+	if errors.Is(err, tpm2.TPMRCHandle) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	public, err := old.OutPublic.Contents()
+	if err != nil {
+		return err
+	}
+	if public.Type != tpm2.TPMAlgKeyedHash {
+		return fmt.Errorf("handle %s: %w", hsm.TPMHandleName(uint32(persistentIdentity)), hsm.ErrExists)
+	}
+	return i.s.control(b, persistentIdentity, old.Name, persistentIdentity)
 }
 
 // refusesActivation marks the TPM's answers to a blob that it cannot open. TPM_RC_FAILURE is libtpms' to a seed that does not decrypt.

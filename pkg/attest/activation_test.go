@@ -171,7 +171,18 @@ func TestActivationOfOthersKeys(t *testing.T) {
 	if ek, srk, err := store.Identity().Keys(t.Context()); err != nil || !bytes.Equal(ek, theirs.EK) || !bytes.Equal(srk, theirs.SRK) {
 		t.Errorf("the keys at the persistent handles are others: %v", err)
 	}
-	for _, fresh := range []*tpm.Store{store, openTPM(t)} { // the other makes the same from our templates
+	fresh := openTPM(t)
+	if _, err := fresh.Generate(t.Context(), hsm.Spec{Name: "0x81000100", Algorithm: hsm.ECP256}); err != nil {
+		t.Fatal(err)
+	}
+	if ek, srk, err := fresh.Identity().Keys(t.Context()); err != nil {
+		t.Error(err)
+	} else if blob, err := attest.Activation(&attest.TPMKeys{EK: ek, SRK: srk}, make([]byte, 32)); err != nil {
+		t.Error(err)
+	} else if err := fresh.Identity().Activate(t.Context(), blob); !errors.Is(err, hsm.ErrExists) {
+		t.Errorf("over somebody's key: %v", err)
+	}
+	for _, fresh := range []*tpm.Store{store, fresh} { // the other makes the same from our templates
 		ek, srk, err := fresh.Identity().Keys(t.Context())
 		if err != nil || !bytes.Equal(ek[:58], theirs.EK[:58]) || !bytes.Equal(srk[:26], theirs.SRK[:26]) {
 			t.Errorf("%x %x, go-tpm-tools has %x %x: %v", ek[:58], srk[:26], theirs.EK[:58], theirs.SRK[:26], err)

@@ -15,8 +15,8 @@ import (
 var (
 	// ErrNotFound says that a record is not there.
 	ErrNotFound = errors.New("not found")
-	// ErrConflict says that a registration was written by somebody else meanwhile, or that a certificate belongs to
-	// another enrollment.
+	// ErrConflict says that a registration was written by somebody else meanwhile, or that a certificate or an
+	// endorsement key belongs to another enrollment.
 	ErrConflict = errors.New("conflict")
 )
 
@@ -38,8 +38,8 @@ type Tx interface {
 
 	// Record returns an enrollment or a group, or ErrNotFound.
 	Record(scope string, kind Kind, id string) (*Record, error)
-	// PutRecord writes a record over the one of that kind and ID, if there is one. ErrConflict: one of its certificates
-	// belongs to another record.
+	// PutRecord writes a record over the one of that kind and ID, if there is one. ErrConflict: one of its certificates, or
+	// its endorsement key, belongs to another record.
 	PutRecord(scope string, r *Record) error
 	// DeleteRecord removes a record, or says ErrNotFound.
 	DeleteRecord(scope string, kind Kind, id string) error
@@ -131,10 +131,10 @@ type Record struct {
 	Certificates []Certificate
 }
 
-// A Certificate indexes one certificate of a record.
+// A Certificate indexes one certificate of a record, or the endorsement key of its TPM.
 type Certificate struct {
-	Fingerprint [32]byte // SHA-256 of its DER
-	Subject     [32]byte // SHA-256 of its subject's DER
+	Fingerprint [32]byte // SHA-256 of its DER; of an endorsement key, Key
+	Subject     [32]byte // SHA-256 of its subject's DER; zeros for an endorsement key
 	Key         string   // hex SHA-256 of its public key (SubjectPublicKeyInfo); not kept
 }
 
