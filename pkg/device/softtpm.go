@@ -76,7 +76,7 @@ func (t *SoftTPM) Activate(_ context.Context, blob []byte) error {
 	var parts [6][]byte
 	var err error
 	for i := range parts {
-		if parts[i], blob, err = take(blob); err != nil {
+		if parts[i], blob, err = take2B(blob); err != nil {
 			return err
 		}
 	}
@@ -84,35 +84,35 @@ func (t *SoftTPM) Activate(_ context.Context, blob []byte) error {
 		return fmt.Errorf("%w: %d octets too many", errBlob, len(blob))
 	}
 	object := parts[4]
-	wrapped, err := open(t.ek, "IDENTITY\x00", parts[1], parts[0], name(t.srkPublic[2:]))
+	wrapped, err := unwrap(t.ek, "IDENTITY\x00", parts[1], parts[0], tpmName(t.srkPublic[2:]))
 	if err != nil {
 		return fmt.Errorf("credential: %w", err)
 	}
-	inner, rest, err := take(wrapped)
+	inner, rest, err := take2B(wrapped)
 	if err != nil || len(rest) > 0 || len(inner) != 16 {
 		return fmt.Errorf("%w: the inner key is no AES-128 key", errBlob)
 	}
-	private, err := open(t.srk, "DUPLICATE\x00", parts[3], parts[2], name(object))
+	private, err := unwrap(t.srk, "DUPLICATE\x00", parts[3], parts[2], tpmName(object))
 	if err != nil {
 		return fmt.Errorf("duplicate: %w", err)
 	}
-	if err := cfb(inner, private); err != nil {
+	if err := decryptCFB(inner, private); err != nil {
 		return err
 	}
-	integrity, sized, err := take(private)
-	want := sha256.Sum256(append(bytes.Clone(sized), name(object)...))
+	integrity, sized, err := take2B(private)
+	want := sha256.Sum256(append(bytes.Clone(sized), tpmName(object)...))
 	if err != nil || !bytes.Equal(integrity, want[:]) {
 		return fmt.Errorf("%w: inner integrity", errBlob)
 	}
-	sensitive, rest, err := take(sized)
+	sensitive, rest, err := take2B(sized)
 	if err != nil || len(rest) > 0 {
 		return fmt.Errorf("%w: sensitive area", errBlob)
 	}
-	private1, err := tpm2.Unmarshal[tpm2.TPMTSensitive](sensitive)
+	area, err := tpm2.Unmarshal[tpm2.TPMTSensitive](sensitive)
 	if err != nil {
 		return fmt.Errorf("%w: sensitive area: %w", errBlob, err)
 	}
-	bits, err := private1.Sensitive.Bits()
+	bits, err := area.Sensitive.Bits()
 	if err != nil {
 		return fmt.Errorf("%w: sensitive area: %w", errBlob, err)
 	}
@@ -121,7 +121,7 @@ func (t *SoftTPM) Activate(_ context.Context, blob []byte) error {
 		return fmt.Errorf("%w: the public area is not that of an HMAC key", errBlob)
 	}
 	unique, err := public.Unique.KeyedHash()
-	bound := sha256.Sum256(append(bytes.Clone(private1.SeedValue.Buffer), bits.Buffer...))
+	bound := sha256.Sum256(append(bytes.Clone(area.SeedValue.Buffer), bits.Buffer...))
 	if err != nil || !bytes.Equal(unique.Buffer, bound[:]) {
 		return fmt.Errorf("%w: public and sensitive area do not go together", errBlob)
 	}
@@ -131,8 +131,8 @@ func (t *SoftTPM) Activate(_ context.Context, blob []byte) error {
 	return nil
 }
 
-// take takes a TPM2B off the front.
-func take(b []byte) (value, rest []byte, err error) {
+// take2B takes a TPM2B off the front.
+func take2B(b []byte) (value, rest []byte, err error) {
 	if len(b) < 2 || len(b)-2 < int(binary.BigEndian.Uint16(b)) {
 		return nil, nil, fmt.Errorf("%w: cut off", errBlob)
 	}
@@ -140,19 +140,19 @@ func take(b []byte) (value, rest []byte, err error) {
 	return b[2:n], b[n:], nil
 }
 
-// name is the name of a public area with the name algorithm SHA-256.
-func name(public []byte) []byte {
+// tpmName is the name of a public area with the name algorithm SHA-256.
+func tpmName(public []byte) []byte {
 	sum := sha256.Sum256(public)
 	return append([]byte{0, 0x0b}, sum[:]...)
 }
 
-// open undoes a wrapper: RSA-OAEP gives the seed, the seed gives the keys of HMAC and AES-CFB.
-func open(key *rsa.PrivateKey, label string, secret, wrapped, name []byte) ([]byte, error) {
+// unwrap undoes a wrapper: RSA-OAEP gives the seed, the seed gives the keys of HMAC and AES-CFB.
+func unwrap(key *rsa.PrivateKey, label string, secret, wrapped, name []byte) ([]byte, error) {
 	seed, err := key.Decrypt(nil, secret, &rsa.OAEPOptions{Hash: crypto.SHA256, Label: []byte(label)})
 	if err != nil {
 		return nil, fmt.Errorf("%w: its seed: %w", errBlob, err)
 	}
-	mac, body, err := take(wrapped)
+	mac, body, err := take2B(wrapped)
 	if err != nil {
 		return nil, err
 	}
@@ -163,7 +163,7 @@ func open(key *rsa.PrivateKey, label string, secret, wrapped, name []byte) ([]by
 		return nil, fmt.Errorf("%w: integrity", errBlob)
 	}
 	plain := bytes.Clone(body)
-	return plain, cfb(kdfa(seed, "STORAGE", name, 128), plain)
+	return plain, decryptCFB(kdfa(seed, "STORAGE", name, 128), plain)
 }
 
 // kdfa is KDFa (Part 1, 11.4.10.2) of one block.
@@ -176,8 +176,8 @@ func kdfa(seed []byte, label string, context []byte, bits int) []byte {
 	return h.Sum(nil)[:bits/8]
 }
 
-// cfb decrypts AES-CFB with an IV of zeros, in place.
-func cfb(key, b []byte) error {
+// decryptCFB decrypts AES-CFB with an IV of zeros, in place.
+func decryptCFB(key, b []byte) error {
 	block, err := aes.NewCipher(key)
 	if err != nil {
 		return err

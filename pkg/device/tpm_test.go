@@ -120,3 +120,20 @@ func TestSoftTPM(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Whatever blob comes, the software TPM opens it or says no.
+func FuzzSoftTPM(f *testing.F) {
+	d := newSoftTPM(f)
+	blob, err := attest.Activation(keys(f, d), bytes.Repeat([]byte{7}, 32))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(blob)
+	f.Add(blob[:798])
+	f.Add(make([]byte, 12))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if d.Activate(t.Context(), b) == nil && !bytes.Equal(b[:796], blob[:796]) {
+			t.Errorf("%x was taken", b)
+		}
+	})
+}
