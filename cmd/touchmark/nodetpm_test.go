@@ -35,13 +35,13 @@ func TestNodeTPM(t *testing.T) {
 	}
 	_ = l.Close()
 
-	// A protocol more is a word more here, once serve has its door on the port that the SDK fixes: "amqp" (5671), "amqp-ws" (443).
+	// A protocol more is a word more here, once its door takes TPMs on the port that the SDK fixes: "amqp" (5671), "amqp-ws" (443).
 	protocols := []string{"https"}
 	dir, tpms := newTPMLine(t, len(protocols)+1)
 	if err := os.WriteFile(filepath.Join(dir, "line", "profiles", "attest.toml"), []byte(attestationProfile), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	startService(t, dir, "127.0.0.1:443", "127.0.0.1:0")
+	startService(t, dir, "127.0.0.1:443", "127.0.0.1:0", "127.0.0.1:0")
 	register := func(t *testing.T, s *hsmtest.TPM, protocol string) (r struct {
 		nodeResult
 		Signature []byte
