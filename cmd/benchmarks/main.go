@@ -79,7 +79,7 @@ func main() {
 		{"mint-x509-token", b.mintX509Token}, {"mint-nvs", func() { b.mintNVS("mint-nvs", "# encrypted") }}, {"mint-nvs-encrypted", func() { b.mintNVS("mint-nvs-encrypted", "encrypted") }},
 		{"derive", func() { b.derive("derive", temp) }}, {"derive-disk", func() { b.derive("derive-disk", disk) }}, {"derive-token", b.deriveToken},
 		{"token-sign", b.tokenSign}, {"token-hmac", b.tokenHMAC}, {"token-keygen", b.tokenKeygen}, {"token-crowded", b.tokenCrowded},
-		{"tpm-create", b.tpmCreate}, {"tpm-sign", b.tpmSign},
+		{"tpm-create", b.tpmCreate}, {"tpm-sign", b.tpmSign}, {"tpm-challenge", b.tpmChallenge},
 		{"register-https", func() { b.register("https") }}, {"register-mqtt", func() { b.register("mqtt") }}, {"register-amqp", func() { b.register("amqp") }},
 		{"idle-mqtt", func() { b.idle("mqtt", 34) }}, {"idle-amqp", func() { b.idle("amqp", 40) }}, {"import", b.importBundle},
 		{"limit-overhead limit-refusal", b.limitOverhead}, {"limit-fairness", b.limitFairness},

@@ -18,13 +18,14 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/touchmark/touchmark/hsm"
+	"github.com/touchmark/touchmark/hsm/tpm"
 	"github.com/touchmark/touchmark/pkg/device"
 	"github.com/touchmark/touchmark/pkg/dps"
 )
 
 type registerOptions struct {
-	stamp, endpoint, protocol, ca string
-	csrKey                        string
+	stamp, endpoint, protocol, ca, tpm string
+	csrKey                             string
 }
 
 func newRegister(a *app) *cobra.Command {
@@ -39,7 +40,8 @@ With --csr-key it asks for an operational certificate, too, and keeps it with it
 its key, where that is new, and without it, where the key has a URI. To renew the certificate, register again.`,
 		Example: `  touchmark register --stamp stamps/pump-0001
   touchmark register --stamp stamps/pump-0001 --protocol mqtt --endpoint localhost:8883 --ca service/ca.pem
-  touchmark register --stamp stamps/pump-0001 --csr-key new`,
+  touchmark register --stamp stamps/pump-0001 --csr-key new
+  touchmark register --stamp stamps/pump-0002 --tpm tpm:?device=/dev/tpmrm0`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.runRegister(cmd.Context(), o) },
 	}
@@ -49,6 +51,7 @@ its key, where that is new, and without it, where the key has a URI. To renew th
 	f.StringVar(&o.protocol, "protocol", "https", strings.Join(device.Protocols(), ", "))
 	f.StringVar(&o.ca, "ca", "", "PEM file with the CA of the service's certificate (default: the system's)")
 	f.StringVar(&o.csrKey, "csr-key", "", "ask for an operational certificate, for the key of a key URI, which is made if there is none, or for a new one; again to renew it")
+	f.StringVar(&o.tpm, "tpm", "", "key URI of the TPM of a device that attests by it (default: $TOUCHMARK_TPM, else "+tpm.DefaultDevice+")")
 	_ = c.MarkFlagRequired("stamp")
 	_ = c.MarkFlagDirname("stamp")
 	_ = c.RegisterFlagCompletionFunc("protocol", cobra.FixedCompletions(device.Protocols(), cobra.ShellCompDirectiveNoFileComp))
@@ -134,7 +137,16 @@ func (a *app) registerStamp(ctx context.Context, o *registerOptions) (_ *dps.Reg
 		}
 		defer func() { err = errors.Join(err, closeKey()) }()
 	}
-	state, err := device.Register(ctx, cfg)
+	var state *dps.RegistrationState
+	if stamp.TPM {
+		err = a.withTPM(ctx, &tpmOptions{uri: o.tpm}, func(s *tpm.Store) error {
+			cfg.TPM = s.Identity()
+			state, err = device.Register(ctx, cfg)
+			return err
+		})
+	} else {
+		state, err = device.Register(ctx, cfg)
+	}
 	var refused *device.RefusedError
 	if errors.As(err, &refused) && o.csrKey != "" && refused.Code.Status() == 400 {
 		return nil, hint(err, "the service certifies no key that another device has or had, and none of a kind that its issuer does not take")

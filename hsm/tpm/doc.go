@@ -8,8 +8,9 @@
 //
 // [Open] connects to the TPM that a key URI names and returns a [Store]: hsm's contract. Beyond that contract it reads the
 // TPM's endorsement key and its certificate ([Store.EK]), makes NV indices ([Store.DefineNV] and its neighbours), shows what
-// state the TPM is in ([Store.State]) and has an attestation key vouch for a device key ([Store.Attest]); the subpackage
-// residency judges certificates and proofs with no TPM at hand.
+// state the TPM is in ([Store.State]), takes in the key that a device registration service hands out ([Store.Identity]) and has
+// an attestation key vouch for a device key ([Store.Attest]); the subpackage residency judges certificates and proofs with no
+// TPM at hand.
 //
 // Counters ([hsm.CounterStore]) are NV counter indices, of 0x01b70000 to 0x01b7003f the first that is free; 0x100 above each is who
 // holds it. A TPM's memory wears: its makers have some hundred thousand increments in mind, or answer TPM_RC_NV_RATE for a while, so

@@ -1,4 +1,6 @@
-// Package attest judges what a device presents as proof of who it is: an X.509 certificate chain or a symmetric-key token.
+// Package attest judges what a device presents as proof of who it is: an X.509 certificate chain or a symmetric-key token. A TPM's
+// proof is such a token, too: [Activation] makes the key for it, wrapped so that only the TPM can open it.
+//
 // It is pure: it reads no clock, no store and no network; callers pass in what it needs.
 package attest
 

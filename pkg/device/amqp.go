@@ -25,22 +25,21 @@ func newAMQP(ctx context.Context, cfg *Config, dial dialer, token string) (t tal
 		return nil, err
 	}
 	host, _, _ := net.SplitHostPort(endpoint)
+	var tpm *saslTPM
+	if cfg.Stamp.TPM {
+		if tpm, err = newSASLTPM(ctx, cfg); err != nil {
+			return nil, err
+		}
+	}
 	c, err := dial(ctx)
 	if err != nil {
 		return nil, err
 	}
 	err = cfg.step("open", func() (_ *dps.OperationStatus, err error) {
-		t, err = openAMQP(ctx, c, cfg, host, token, nil)
+		t, err = openAMQP(ctx, c, cfg, host, token, tpm)
 		return nil, err
 	})
 	return t, err
-}
-
-// saslTPM is a TPM's part in the SASL mechanism TPM (device API, section 12.4).
-type saslTPM struct {
-	EK, SRK []byte // whole TPM2B_PUBLIC structures
-	// Activate takes the service's blob, and returns a SAS token that is signed with the key in it.
-	Activate func(ctx context.Context, blob []byte) (token string, err error)
 }
 
 // amqpTalker speaks AMQP 1.0 on a connection of any kind (device API, section 12).

@@ -17,13 +17,13 @@ import (
 	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
 )
 
-// challenger has a blob for one TPM.
-type challenger struct {
+// blobRegistrar has a blob for one TPM.
+type blobRegistrar struct {
 	registration.Registrar
 	ek, srk, blob []byte
 }
 
-func (r *challenger) Challenge(_ context.Context, req *registration.Request) ([]byte, error) {
+func (r *blobRegistrar) Challenge(_ context.Context, req *registration.Request) ([]byte, error) {
 	if !bytes.Equal(req.Proof.TPM.EK, r.ek) || !bytes.Equal(req.Proof.TPM.SRK, r.srk) {
 		return nil, dps.NewError(dps.CodeUnauthorized, "Unauthorized", nil)
 	}
@@ -33,7 +33,7 @@ func (r *challenger) Challenge(_ context.Context, req *registration.Request) ([]
 // A conversation on a connection of any kind, opened with a TPM; and messages larger than a frame.
 func TestAMQP(t *testing.T) {
 	f := registrationtest.NewFixture(t, "hub-a.example.net")
-	r := &challenger{Registrar: f.Service, ek: bytes.Repeat([]byte{1, 0}, 158), srk: bytes.Repeat([]byte{0, 2}, 142), blob: bytes.Repeat([]byte("blob"), 205)}
+	r := &blobRegistrar{Registrar: f.Service, ek: bytes.Repeat([]byte{1, 0}, 158), srk: bytes.Repeat([]byte{0, 2}, 142), blob: bytes.Repeat([]byte("blob"), 205)}
 	l := f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
 		return door.New(door.Config{TLS: door.TLSConfig(cert)}).Serve(ctx, l, amqpd.New(amqpd.Config{Registrar: r, Now: f.Now, ResponseDelay: -1}).Handle)
 	})

@@ -42,6 +42,8 @@ type Stamp struct {
 	SymmetricKey []byte
 	// Symmetric: the device attests by a symmetric key.
 	Symmetric bool
+	// TPM: the device attests by its TPM.
+	TPM bool
 }
 
 const (
@@ -96,6 +98,9 @@ func LoadStamp(dir string) (Stamp, error) {
 		if s.SymmetricKey, err = base64.StdEncoding.DecodeString(doc.SymmetricKey); err != nil || len(s.SymmetricKey) == 0 {
 			return s, fmt.Errorf("stamp %s: symmetricKey is not base64", dir)
 		}
+		return s, nil
+	case "tpm":
+		s.TPM = true
 		return s, nil
 	case "x509":
 	default:

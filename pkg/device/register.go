@@ -37,6 +37,8 @@ type Config struct {
 	Signer crypto.Signer
 	// MAC is the symmetric key where it is not in the stamp.
 	MAC MAC
+	// TPM is the device's, for stamps that attest by it.
+	TPM TPM
 	// Now tells the time; nil means time.Now.
 	Now func() time.Time
 	// Payload goes to the service with the request, as JSON.
@@ -56,7 +58,7 @@ type Config struct {
 
 // A Step is one thing that a device waited for.
 type Step struct {
-	// Name is "connect", "handshake", "websocket", "open", "register" or "status". Open is what a protocol does before the
+	// Name is "connect", "handshake", "websocket", "open", "challenge", "register" or "status". Open is what a protocol does before the
 	// first request can be made.
 	Name string
 	Took time.Duration
@@ -215,14 +217,23 @@ func connect(ctx context.Context, cfg *Config) (talker, []byte, error) {
 	}
 	token := ""
 	body, err := json.Marshal(dps.RegisterRequest{RegistrationID: cfg.Stamp.RegistrationID, Payload: cfg.Payload, CSR: base64.StdEncoding.EncodeToString(cfg.CSR)})
-	if err == nil && cfg.Stamp.Symmetric {
+	if err == nil && cfg.Stamp.TPM {
+		body, err = tpmBody(ctx, cfg)
+	} else if err == nil && cfg.Stamp.Symmetric {
 		token, err = cfg.Stamp.token(ctx, cfg.MAC, cfg.Now())
 	}
 	if err != nil {
 		return nil, nil, err
 	}
 	t, err := p.talk(ctx, cfg, dial, token)
-	return t, body, err
+	if _, can := t.(*amqpTalker); err != nil || !cfg.Stamp.TPM || can { // in AMQP it is part of SASL
+		return t, body, err
+	}
+	if err := cfg.step("challenge", func() (*dps.OperationStatus, error) { return nil, proveTPM(ctx, cfg, t, body) }); err != nil {
+		t.close()
+		return nil, nil, err
+	}
+	return t, body, nil
 }
 
 func registerOnce(ctx context.Context, cfg *Config) (*dps.RegistrationState, error) {
@@ -248,7 +259,7 @@ func registerOnce(ctx context.Context, cfg *Config) (*dps.RegistrationState, err
 			if st.RegistrationState == nil {
 				return nil, fmt.Errorf("%w: it says %q and nothing more", ErrAnswer, st.Status)
 			}
-			return st.RegistrationState, nil
+			return st.RegistrationState, keepKey(ctx, cfg, st.RegistrationState)
 		}
 		if err := pause(ctx, min(wait, after)); err != nil {
 			return nil, err
@@ -320,10 +331,11 @@ func newHTTPS(ctx context.Context, cfg *Config, dial dialer, token string) (talk
 	}, nil
 }
 
-func (h *httpsTalker) do(ctx context.Context, method, path string, body []byte) (*dps.OperationStatus, time.Duration, error) {
+// exchange does one request and returns the answer as it came, and its hint.
+func (h *httpsTalker) exchange(ctx context.Context, method, path string, body []byte) (status int, answered []byte, after time.Duration, err error) {
 	req, err := http.NewRequestWithContext(ctx, method, h.base+path+h.query, bytes.NewReader(body))
 	if err != nil {
-		return nil, 0, err
+		return 0, nil, 0, err
 	}
 	req.Header.Set("Content-Type", "application/json; charset=utf-8")
 	if h.token != "" {
@@ -331,14 +343,19 @@ func (h *httpsTalker) do(ctx context.Context, method, path string, body []byte) 
 	}
 	res, err := h.client.Do(req)
 	if err != nil {
-		return nil, 0, err
+		return 0, nil, 0, err
 	}
 	defer res.Body.Close()
-	b, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer))
+	answered, err = io.ReadAll(io.LimitReader(res.Body, maxAnswer))
+	return res.StatusCode, answered, hint(res.Header.Get("Retry-After")), err
+}
+
+func (h *httpsTalker) do(ctx context.Context, method, path string, body []byte) (*dps.OperationStatus, time.Duration, error) {
+	status, answered, after, err := h.exchange(ctx, method, path, body)
 	if err != nil {
 		return nil, 0, err
 	}
-	return answer(res.StatusCode, b, hint(res.Header.Get("Retry-After")))
+	return answer(status, answered, after)
 }
 
 func (h *httpsTalker) register(ctx context.Context, body []byte) (*dps.OperationStatus, time.Duration, error) {

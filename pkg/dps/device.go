@@ -63,6 +63,7 @@ type RegistrationState struct {
 	ETag                   string             `json:"etag,omitempty"`
 	X509                   *struct{}          `json:"x509,omitempty"`
 	SymmetricKey           *SymmetricKeyState `json:"symmetricKey,omitempty"`
+	TPM                    *TPMState          `json:"tpm,omitempty"`
 	Payload                json.RawMessage    `json:"payload,omitempty"`
 	// IssuedCertificateChain answers a CSR, in status answers alone: DER of the operational certificate, the intermediates and the
 	// root. IssuedClientCertificate is the same as PEM, in answer to a ClientCertificateCSR (device API, section 15.2).
@@ -73,4 +74,9 @@ type RegistrationState struct {
 // SymmetricKeyState names the enrollment group that a symmetric-key device came in by.
 type SymmetricKeyState struct {
 	EnrollmentGroupID string `json:"enrollmentGroupId"`
+}
+
+// TPMState carries the device's key for its hub: an activation blob, which only the device's TPM opens.
+type TPMState struct {
+	AuthenticationKey []byte `json:"authenticationKey"`
 }

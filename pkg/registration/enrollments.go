@@ -162,6 +162,10 @@ func (s *Service) PutEnrollment(ctx context.Context, kind Kind, id string, body 
 			} else {
 				attestation.X509 = &dps.X509Attestation{SigningCertificates: certs}
 			}
+		case dps.AttestationTPM:
+			if r.Certificates, err = completeTPM(attestation.TPM); err != nil {
+				return err
+			}
 		}
 		if kind == Individual {
 			in := *d.individual
@@ -197,7 +201,7 @@ func whose(conflict error) string {
 	if errors.Is(conflict, ErrSameCA) {
 		return "A CA of this group has the name and the key of another group's: put both certificates into one group, as primary and secondary"
 	}
-	return "A certificate of this enrollment belongs to another enrollment"
+	return "A certificate, or the endorsement key, of this enrollment belongs to another enrollment"
 }
 
 // check says what keeps a document from being taken.
@@ -210,8 +214,8 @@ func (s *Service) check(d *document) error {
 		return invalid("%v", err)
 	}
 	switch a := e.Attestation; {
-	case a.Type == dps.AttestationTPM:
-		return invalid("TPM attestation is not supported")
+	case a.Type == dps.AttestationTPM && d.kind == Group:
+		return invalid("A TPM is one device's: TPM attestation takes an individual enrollment")
 	case a.X509 != nil && a.X509.CAReferences != nil:
 		return invalid("References to uploaded CA certificates are not supported")
 	case a.X509 != nil && d.x509() == nil:
@@ -377,7 +381,7 @@ func hide(d *document) {
 // serviceView is a registration as the service API shows it.
 func serviceView(r *Registration) *dps.RegistrationState {
 	st := r.State
-	st.X509, st.SymmetricKey = nil, nil
+	st.X509, st.SymmetricKey, st.TPM = nil, nil, nil
 	return &st
 }
 
@@ -567,6 +571,10 @@ func (s *Service) Policy(ctx context.Context, name string) (p *Policy, err error
 func putAgain(tx Tx, scope string, r *Record, d *document) (err error) {
 	if certs := d.x509(); certs != nil {
 		if _, r.Certificates, err = completeCertificates(r.Kind, certs, nil); err != nil {
+			return err
+		}
+	} else if a := d.base().Attestation; a.Type == dps.AttestationTPM {
+		if r.Certificates, err = completeTPM(a.TPM); err != nil {
 			return err
 		}
 	}

@@ -19,7 +19,10 @@ import (
 // An enrollment that is taken can be shown, and shows no secret; whatever else comes is an error of the caller's.
 func FuzzPutEnrollment(f *testing.F) {
 	fix := registrationtest.NewFixture(f, "hub-a.example.net")
+	ek := newTPMDevice(f, fix, "x", nil).tpm.EndorsementKey
+	public := strings.NewReplacer(`"endorsementKey":"`, "", `"storageRootKey":"`, "")
 	for _, s := range []string{
+		`{"registrationId":"x","attestation":{"type":"tpm","tpm":{"endorsementKey":"` + ek + `"}}}`,
 		`{"registrationId":"x","attestation":{"type":"symmetricKey","symmetricKey":{"primaryKey":"c2VjcmV0c2VjcmV0c2VjcmV0","secondaryKey":null}},"provisioningStatus":"Disabled"}`,
 		`{"registrationId":"x","attestation":{"type":"x509","x509":{"clientCertificates":{"primary":{"certificate":"` + fix.Mid.Base64() + `"}}}}}`,
 		`{"registrationId":"X","attestation":{"type":"symmetricKey"},"initialTwin":{"tags":{"a":1},"properties":{"desired":{"b":[null]}}},"reprovisionPolicy":{"updateHubAssignment":true},"allocationPolicy":"hashed","iotHubs":["a"],"capabilities":{"iotEdge":true}}`,
@@ -45,7 +48,7 @@ func FuzzPutEnrollment(f *testing.F) {
 			t.Fatalf("%q: %v", body, err)
 		}
 		b, err := dps.Marshal(v)
-		if err != nil || !json.Valid(b) || strings.Contains(string(b), `Key":"`) || strings.Contains(string(b), `"certificate":"`) {
+		if err != nil || !json.Valid(b) || strings.Contains(public.Replace(string(b)), `Key":"`) || strings.Contains(string(b), `"certificate":"`) {
 			t.Fatalf("%q shows as %s, %v", body, b, err)
 		}
 	})

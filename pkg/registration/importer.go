@@ -282,6 +282,12 @@ func (in *intake) prepare(e *bundle.Entry) (prepared, error) {
 				}
 			}
 		}
+	case dps.AttestationTPM:
+		if r.Certificates, err = completeTPM(base.Attestation.TPM); err != nil {
+			p.problem = dps.AsError(err).Message
+			return p, nil
+		}
+		device.KeyHash = r.Certificates[0].Key
 	}
 	now := dps.Time{Time: s.cfg.Now()}
 	base.CreatedDateTimeUTC, base.LastUpdatedDateTimeUTC, base.ETag = &now, &now, newETag()

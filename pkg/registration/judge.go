@@ -31,9 +31,10 @@ type verdict struct {
 	// revision of the scope's groups.
 	document []byte
 	revision int64
-	device   *Device  // what bundles said of it, nil for nothing
-	key      string   // hex SHA-256 of the public key that it proved itself with, empty without
-	leaf     [32]byte // SHA-256 of the certificate, for a group by certificate
+	device   *Device         // what bundles said of it, nil for nothing
+	key      string          // hex SHA-256 of the public key that it proved itself with, empty without
+	leaf     [32]byte        // SHA-256 of the certificate, for a group by certificate
+	tpm      *attest.TPMKeys // of the TPM that it proved itself with, nil without
 }
 
 // fingerprint names what a device proves itself with. Where there is a token it decides.
@@ -79,7 +80,7 @@ func (s *Service) judge(tx Tx, req *Request) (*verdict, error) {
 	r, err := tx.Record(s.scope, Individual, dps.Fold(req.RegistrationID))
 	switch {
 	case err == nil:
-		v, err := s.judgeIndividual(r, req, token)
+		v, err := s.judgeIndividual(tx, r, req, token)
 		if err == nil {
 			return v, s.known(tx, req, v)
 		}
@@ -132,7 +133,7 @@ func (s *Service) known(tx Tx, req *Request, v *verdict) (err error) {
 	if v.disabled {
 		return nil
 	}
-	if v.x509 {
+	if v.key != "" {
 		ended, err := tx.KeyEnded(s.scope, v.key)
 		if err != nil {
 			return err
@@ -154,13 +155,18 @@ func (s *Service) known(tx Tx, req *Request, v *verdict) (err error) {
 
 // judgeIndividual holds a proof against an individual enrollment. When it fails and the enrollment is disabled, the verdict
 // comes beside the error.
-func (s *Service) judgeIndividual(r *Record, req *Request, token *attest.Token) (*verdict, error) {
+func (s *Service) judgeIndividual(tx Tx, r *Record, req *Request, token *attest.Token) (*verdict, error) {
 	var e dps.IndividualEnrollment
 	if err := json.Unmarshal(r.Document, &e); err != nil {
 		return nil, fmt.Errorf("enrollment %q in the store: %w", r.ID, err)
 	}
 	v := &verdict{enrollment: &e.Enrollment, deviceID: e.DeviceID, disabled: e.ProvisioningStatus == dps.EnrollmentDisabled, x509: token == nil, document: r.Document}
-	err := proveIndividual(r, &e, req, token)
+	var err error
+	if token != nil && e.Attestation.Type == dps.AttestationTPM {
+		err = s.proveTPM(tx, v, &e, req, token)
+	} else {
+		err = proveIndividual(r, &e, req, token)
+	}
 	if err != nil && !v.disabled {
 		return nil, err
 	}

@@ -309,7 +309,7 @@ func TestImport(t *testing.T) {
 		"another CA":                grp("line-9", registrationtest.Signers(f.Mid, nil)),
 		"another group's CA":        grp("line-10", registrationtest.Signers(ca, nil)),
 		"a key that was not opened": ind("k-3", dps.Enrollment{Attestation: &dps.Attestation{Type: dps.AttestationSymmetricKey}}),
-		"what is not supported":     ind("k-4", dps.Enrollment{Attestation: &dps.Attestation{Type: dps.AttestationTPM, TPM: &dps.TPMAttestation{EndorsementKey: "AA=="}}}),
+		"a TPM without a key":       ind("k-4", dps.Enrollment{Attestation: &dps.Attestation{Type: dps.AttestationTPM, TPM: &dps.TPMAttestation{EndorsementKey: "AA=="}}}),
 	} {
 		res := want(why, entries(e), false, 0, 0, 1)
 		if len(res.Conflicts) != 1 || res.Conflicts[0].Reason == "" || strings.Contains(fmt.Sprint(res), "MTEx") {

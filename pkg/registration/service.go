@@ -121,6 +121,15 @@ func (s *Service) Register(ctx context.Context, req *Request) (*dps.OperationSta
 	if req.Operation != "" && !IsTicket(req.IDScope, req.RegistrationID, req.Operation) {
 		return nil, s.logged(req, "register", dps.NewError(dps.CodeNotFound, "Operation not found", nil))
 	}
+	if body.TPM != nil && req.Proof.Token == "" && len(req.Proof.Certificates) == 0 {
+		return nil, s.challenged(ctx, req, body.TPM, refuse(errors.New("the TPM has yet to prove itself")))
+	}
+	answer, err := s.registerShared(ctx, req, body)
+	return answer, s.challenged(ctx, req, body.TPM, err)
+}
+
+// registerShared registers a device, or waits for the answer to the same request.
+func (s *Service) registerShared(ctx context.Context, req *Request, body *dps.RegisterRequest) (*dps.OperationStatus, error) {
 	proof := fingerprint(req)
 	key := fmt.Sprintf("%s\x00%s\x00%s\x00%s\x00%t", dps.Fold(req.RegistrationID), proof, req.Operation, csrHash(body), s.atOnce(req))
 	s.mu.Lock()
@@ -181,6 +190,9 @@ func (s *Service) register(ctx context.Context, req *Request, body *dps.Register
 			return s.registered(req, op), nil
 		}
 		after := s.decide(req, body, v, before, proof, want)
+		if err := handKey(v, before, after); err != nil {
+			return nil, err
+		}
 		var cert *Issued
 		if want != nil && after.State.Status == dps.Assigned {
 			cert, err = s.certify(ctx, after, want)
@@ -422,13 +434,14 @@ func (s *Service) Lookup(ctx context.Context, req *Request) (*dps.RegistrationSt
 	if err := s.checkRequest(req); err != nil {
 		return nil, s.logged(req, "lookup", err)
 	}
-	if body, err := parseBody(req); err != nil {
+	body, err := parseBody(req)
+	if err != nil {
 		return nil, s.logged(req, "lookup", err)
 	} else if asksCertificate(body) {
 		return nil, s.logged(req, "lookup", dps.NewError(dps.CodeBadRequest, "A lookup takes no certificate signing request", nil))
 	}
 	var state *dps.RegistrationState
-	err := s.judging(ctx, req, func(tx Tx, req *Request) error {
+	err = s.judging(ctx, req, func(tx Tx, req *Request) error {
 		if _, err := s.judge(tx, req); err != nil {
 			return err
 		}
@@ -442,14 +455,9 @@ func (s *Service) Lookup(ctx context.Context, req *Request) (*dps.RegistrationSt
 		return err
 	})
 	if err != nil {
-		return nil, s.logged(req, "lookup", err)
+		return nil, s.challenged(ctx, req, body.TPM, s.logged(req, "lookup", err))
 	}
 	return state, nil
-}
-
-// Challenge implements [Registrar].
-func (s *Service) Challenge(_ context.Context, req *Request) ([]byte, error) {
-	return nil, s.logged(req, "challenge", refuse(errors.New("no enrollment attests by TPM")))
 }
 
 // logged writes a refusal down with its reason and returns what the device may see.

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/dps"
 )
@@ -15,8 +16,8 @@ import (
 var (
 	// ErrNotFound says that a record is not there.
 	ErrNotFound = errors.New("not found")
-	// ErrConflict says that a registration was written by somebody else meanwhile, or that a certificate belongs to
-	// another enrollment.
+	// ErrConflict says that a registration was written by somebody else meanwhile, or that a certificate or an
+	// endorsement key belongs to another enrollment.
 	ErrConflict = errors.New("conflict")
 	// ErrSameCA is an ErrConflict: a CA of a group has the name and the key of another group's, in another certificate.
 	// Nothing could tell the devices of the two apart.
@@ -43,8 +44,8 @@ type Tx interface {
 
 	// Record returns an enrollment or a group, or ErrNotFound.
 	Record(scope string, kind Kind, id string) (*Record, error)
-	// PutRecord writes a record over the one of that kind and ID, if there is one. ErrConflict: one of its certificates
-	// belongs to another record. ErrSameCA: a group's CA that it did not have before is another group's, by name and key.
+	// PutRecord writes a record over the one of that kind and ID, if there is one. ErrConflict: one of its certificates, or
+	// its endorsement key, belongs to another record. ErrSameCA: a group's CA that it did not have before is another group's, by name and key.
 	PutRecord(scope string, r *Record) error
 	// DeleteRecord removes a record, or says ErrNotFound.
 	DeleteRecord(scope string, kind Kind, id string) error
@@ -69,6 +70,11 @@ type Tx interface {
 	DeleteRegistration(scope, id string) error
 	// Registrations returns up to limit registrations that came in by a group, IDs greater than after, in order.
 	Registrations(scope, group, after string, limit int) ([]*Registration, error)
+
+	// Challenge returns what a device's TPM was last challenged with, expired or not, or ErrNotFound. PutChallenge writes it over
+	// the one before, and removes a few of the scope that have expired by now.
+	Challenge(scope, id string) (*PendingChallenge, error)
+	PutChallenge(scope string, c *PendingChallenge, now time.Time) error
 
 	// Device returns what bundles said of a registration ID, or ErrNotFound; PutDevice writes it. ErrConflict: another device
 	// of an order has its serial.
@@ -149,10 +155,10 @@ type Record struct {
 	Certificates []Certificate
 }
 
-// A Certificate indexes one certificate of a record.
+// A Certificate indexes one certificate of a record, or the endorsement key of its TPM.
 type Certificate struct {
-	Fingerprint [32]byte // SHA-256 of its DER
-	Subject     [32]byte // SHA-256 of its subject's DER
+	Fingerprint [32]byte // SHA-256 of its DER; of an endorsement key, Key
+	Subject     [32]byte // SHA-256 of its subject's DER; zeros for an endorsement key
 	Key         string   // hex SHA-256 of its public key (SubjectPublicKeyInfo); kept of groups' alone
 	KeyIDs      [][]byte // of a group's: what certificates below it may call its key, see attest.KeyIDs
 }
@@ -165,6 +171,8 @@ type Registration struct {
 	Version int64                 `json:"-"`
 	// Issued is the operational certificate that the device had last; nil for none.
 	Issued *Issued `json:"issued,omitempty"`
+	// DeviceKey is the key that the device's TPM was handed with its assignment, for its hub; nil for others. The store encrypts it.
+	DeviceKey []byte `json:"-"`
 	// Operations are the last few, newest first. They live in the registration, so there is nothing to clean up.
 	Operations []Operation `json:"operations"`
 }
@@ -179,6 +187,24 @@ type Operation struct {
 	CSR []byte `json:"csr,omitempty"`
 	// State is what the device is told, however often it asks.
 	State dps.RegistrationState `json:"state"`
+}
+
+// A PendingChallenge is what a TPM was challenged with: its next requests need not say again which keys it has, and may meet
+// another replica. The store encrypts it.
+type PendingChallenge struct {
+	ID      string    `json:"id"`     // folded
+	EKHash  string    `json:"ekHash"` // attest.EKHash of the endorsement key
+	Begun   time.Time `json:"begun"`
+	Expires time.Time `json:"expires"`
+	Wrapped
+	// Previous is what the challenge before wrapped, nil for none.
+	Previous *Wrapped `json:"previous,omitempty"`
+}
+
+// Wrapped is the key that one challenge wrapped, and whom for.
+type Wrapped struct {
+	Keys attest.TPMKeys `json:"keys"`
+	Key  []byte         `json:"key"` // secret
 }
 
 // A Device is what bundles said of one registration ID.

@@ -8,7 +8,7 @@
 // before it wrote is left out; one that fails after it wrote is rolled back with the rest, which then run again without it.
 // Readers have connections of their own and do not wait for the writer.
 //
-// Symmetric keys, policies' keys and secrets are encrypted with AES-256-GCM under the data key; scope, kind and ID are authenticated
+// Symmetric keys, policies' keys, secrets and what TPMs are challenged with are encrypted with AES-256-GCM under the data key; scope, kind and ID are authenticated
 // with them, so that a ciphertext serves in its own row only.
 package sqlstore
 
@@ -305,6 +305,7 @@ type statements struct {
 	putRefusal, deleteRefusal, refusals                                      *sql.Stmt
 	secret, putSecret                                                        *sql.Stmt
 	planned, putIssued, keyTaken                                             *sql.Stmt
+	challenge, putChallenge, forgetChallenges                                *sql.Stmt
 }
 
 const (
@@ -345,11 +346,11 @@ func prepare(ctx context.Context, db *sql.DB) (*statements, error) {
 		{&st.certificateOwner, `SELECT kind, id FROM certificates WHERE scope = $1 AND fingerprint = $2`},
 		{&st.putCertificate, `INSERT INTO certificates (scope, fingerprint, subject, kind, id) VALUES ($1, $2, $3, $4, $5) ON CONFLICT (scope, fingerprint) DO NOTHING`},
 		{&st.deleteCertificates, `DELETE FROM certificates WHERE scope = $1 AND kind = $2 AND id = $3`},
-		{&st.registration, `SELECT version, body FROM registrations WHERE scope = $1 AND id = $2`},
-		{&st.insertRegistration, `INSERT INTO registrations (scope, id, group_id, version, body) VALUES ($1, $2, $3, 1, $4) ON CONFLICT (scope, id) DO NOTHING`},
-		{&st.updateRegistration, `UPDATE registrations SET group_id = $3, version = version + 1, body = $4 WHERE scope = $1 AND id = $2 AND version = $5`},
+		{&st.registration, `SELECT version, body, device_key FROM registrations WHERE scope = $1 AND id = $2`},
+		{&st.insertRegistration, `INSERT INTO registrations (scope, id, group_id, version, body, device_key) VALUES ($1, $2, $3, 1, $4, $5) ON CONFLICT (scope, id) DO NOTHING`},
+		{&st.updateRegistration, `UPDATE registrations SET group_id = $3, version = version + 1, body = $4, device_key = $5 WHERE scope = $1 AND id = $2 AND version = $6`},
 		{&st.deleteRegistration, `DELETE FROM registrations WHERE scope = $1 AND id = $2`},
-		{&st.registrations, `SELECT version, body FROM registrations WHERE scope = $1 AND group_id = $2 AND group_id <> '' AND id > $3 ORDER BY id LIMIT $4`},
+		{&st.registrations, `SELECT version, body, device_key FROM registrations WHERE scope = $1 AND group_id = $2 AND group_id <> '' AND id > $3 ORDER BY id LIMIT $4`},
 		{&st.device, deviceColumns + `WHERE scope = $1 AND id = $2`},
 		{&st.putDevice, `INSERT INTO devices (scope, id, group_id, serial, key_hash, revision, ended, state, station, order_id, grant_id, moved, seen, disabled)
 			VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
@@ -385,6 +386,10 @@ func prepare(ctx context.Context, db *sql.DB) (*statements, error) {
 			ON CONFLICT (scope, name) DO UPDATE SET rights = excluded.rights, primary_key = excluded.primary_key, secondary_key = excluded.secondary_key`},
 		{&st.secret, `SELECT value FROM secrets WHERE scope = $1 AND name = $2`},
 		{&st.putSecret, `INSERT INTO secrets (scope, name, value) VALUES ($1, $2, $3) ON CONFLICT (scope, name) DO UPDATE SET value = excluded.value`},
+		{&st.challenge, `SELECT body FROM challenges WHERE scope = $1 AND id = $2`},
+		{&st.putChallenge, `INSERT INTO challenges (scope, id, body, expires) VALUES ($1, $2, $3, $4)
+			ON CONFLICT (scope, id) DO UPDATE SET body = excluded.body, expires = excluded.expires`},
+		{&st.forgetChallenges, `DELETE FROM challenges WHERE scope = $1 AND id IN (SELECT id FROM challenges WHERE scope = $1 AND expires < $2 ORDER BY expires LIMIT $3)`},
 	} {
 		var err error
 		if *p.dst, err = db.PrepareContext(ctx, p.text); err != nil {
@@ -585,17 +590,21 @@ func (t *tx) SymmetricGroups(scope string) ([]*registration.Record, error) {
 	return t.list(scope, t.st.symmetric, scope)
 }
 
-func scanRegistration(row scanner) (*registration.Registration, error) {
+func (t *tx) scanRegistration(scope string, row scanner) (*registration.Registration, error) {
 	r := &registration.Registration{}
-	var body []byte
-	if err := row.Scan(&r.Version, &body); err != nil {
+	var body, key []byte
+	err := row.Scan(&r.Version, &body, &key)
+	if err != nil {
 		return nil, absent(err)
 	}
-	return r, json.Unmarshal(body, r)
+	if err = json.Unmarshal(body, r); err == nil && key != nil {
+		r.DeviceKey, err = t.unseal(key, scope, "registration", r.ID)
+	}
+	return r, err
 }
 
 func (t *tx) Registration(scope, id string) (*registration.Registration, error) {
-	return scanRegistration(t.row(t.st.registration, scope, id))
+	return t.scanRegistration(scope, t.row(t.st.registration, scope, id))
 }
 
 func (t *tx) PutRegistration(scope string, r *registration.Registration) error {
@@ -603,11 +612,15 @@ func (t *tx) PutRegistration(scope string, r *registration.Registration) error {
 	if err != nil {
 		return err
 	}
+	var key any
+	if r.DeviceKey != nil {
+		key = t.seal(r.DeviceKey, scope, "registration", r.ID)
+	}
 	var n int64
 	if r.Version == 0 {
-		n, err = t.exec(t.st.insertRegistration, scope, r.ID, r.Group, body)
+		n, err = t.exec(t.st.insertRegistration, scope, r.ID, r.Group, body, key)
 	} else {
-		n, err = t.exec(t.st.updateRegistration, scope, r.ID, r.Group, body, r.Version)
+		n, err = t.exec(t.st.updateRegistration, scope, r.ID, r.Group, body, key, r.Version)
 	}
 	if err == nil && n == 0 {
 		t.dirty = false // the statement changed nothing
@@ -625,7 +638,7 @@ func (t *tx) DeleteRegistration(scope, id string) error {
 }
 
 func (t *tx) Registrations(scope, group, after string, limit int) ([]*registration.Registration, error) {
-	return each(t, scanRegistration, t.st.registrations, scope, group, after, limit)
+	return each(t, func(row scanner) (*registration.Registration, error) { return t.scanRegistration(scope, row) }, t.st.registrations, scope, group, after, limit)
 }
 
 func (t *tx) Policy(scope, name string) (*registration.Policy, error) {

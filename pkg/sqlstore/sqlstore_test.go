@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -105,7 +107,10 @@ func TestSecretsAtRest(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := s.Update(t.Context(), func(tx registration.Tx) error {
-		return tx.PutRecord("scope", &registration.Record{Kind: registration.Group, ID: "g", Document: []byte("{}"), Keys: []byte("very secret words"), Symmetric: true})
+		secret := []byte("very secret words")
+		return errors.Join(tx.PutRecord("scope", &registration.Record{Kind: registration.Group, ID: "g", Document: []byte("{}"), Keys: secret, Symmetric: true}),
+			tx.PutRegistration("scope", &registration.Registration{ID: "d", DeviceKey: secret}),
+			tx.PutChallenge("scope", &registration.PendingChallenge{ID: "d", Wrapped: registration.Wrapped{Key: secret}, Expires: time.Now()}, time.Now()))
 	}); err != nil {
 		t.Fatal(err)
 	}
@@ -114,7 +119,8 @@ func TestSecretsAtRest(t *testing.T) {
 	}
 	files, _ := filepath.Glob(path + "*")
 	for _, f := range files {
-		if b, err := os.ReadFile(f); err != nil || bytes.Contains(b, []byte("secret words")) {
+		b, err := os.ReadFile(f)
+		if err != nil || bytes.Contains(b, []byte("secret words")) || bytes.Contains(b, []byte(base64.StdEncoding.EncodeToString([]byte("very secret words"))[:20])) {
 			t.Errorf("%s shows the secret, or %v", f, err)
 		}
 	}
@@ -123,12 +129,14 @@ func TestSecretsAtRest(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = other.Close() })
-	err = other.View(t.Context(), func(tx registration.Tx) error {
-		_, err := tx.Record("scope", registration.Group, "g")
-		return err
-	})
-	if err == nil || !strings.Contains(err.Error(), "data key") {
-		t.Errorf("with another data key: %v", err)
+	for what, read := range map[string]func(registration.Tx) error{
+		"record":       func(tx registration.Tx) error { _, err := tx.Record("scope", registration.Group, "g"); return err },
+		"registration": func(tx registration.Tx) error { _, err := tx.Registration("scope", "d"); return err },
+		"challenge":    func(tx registration.Tx) error { _, err := tx.Challenge("scope", "d"); return err },
+	} {
+		if err := other.View(t.Context(), read); err == nil || !strings.Contains(err.Error(), "data key") {
+			t.Errorf("%s with another data key: %v", what, err)
+		}
 	}
 	if _, err := sqlstore.Open(t.Context(), sqlstore.Config{Path: path, DataKey: key[1:]}); err == nil {
 		t.Error("a short data key")

@@ -6,12 +6,14 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/registration"
@@ -20,7 +22,7 @@ import (
 // Run runs the suite on a store that open returns; each call gives an empty one.
 func Run(t *testing.T, open func(t *testing.T) registration.Store) {
 	for name, f := range map[string]func(*testing.T, registration.Store){
-		"records": records, "certificates": certificates, "registrations": registrations, "scopes": scopes, "updates": updates, "devices": devices, "orders": orders, "endings": endings, "authorities": authorities, "changes": changes, "issued": issuedCertificates,
+		"records": records, "certificates": certificates, "registrations": registrations, "scopes": scopes, "updates": updates, "devices": devices, "orders": orders, "endings": endings, "authorities": authorities, "changes": changes, "issued": issuedCertificates, "challenges": challenges,
 	} {
 		t.Run(name, func(t *testing.T) { f(t, open(t)) })
 	}
@@ -304,6 +306,71 @@ func registrations(t *testing.T, s registration.Store) {
 		return nil
 	})
 	update(t, s, func(tx registration.Tx) error { return tx.DeleteRegistration("scope", "dev") })
+}
+
+func challenges(t *testing.T, s registration.Store) {
+	now := time.Unix(1_700_000_000, 0).UTC()
+	put := func(scope, id string, expires time.Time) *registration.PendingChallenge {
+		c := &registration.PendingChallenge{ID: id, EKHash: "ab", Begun: now, Expires: expires, Previous: &registration.Wrapped{Key: []byte("before " + id)},
+			Wrapped: registration.Wrapped{Keys: attest.TPMKeys{EK: []byte("ek"), SRK: []byte("srk")}, Key: []byte("key " + id)}}
+		update(t, s, func(tx registration.Tx) error { return tx.PutChallenge(scope, c, now) })
+		return c
+	}
+	left := func(scope string, ids ...string) (n int) {
+		view(t, s, func(tx registration.Tx) error {
+			n = 0
+			for _, id := range ids {
+				if _, err := tx.Challenge(scope, id); err == nil {
+					n++
+				} else if !errors.Is(err, registration.ErrNotFound) {
+					return err
+				}
+			}
+			return nil
+		})
+		return n
+	}
+	put("scope", "dev", now.Add(time.Minute))
+	want := put("scope", "dev", now.Add(time.Hour))
+	view(t, s, func(tx registration.Tx) error {
+		if got, err := tx.Challenge("scope", "dev"); err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%+v, %v", got, err)
+		}
+		return nil
+	})
+	// What has expired goes as others come, in its own scope and a few at a time.
+	old := []string{"old-0", "old-1", "old-2", "old-3", "old-4", "old-5", "old-6", "old-7"}
+	for _, id := range old {
+		put("other", id, now.Add(time.Hour))
+		put("scope", id, now.Add(time.Minute))
+	}
+	now = now.Add(10 * time.Minute)
+	before := len(old)
+	for i := range 4 {
+		put("scope", fmt.Sprintf("new-%d", i), now.Add(time.Hour))
+		n := left("scope", old...)
+		if n == before && n > 0 {
+			t.Errorf("%d challenges that have expired stay", n)
+		}
+		before = n
+	}
+	if n, others := left("scope", append(old, "dev", "new-0", "new-3")...), left("other", old...); n != 3 || others != len(old) {
+		t.Errorf("%d challenges are left, %d of another scope", n, others)
+	}
+	// A device's key is kept with its registration.
+	r := &registration.Registration{ID: "dev", State: dps.RegistrationState{RegistrationID: "dev"}, DeviceKey: []byte("key of the hub")}
+	update(t, s, func(tx registration.Tx) error { return tx.PutRegistration("scope", r) })
+	for _, key := range []string{"key of the hub", "another", ""} {
+		view(t, s, func(tx registration.Tx) (err error) {
+			r, err = tx.Registration("scope", "dev")
+			return err
+		})
+		if r.Version > 1 && string(r.DeviceKey) != key {
+			t.Errorf("the key is %q, want %q", r.DeviceKey, key)
+		}
+		r.DeviceKey = map[string][]byte{"key of the hub": []byte("another")}[string(r.DeviceKey)]
+		update(t, s, func(tx registration.Tx) error { return tx.PutRegistration("scope", r) })
+	}
 }
 
 // scopes: nothing of one scope is visible, or usable, from another.

@@ -1,0 +1,214 @@
+package registration
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/touchmark/touchmark/pkg/attest"
+	"github.com/touchmark/touchmark/pkg/dps"
+)
+
+const (
+	// challengeTime is for how long a TPM can prove itself with what it was challenged with. The tokens of TPM clients are good for an
+	// hour, and clocks differ (device API, section 8.1).
+	challengeTime = time.Hour + 2*attest.Skew
+	// previousTime is for how long the challenge before counts as well: a request that the network repeated is a challenge too.
+	previousTime = 5 * time.Minute
+	// deviceKeySize is the size of the keys that TPMs are handed, in octets (device API, section 9.4).
+	deviceKeySize = 32
+)
+
+// Challenge implements [Registrar].
+func (s *Service) Challenge(ctx context.Context, req *Request) ([]byte, error) {
+	err := s.checkRequest(req)
+	if err == nil && req.Proof.TPM == nil {
+		err = refuse(errors.New("there is no TPM to challenge"))
+	}
+	var blob []byte
+	if err == nil {
+		blob, err = s.challenge(ctx, req, req.Proof.TPM)
+	}
+	if err != nil {
+		return nil, s.logged(req, "challenge", err)
+	}
+	s.cfg.Log.Info("TPM challenged", "registrationId", req.RegistrationID, "protocol", req.Protocol, "remote", req.Remote)
+	return blob, nil
+}
+
+// challenged answers a device that was refused, and whose request has a TPM's keys, with a challenge. What is no refusal stays
+// as it is, and so does one whose TPM is not enrolled.
+func (s *Service) challenged(ctx context.Context, req *Request, tpm *dps.TPMAttestation, err error) error {
+	e := new(dps.Error)
+	if tpm == nil || !errors.As(err, &e) || e.Code != dps.CodeUnauthorized {
+		return err
+	}
+	keys := &attest.TPMKeys{}
+	var cause error
+	if keys.EK, cause = base64.StdEncoding.DecodeString(tpm.EndorsementKey); cause == nil {
+		keys.SRK, cause = base64.StdEncoding.DecodeString(tpm.StorageRootKey)
+	}
+	if cause != nil {
+		return s.logged(req, "challenge", refuse(errors.New("the TPM's keys are not base64")))
+	}
+	blob, cause := s.challenge(ctx, req, keys)
+	if cause != nil {
+		return s.logged(req, "challenge", cause)
+	}
+	s.cfg.Log.Info("TPM challenged", "registrationId", req.RegistrationID, "trackingId", e.TrackingID, "reason", e.Error(), "protocol", req.Protocol, "remote", req.Remote)
+	return &Challenge{Blob: blob, Refusal: e}
+}
+
+// challenge makes a fresh key for a TPM that is enrolled, keeps it, and wraps it for the TPM (device API, section 9.2). Whoever is
+// not enrolled with this endorsement key waits as long for the refusal, but for the write, which is not made on the word of
+// strangers: how long it took does not tell whether there is an enrollment for another TPM.
+func (s *Service) challenge(ctx context.Context, req *Request, keys *attest.TPMKeys) ([]byte, error) {
+	hash, err := attest.EKHash(keys.EK)
+	if err != nil {
+		return nil, refuse(err)
+	}
+	key := make([]byte, deviceKeySize)
+	_, _ = rand.Read(key) // crypto/rand.Read never fails
+	defer clear(key)
+	blob, err := attest.Activation(keys, key)
+	if errors.Is(err, attest.ErrTPMKey) {
+		return nil, refuse(err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	id := dps.Fold(req.RegistrationID)
+	err = s.cfg.Store.View(ctx, func(tx Tx) error {
+		r, err := found(tx.Record(s.scope, Individual, id))
+		if err != nil {
+			return err
+		}
+		if r == nil {
+			return refuse(errors.New("no enrollment has this registration ID"))
+		}
+		var e dps.IndividualEnrollment
+		if err := json.Unmarshal(r.Document, &e); err != nil {
+			return fmt.Errorf("enrollment %q in the store: %w", r.ID, err)
+		}
+		enrolled, err := endorsement(&e)
+		if err != nil {
+			return err
+		}
+		if enrolled != hash {
+			return refuse(errors.New("the enrollment is not for this endorsement key"))
+		}
+		if e.ProvisioningStatus == dps.EnrollmentDisabled {
+			return nil // which it is told when it has proved itself
+		}
+		ended, err := tx.KeyEnded(s.scope, hash)
+		if err == nil && ended {
+			err = refuse(errors.New("its endorsement key belonged to an identity that ended"))
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return blob, s.cfg.Store.Update(ctx, func(tx Tx) error {
+		now := s.cfg.Now()
+		c := &PendingChallenge{ID: id, EKHash: hash, Begun: now, Expires: now.Add(challengeTime), Wrapped: Wrapped{*keys, key}}
+		before, err := found(tx.Challenge(s.scope, id))
+		if err != nil {
+			return err
+		}
+		if before != nil && before.EKHash == hash && now.Before(before.Expires) {
+			c.Previous = &before.Wrapped
+		}
+		return tx.PutChallenge(s.scope, c, now)
+	})
+}
+
+// endorsement returns the hash of the endorsement key that an enrollment is for; empty where it does not attest by TPM.
+func endorsement(e *dps.IndividualEnrollment) (string, error) {
+	if e.Attestation.Type != dps.AttestationTPM {
+		return "", nil
+	}
+	ek, err := base64.StdEncoding.DecodeString(e.Attestation.TPM.EndorsementKey)
+	var hash string
+	if err == nil {
+		hash, err = attest.EKHash(ek)
+	}
+	if err != nil {
+		err = fmt.Errorf("enrollment %q in the store: %w", e.RegistrationID, err)
+	}
+	return hash, err
+}
+
+// proveTPM holds a token against what the device's TPM was challenged with, and sets the TPM of the verdict.
+func (s *Service) proveTPM(tx Tx, v *verdict, e *dps.IndividualEnrollment, req *Request, token *attest.Token) error {
+	hash, err := endorsement(e)
+	if err != nil {
+		return err
+	}
+	c, err := found(tx.Challenge(s.scope, dps.Fold(req.RegistrationID)))
+	if err != nil {
+		return err
+	}
+	switch now := s.cfg.Now(); {
+	case c == nil || c.EKHash != hash:
+		return refuse(errors.New("its TPM was not challenged"))
+	case !now.Before(c.Expires):
+		return refuse(errors.New("the challenge of its TPM has expired"))
+	case token.SignedBy(c.Key):
+		v.tpm = &c.Keys
+	case c.Previous != nil && now.Sub(c.Begun) < previousTime && token.SignedBy(c.Previous.Key):
+		v.tpm = &c.Previous.Keys
+	default:
+		return refuse(attest.ErrSignature)
+	}
+	v.key = hash
+	return nil
+}
+
+// handKey gives a device that attested by TPM its key for the hub: in the registration for us, and in the operation as a blob for
+// the TPM. A device that repeats its request before it has seen the answer gets the same key.
+func handKey(v *verdict, before, after *Registration) error {
+	if v.tpm == nil || after.State.Status != dps.Assigned {
+		return nil
+	}
+	op := &after.Operations[0]
+	if before != nil && before.DeviceKey != nil && len(before.Operations) > 0 && bytes.Equal(before.Operations[0].Proof, op.Proof) && before.Operations[0].State.TPM != nil {
+		after.DeviceKey, op.State.TPM = before.DeviceKey, before.Operations[0].State.TPM
+	} else {
+		after.DeviceKey = make([]byte, deviceKeySize)
+		_, _ = rand.Read(after.DeviceKey)
+		blob, err := attest.Activation(v.tpm, after.DeviceKey)
+		if err != nil {
+			return err
+		}
+		op.State.TPM = &dps.TPMState{AuthenticationKey: blob}
+	}
+	after.State.TPM = op.State.TPM
+	return nil
+}
+
+// maxRootKey bounds the storage root key of an enrollment, in base64. Nothing is held against it: the TPM says which one it has.
+const maxRootKey = 2048
+
+// completeTPM checks the keys of a TPM enrollment, and indexes its endorsement key: an endorsement key never serves two devices.
+func completeTPM(in *dps.TPMAttestation) ([]Certificate, error) {
+	ek, err := base64.StdEncoding.DecodeString(in.EndorsementKey)
+	if err != nil || len(ek) == 0 {
+		return nil, invalid("endorsementKey must be base64 of a TPM2B_PUBLIC")
+	}
+	c := Certificate{}
+	if c.Key, err = attest.EKHash(ek); err != nil {
+		return nil, invalid("%v", err)
+	}
+	if _, err := base64.StdEncoding.DecodeString(in.StorageRootKey); err != nil || len(in.StorageRootKey) > maxRootKey {
+		return nil, invalid("storageRootKey must be base64 of a TPM2B_PUBLIC")
+	}
+	_, err = hex.Decode(c.Fingerprint[:], []byte(c.Key))
+	return []Certificate{c}, err
+}
