@@ -295,6 +295,11 @@ func (f *floor) mintConfig(ctx context.Context, p *mint.Profile, list *mint.List
 		return attestTPM(ctx, store, kind, key, registrationID)
 	}
 	cfg.Endorsement = func(ctx context.Context, store hsm.Store) (ek, srk []byte, err error) {
+		if t, ok := store.(*tpm.Store); ok && p.Attestation == mint.AttestationTPM {
+			// Where device SDKs look for them, made there if need be: an SDK that finds none makes another key, by a template of its own,
+			// than the one that was enrolled.
+			return t.Identity().Keys(ctx)
+		}
 		return endorsementOf(ctx, store, kind)
 	}
 	if p.Attestation == mint.AttestationX509 {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/base64"
 	"encoding/json"
 	"net"
@@ -11,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/touchmark/touchmark/hsm/hsmtest"
 	"github.com/touchmark/touchmark/hsm/tpm"
@@ -35,19 +37,20 @@ func TestNodeTPM(t *testing.T) {
 	}
 	_ = l.Close()
 
-	// A protocol more is a word more here, once its door takes TPMs on the port that the SDK fixes: "amqp" (5671), "amqp-ws" (443).
-	protocols := []string{"https"}
+	protocols := []string{"https", "amqp", "amqp-ws"}
 	dir, tpms := newTPMLine(t, len(protocols)+1)
 	if err := os.WriteFile(filepath.Join(dir, "line", "profiles", "attest.toml"), []byte(attestationProfile), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	startService(t, dir, "127.0.0.1:443", "127.0.0.1:0", "127.0.0.1:0")
+	startService(t, dir, "127.0.0.1:443", "127.0.0.1:0", "127.0.0.1:5671")
 	register := func(t *testing.T, s *hsmtest.TPM, protocol string) (r struct {
 		nodeResult
 		Signature []byte
 	}) {
 		t.Helper()
-		c := exec.Command("node", "registertpm.js", "0ne00112233", protocol, "localhost", strconv.Itoa(s.Simulator(t)))
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		c := exec.CommandContext(ctx, "node", "registertpm.js", "0ne00112233", protocol, "localhost", strconv.Itoa(s.Simulator(t)))
 		c.Dir = node
 		c.Env = append(os.Environ(), "NODE_EXTRA_CA_CERTS="+filepath.Join(dir, "svc", "ca.pem"))
 		var stderr bytes.Buffer
@@ -60,6 +63,11 @@ func TestNodeTPM(t *testing.T) {
 	}
 	if r := register(t, tpms[0], "https"); r.OK || !strings.Contains(r.Message, "authentication blob") { // a refusal has none
 		t.Errorf("before it is enrolled: %+v", r)
+	}
+	for i, protocol := range protocols[1:] { // AMQP has a code for it
+		if r := register(t, tpms[1+i], protocol); r.OK || !strings.Contains(r.Message+string(r.Result)+r.Name, "nauthorized") {
+			t.Errorf("%s, before it is enrolled: %+v", protocol, r)
+		}
 	}
 	touchmark(t, dir, "mint", "--line", "line", "--profile", "attest", "--serials", "serials.csv", "--out", "stamps", "--bundle", "b.tmb")
 	touchmark(t, dir, "import", "b.tmb", "--service", "svc/owner.connection", "--trust", "line/station.pem")

@@ -86,7 +86,7 @@ func TestRegisterTPM(t *testing.T) {
 		if _, err := device.Register(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "not opened") {
 			t.Errorf("%s without a TPM: %v", id, err)
 		}
-		cfg.TPM, cfg.Protocol, cfg.Endpoint = d, "mqtt", s.mqtt.Addr
+		cfg.TPM, cfg.Protocol, cfg.Endpoint = d, "mqtt", s.at["mqtt"].Addr
 		if _, err := device.Register(t.Context(), cfg); err == nil {
 			t.Errorf("%s over MQTT", id)
 		}

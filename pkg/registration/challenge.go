@@ -32,11 +32,20 @@ func (s *Service) Challenge(ctx context.Context, req *Request) ([]byte, error) {
 		err = refuse(errors.New("there is no TPM to challenge"))
 	}
 	var blob []byte
-	if err == nil {
+	switch {
+	case err == nil:
 		blob, err = s.challenge(ctx, req, req.Proof.TPM)
+	case req.Proof.TPM != nil && dps.AsError(err).Code == dps.CodeUnauthorized: // another scope
+		blob, _ = attest.Activation(req.Proof.TPM, make([]byte, deviceKeySize))
 	}
 	if err != nil {
-		return nil, s.logged(req, "challenge", err)
+		err = s.logged(req, "challenge", err)
+		if blob == nil || dps.AsError(err).Code != dps.CodeUnauthorized {
+			return nil, err
+		}
+		// It is refused when it registers, with a code: a refusal here is one that Azure's SDK for Node never gets over. The key in
+		// the blob is kept nowhere and admits nobody.
+		return blob, nil
 	}
 	s.cfg.Log.Info("TPM challenged", "registrationId", req.RegistrationID, "protocol", req.Protocol, "remote", req.Remote)
 	return blob, nil
@@ -67,7 +76,7 @@ func (s *Service) challenged(ctx context.Context, req *Request, tpm *dps.TPMAtte
 
 // challenge makes a fresh key for a TPM that is enrolled, keeps it, and wraps it for the TPM (device API, section 9.2). Whoever is
 // not enrolled with this endorsement key waits as long for the refusal, but for the write, which is not made on the word of
-// strangers: how long it took does not tell whether there is an enrollment for another TPM.
+// strangers: how long it took does not tell whether there is an enrollment for another TPM. The blob comes beside such a refusal.
 func (s *Service) challenge(ctx context.Context, req *Request, keys *attest.TPMKeys) ([]byte, error) {
 	hash, err := attest.EKHash(keys.EK)
 	if err != nil {
@@ -113,7 +122,7 @@ func (s *Service) challenge(ctx context.Context, req *Request, keys *attest.TPMK
 		return err
 	})
 	if err != nil {
-		return nil, err
+		return blob, err
 	}
 	return blob, s.cfg.Store.Update(ctx, func(tx Tx) error {
 		now := s.cfg.Now()

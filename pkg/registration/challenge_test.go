@@ -241,6 +241,26 @@ func TestTPMChallenges(t *testing.T) {
 	_, err = s.Challenge(t.Context(), d.request("", false))
 	refusedTPM(t, "nothing to challenge", err)
 
+	for why, id := range map[string]string{"an unknown ID": "tpm-2", "a key's enrollment": "own-key"} {
+		// Over AMQP a stranger's TPM gets a blob, and a refusal when it comes with what that proves.
+		stranger := &tpmDevice{d.SoftTPM, t, f, id, d.tpm}
+		req := stranger.request("", false)
+		ek, srk, err := d.Keys(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Proof.TPM = &attest.TPMKeys{EK: ek, SRK: srk}
+		blob, err := s.Challenge(t.Context(), req)
+		if err != nil {
+			t.Fatalf("%s: %v", why, err)
+		}
+		if err := d.Activate(t.Context(), blob); err != nil {
+			t.Errorf("%s: %v", why, err)
+		}
+		_, err = s.Register(t.Context(), stranger.request(stranger.token(time.Hour), false))
+		refusedTPM(t, why, err)
+	}
+
 	first := d.prove(s)
 	second := d.prove(s)
 	_, err = s.Lookup(t.Context(), d.request("", true))

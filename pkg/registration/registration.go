@@ -43,7 +43,8 @@ type Registrar interface {
 	// Lookup returns the device's registration record.
 	Lookup(ctx context.Context, req *Request) (*dps.RegistrationState, error)
 	// Challenge returns an activation blob for the TPM of the request's proof, which only that TPM can open; what it holds
-	// signs the device's token (device API, section 9).
+	// signs the device's token (device API, section 9). Whoever is not enrolled gets one, too, that is good for nothing, and is
+	// refused when it registers.
 	Challenge(ctx context.Context, req *Request) ([]byte, error)
 }
 

@@ -18,7 +18,7 @@ const security = new TpmSecurityClient('', tpm);
 const client = ProvisioningDeviceClient.create(host, idScope, new Transport(), security);
 client.register((err, result) => {
   if (err) {
-    console.log(JSON.stringify({ ok: false, name: err.name, message: err.message, result: err.result }));
+    console.log(JSON.stringify({ ok: false, name: err.name || err.condition, message: err.message || err.description, result: err.result }));
     process.exit(1);
   }
   // The key for the hub is in the TPM by now, and signs.
