@@ -40,7 +40,7 @@ type loadOptions struct {
 }
 
 // loadAttestations are what simulated devices can prove themselves by.
-var loadAttestations = []string{"symmetric", "x509"}
+var loadAttestations = []string{"symmetric", "x509", "tpm"}
 
 // share is a part of a whole, from 0 to 1, as a flag: 5% or 0.05.
 type share float64

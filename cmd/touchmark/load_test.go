@@ -22,8 +22,8 @@ import (
 
 // What touchmark load is tried with, against what touchmark serve has: a door more is a line more.
 var (
-	loadProtocols = []string{"https", "mqtt"}
-	loadProofs    = []string{"symmetric", "x509"}
+	loadProtocols = []string{"https", "mqtt", "mqtt-ws", "amqp", "amqp-ws"}
+	loadProofs    = []string{"symmetric", "x509", "tpm"}
 )
 
 // endpointFlags says where the doors of a service are.

@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -28,6 +29,9 @@ type ownGroups struct {
 	svc   *service
 	name  string
 	there []string
+
+	mu      sync.Mutex
+	devices []string // with enrollments of their own
 }
 
 // cleanTime bounds the removal, which a second interrupt ends at once.
@@ -71,12 +75,23 @@ func (g *ownGroups) make(ctx context.Context, mix load.Mix, o *loadOptions) (all
 			err = g.put(ctx, id, &dps.Attestation{Type: dps.AttestationX509, X509: &dps.X509Attestation{SigningCertificates: &dps.X509Certificates{
 				Primary: &dps.X509Certificate{Certificate: base64.StdEncoding.EncodeToString(root.Raw)}}}})
 			all = append(all, load.X509(info.IDScope, w.Weight, []*x509.Certificate{root}, key))
+		case "tpm":
+			all = append(all, load.TPM(info.IDScope, w.Weight, func(id string, ek []byte) error { return g.enroll(ctx, id, ek) }))
 		}
 		if err != nil {
 			return nil, importError(err)
 		}
 	}
 	return all, nil
+}
+
+// enroll makes an individual enrollment for a device with a TPM.
+func (g *ownGroups) enroll(ctx context.Context, id string, ek []byte) error {
+	g.mu.Lock()
+	g.devices = append(g.devices, id) // even where the answer is lost
+	g.mu.Unlock()
+	return g.svc.callJSON(ctx, http.MethodPut, "/enrollments/"+url.PathEscape(id), dps.IndividualEnrollment{RegistrationID: id, Enrollment: dps.Enrollment{
+		Attestation: &dps.Attestation{Type: dps.AttestationTPM, TPM: &dps.TPMAttestation{EndorsementKey: base64.StdEncoding.EncodeToString(ek)}}}}, nil)
 }
 
 func (g *ownGroups) put(ctx context.Context, id string, attestation *dps.Attestation) error {
@@ -97,6 +112,17 @@ func (g *ownGroups) remove(ctx context.Context) error {
 			left = append(left, id)
 			faults = append(faults, err)
 		}
+	}
+	eg := errgroup.Group{}
+	eg.SetLimit(8)
+	for _, id := range g.devices {
+		eg.Go(func() error {
+			return errors.Join(g.delete(ctx, "/registrations/"+url.PathEscape(id)), g.delete(ctx, "/enrollments/"+url.PathEscape(id)))
+		})
+	}
+	if err := eg.Wait(); err != nil {
+		left = append(left, "the enrollments of load-…-tpm-…")
+		faults = append(faults, err)
 	}
 	if len(left) == 0 {
 		return nil

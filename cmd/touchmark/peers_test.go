@@ -54,7 +54,7 @@ func TestPaho(t *testing.T) {
 	dir := t.TempDir()
 	ready, _ := startService(t, dir, "127.0.0.1:0", "127.0.0.1:0", "127.0.0.1:0")
 	mintAll(t, dir)
-	for protocol, door := range map[string]string{"mqtt": "mqtt"} {
+	for protocol, door := range map[string]string{"mqtt": "mqtt", "mqtt-ws": "https"} {
 		host, port, err := net.SplitHostPort(ready[door].(string))
 		if err != nil {
 			t.Fatal(err)

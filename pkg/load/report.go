@@ -173,7 +173,7 @@ func (c *counted) Write(b []byte) (int, error) {
 }
 
 // phaseNames are the names of a [device.Step].
-var phaseNames = [...]string{"connect", "handshake", "websocket", "open", "register", "status"}
+var phaseNames = [...]string{"connect", "handshake", "websocket", "open", "challenge", "register", "status"}
 
 func newLedger(cfg *Config) *ledger {
 	l := &ledger{lines: make(map[[2]string]*line), phases: make(map[string]map[string]*Histogram)}

@@ -58,7 +58,7 @@ func TestIndexOfOlderStores(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	back(`DROP TABLE authorities`, `DROP TABLE deleted_groups`, `DROP INDEX records_revision`, `ALTER TABLE records DROP COLUMN revision`, 
+	back(`DROP TABLE authorities`, `DROP TABLE deleted_groups`, `DROP INDEX records_revision`, `ALTER TABLE records DROP COLUMN revision`,
 		`DROP TABLE issued`, `DROP INDEX devices_key`, `DELETE FROM goose_db_version WHERE version_id >= 5`)
 
 	s = open(t, path)
