@@ -486,6 +486,7 @@ func (s *Service) GetRegistration(ctx context.Context, id string) (*dps.Registra
 
 // DeleteRegistration forgets what became of a device: its next registration starts from scratch.
 func (s *Service) DeleteRegistration(ctx context.Context, id, ifMatch string) error {
+	defer s.recent.forget(dps.Fold(id))
 	return s.cfg.Store.Update(ctx, func(tx Tx) error {
 		r, err := tx.Registration(s.scope, dps.Fold(id))
 		if errors.Is(err, ErrNotFound) {

@@ -101,7 +101,7 @@ func cacheGroup(r *Record) (*cachedGroup, error) {
 
 // groupsAt brings the cache to the revision that the transaction sees, or finds it beyond, and returns that revision: what is
 // judged by a newer cache than the transaction's does not hold when it comes to writing, and is judged again.
-func (s *Service) groupsAt(tx Tx) (int64, error) {
+func (s *Service) groupsAt(tx groupReader) (int64, error) {
 	rev, err := tx.GroupsRevision(s.scope)
 	c := &s.groups
 	if err != nil || c.revision.Load() >= rev {
@@ -242,7 +242,7 @@ func put[K comparable, V any](m *map[K]V, size int, k K, v V) {
 
 // anchors returns the groups' CAs that could have signed a certificate, as an attest.Lookup does: one indexed read, then
 // from memory.
-func (s *Service) anchors(tx Tx, revision int64, child *x509.Certificate, byName bool) ([]groupAnchor, error) {
+func (s *Service) anchors(tx groupReader, revision int64, child *x509.Certificate, byName bool) ([]groupAnchor, error) {
 	k := issuer{subject: sha256.Sum256(child.RawIssuer)}
 	var keyID []byte
 	if !byName {
@@ -279,7 +279,7 @@ func (s *Service) anchors(tx Tx, revision int64, child *x509.Certificate, byName
 }
 
 // keyedGroups returns the symmetric-key groups, at the transaction's revision or a newer one.
-func (s *Service) keyedGroups(tx Tx) (groups *keyedGroups, revision int64, err error) {
+func (s *Service) keyedGroups(tx groupReader) (groups *keyedGroups, revision int64, err error) {
 	if revision, err = s.groupsAt(tx); err != nil {
 		return nil, 0, err
 	}

@@ -353,13 +353,16 @@ func TestSearch(t *testing.T) {
 		}
 	}
 	registers("for the first time", device("dev-1", keys[299]), "k-299", 2) // a view, the search, and a view
-	registers("again", device("dev-1", keys[299]), "k-299", 1)
-	registers("in capitals", device("DEV-1", keys[299]), "k-299", 1)
+	registers("again", device("dev-1", keys[299]), "k-299", 0) // it is remembered
+	registers("in capitals", device("DEV-1", keys[299]), "k-299", 0)
 	registers("signed in small letters", func() *registration.Request {
 		r := device("DEV-1", keys[299])
 		r.Proof.Token = attesttest.Token(attest.DeriveKey(keys[299], "dev-1"), registrationtest.Scope, "DEV-1", f.Now().Add(time.Hour))
 		return r
-	}(), "k-299", 1)
+	}(), "k-299", 0)
+	s, reads = watch(f)
+	registers("another service, for the first time", device("dev-0", keys[299]), "k-299", 2)
+	registers("again, at another service", device("dev-1", keys[299]), "k-299", 1) // it is in the store
 	registers("by another group", device("dev-1", keys[7]), "k-007", 2)
 	registers("by the first", device("dev-2", keys[0]), "k-000", 2)
 	registers("by a secondary key", device("dev-3", bytes.Repeat([]byte("s"), 32)), "k-000", 2) // which all of them have: the first counts

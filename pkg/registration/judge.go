@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/dps"
@@ -55,27 +54,9 @@ func fingerprint(req *Request) []byte {
 // judge finds the enrollment that decides about a device and holds its proof against it (device API, sections 7.3 and 8.2;
 // service API, section 4.2): an individual enrollment decides alone, whatever its kind; else a group does.
 func (s *Service) judge(tx Tx, req *Request) (*verdict, error) {
-	now := s.cfg.Now()
-	var token *attest.Token
-	if req.Proof.Token != "" {
-		t, err := attest.ParseToken(req.Proof.Token)
-		if err != nil {
-			return nil, refuse(err)
-		}
-		if t.Expired(now) {
-			return nil, refuse(attest.ErrExpired)
-		}
-		if !t.ForDevice(s.scope, req.RegistrationID) {
-			return nil, refuse(attest.ErrResource)
-		}
-		token = &t
-	} else {
-		if len(req.Proof.Certificates) == 0 {
-			return nil, refuse(attest.ErrNoCertificate)
-		}
-		if err := attest.CheckLeaf(req.Proof.Certificates[0], req.RegistrationID, now); err != nil {
-			return nil, refuse(err)
-		}
+	token, err := s.credentials(req)
+	if err != nil {
+		return nil, err
 	}
 	r, err := tx.Record(s.scope, Individual, dps.Fold(req.RegistrationID))
 	switch {
@@ -89,7 +70,7 @@ func (s *Service) judge(tx Tx, req *Request) (*verdict, error) {
 		}
 		// A disabled enrollment blocks its device whatever the device proves itself with, so the proof may be one for a
 		// group. Whoever can prove nothing does not learn that there is an enrollment.
-		g, err := s.judgeGroup(tx, req, token, now)
+		g, err := s.judgeGroup(tx, req, token)
 		if err != nil {
 			return nil, err
 		}
@@ -98,20 +79,24 @@ func (s *Service) judge(tx Tx, req *Request) (*verdict, error) {
 	case !errors.Is(err, ErrNotFound):
 		return nil, err
 	}
-	return s.judgeGroup(tx, req, token, now)
+	return s.judgeGroup(tx, req, token)
 }
 
 // judgeGroup finds the group that admits a device.
-func (s *Service) judgeGroup(tx Tx, req *Request, token *attest.Token, now time.Time) (v *verdict, err error) {
-	if token != nil {
-		v, err = s.judgeByKey(tx, req, token)
-	} else {
-		v, err = s.judgeByChain(tx, req, now)
-	}
+func (s *Service) judgeGroup(tx Tx, req *Request, token *attest.Token) (*verdict, error) {
+	v, err := s.groupOf(tx, req, token)
 	if err != nil {
 		return nil, err
 	}
 	return v, s.known(tx, req, v)
+}
+
+// groupOf finds the group that a proof is good for.
+func (s *Service) groupOf(tx groupReader, req *Request, token *attest.Token) (*verdict, error) {
+	if token != nil {
+		return s.judgeByKey(tx, req, token)
+	}
+	return s.judgeByChain(tx, req)
 }
 
 // known holds a device that proved itself against what bundles said of it. A key that ended lets nobody in. A group's device
@@ -124,6 +109,11 @@ func (s *Service) known(tx Tx, req *Request, v *verdict) (err error) {
 	if v.x509 {
 		if v.key, err = evidence.KeyHash(req.Proof.Certificates[0].PublicKey); err != nil {
 			return refuse(err)
+		}
+	}
+	if v.group != "" && v.x509 {
+		if err := s.blocked(tx, v); err != nil {
+			return err
 		}
 	}
 	d := v.device
@@ -256,7 +246,7 @@ func keysOf(r *Record) ([][]byte, error) {
 	return keys, nil
 }
 
-func (s *Service) judgeByKey(tx Tx, req *Request, token *attest.Token) (*verdict, error) {
+func (s *Service) judgeByKey(tx groupReader, req *Request, token *attest.Token) (*verdict, error) {
 	groups, revision, err := s.keyedGroups(tx)
 	if err != nil {
 		return nil, err
@@ -276,7 +266,7 @@ func (s *Service) judgeByKey(tx Tx, req *Request, token *attest.Token) (*verdict
 
 // keyedGroup returns the group whose key signed a token, nil for none. The token names no group: the one that the device
 // registered by before, or that a bundle named for it, is tried first. For the rest the error is a *search.
-func (s *Service) keyedGroup(tx Tx, req *Request, token *attest.Token, groups *keyedGroups) (*cachedGroup, error) {
+func (s *Service) keyedGroup(tx groupReader, req *Request, token *attest.Token, groups *keyedGroups) (*cachedGroup, error) {
 	trial := token.Trial(req.RegistrationID)
 	if len(groups.all) <= tryAtOnce {
 		for _, g := range groups.all {
@@ -328,14 +318,14 @@ func (s *Service) keyedGroup(tx Tx, req *Request, token *attest.Token, groups *k
 	return nil, want
 }
 
-func (s *Service) judgeByChain(tx Tx, req *Request, now time.Time) (*verdict, error) {
+func (s *Service) judgeByChain(tx groupReader, req *Request) (*verdict, error) {
 	revision, err := s.groupsAt(tx)
 	if err != nil {
 		return nil, err
 	}
 	g, err := attest.FindGroup(req.Proof.Certificates, s.intermediates, func(child *x509.Certificate, byName bool) ([]groupAnchor, error) {
 		return s.anchors(tx, revision, child, byName)
-	}, now)
+	}, s.cfg.Now())
 	if errors.Is(err, attest.ErrChain) || errors.Is(err, attest.ErrNoCertificate) {
 		return nil, refuse(err)
 	}
@@ -345,8 +335,7 @@ func (s *Service) judgeByChain(tx Tx, req *Request, now time.Time) (*verdict, er
 	if g.disabled {
 		return nil, refuse(fmt.Errorf("group %q is disabled", g.id))
 	}
-	v := &verdict{enrollment: &g.enrollment, group: g.id, closed: g.closed, x509: true, revision: revision, leaf: sha256.Sum256(req.Proof.Certificates[0].Raw)}
-	return v, s.blocked(tx, v)
+	return &verdict{enrollment: &g.enrollment, group: g.id, closed: g.closed, x509: true, revision: revision, leaf: sha256.Sum256(req.Proof.Certificates[0].Raw)}, nil
 }
 
 // blocked refuses a certificate that a disabled enrollment of another registration ID names, whatever group admits it

@@ -84,6 +84,7 @@ type Service struct {
 	groups        groupCache
 	searcher      *searcher
 	intermediates *attest.Pool
+	recent        recent
 }
 
 // A flight is a register call that others of the same device and proof wait for.
@@ -161,6 +162,18 @@ func (s *Service) registerShared(ctx context.Context, req *Request, body *dps.Re
 }
 
 func (s *Service) register(ctx context.Context, req *Request, body *dps.RegisterRequest, proof []byte) (*dps.OperationStatus, error) {
+	if !asksCertificate(body) {
+		if v := s.foresee(req); v != nil {
+			op, after, err := s.registerForeseen(ctx, req, body, v, proof)
+			if err == nil {
+				s.wrote(req, v, after)
+				return s.registered(req, op), nil
+			}
+			if !errors.Is(err, errUnforeseen) {
+				return nil, err
+			}
+		}
+	}
 	id := dps.Fold(req.RegistrationID)
 	for range 10 {
 		var before *Registration
@@ -217,8 +230,7 @@ func (s *Service) register(ctx context.Context, req *Request, body *dps.Register
 		if err != nil {
 			return nil, err
 		}
-		s.cfg.Log.Info("registration", "registrationId", req.RegistrationID, "status", after.State.Status, "substatus", after.State.Substatus,
-			"hub", after.State.AssignedHub, "group", v.group, "protocol", req.Protocol, "remote", req.Remote, "operationId", after.Operations[0].ID)
+		s.wrote(req, v, after)
 		if cert != nil {
 			s.cfg.Log.Info("certificate issued", "registrationId", req.RegistrationID, "issuer", cert.Issuer, "serialNumber", cert.SerialNumber,
 				"sha256", cert.Thumbprint, "notAfter", cert.NotAfter, "operationId", after.Operations[0].ID)
@@ -226,6 +238,16 @@ func (s *Service) register(ctx context.Context, req *Request, body *dps.Register
 		return s.registered(req, &after.Operations[0]), nil
 	}
 	return nil, dps.NewError(dps.CodeServiceOverloaded, "Try again later", errors.New("the registration kept changing"))
+}
+
+// wrote logs and remembers what was written; nil is nothing.
+func (s *Service) wrote(req *Request, v *verdict, after *Registration) {
+	if after == nil {
+		return
+	}
+	s.recent.put(after)
+	s.cfg.Log.Info("registration", "registrationId", req.RegistrationID, "status", after.State.Status, "substatus", after.State.Substatus,
+		"hub", after.State.AssignedHub, "group", v.group, "protocol", req.Protocol, "remote", req.Remote, "operationId", after.Operations[0].ID)
 }
 
 // repeated returns the operation that a request is about which a device sends again: because its transport says so, or because
@@ -393,6 +415,9 @@ func (s *Service) Status(ctx context.Context, req *Request, operationID string) 
 func (s *Service) operation(ctx context.Context, req *Request, operationID string) (*Operation, error) {
 	if err := s.checkRequest(req); err != nil {
 		return nil, err
+	}
+	if op := s.recentOperation(req, operationID); op != nil {
+		return op, nil
 	}
 	var op *Operation
 	err := s.judging(ctx, req, func(tx Tx, req *Request) error {
