@@ -284,12 +284,14 @@ func (c *conn) publish(ctx context.Context, p *mqtt.Packet) (bool, error) {
 	if p.QoS == 2 {
 		return true, errHangUp // not taken, as on Azure; no SDK uses it
 	}
-	// The acknowledgement goes out before the work begins: one SDK takes the two in this order only.
+	// The acknowledgement goes first: one SDK takes the two in this order only. Without a pause between them they leave together.
 	if p.QoS == 1 {
 		c.write(mqtt.AppendPuback(nil, p.ID))
 	}
-	if err := c.flush(); err != nil {
-		return true, err
+	if c.s.cfg.ResponseDelay > 0 {
+		if err := c.flush(); err != nil {
+			return true, err
+		}
 	}
 	query, register := strings.CutPrefix(p.Topic, registerTopic)
 	if !register {
