@@ -113,7 +113,7 @@ func ParseFault(text string) (Fault, error) {
 		case twice:
 			return wrong(offset, "%s stands twice", key)
 		case !slices.Contains(faultKeys, key) && !slices.Contains(faultKeys, key+"="):
-			return wrong(offset, "there is no key %q; the keys are %s", key, strings.Join(faultKeys, " "))
+			return wrong(offset, "there is no key %.100q; the keys are %s", key, strings.Join(faultKeys, " "))
 		case !has && slices.Contains(faultKeys, key+"="):
 			return wrong(offset+len(key), "%s wants a value: %s=…", key, key)
 		case has && value == "":
@@ -162,7 +162,7 @@ func (f *Fault) set(key, value string) (err error) {
 	case "rid":
 		for _, p := range strings.Split(dps.Fold(value), "|") {
 			if p == "" || len(p) > dps.MaxRegistrationID || strings.Trim(p, "abcdefghijklmnopqrstuvwxyz0123456789-._:*?") != "" {
-				return fmt.Errorf("%q is no pattern of registration IDs: want letters, digits, -._: and the wildcards * and ?", p)
+				return fmt.Errorf("%.100q is no pattern of registration IDs: want letters, digits, -._: and the wildcards * and ?", p)
 			}
 			f.rid = append(f.rid, p)
 		}
@@ -214,7 +214,7 @@ func words(value string, known []string) ([]string, error) {
 	list := strings.Split(value, "|")
 	for _, w := range list {
 		if !slices.Contains(known, w) {
-			return nil, fmt.Errorf("%q is not one of %s", w, strings.Join(known, ", "))
+			return nil, fmt.Errorf("%.100q is not one of %s", w, strings.Join(known, ", "))
 		}
 	}
 	return list, nil
