@@ -34,7 +34,7 @@ type service struct {
 func open(t testing.TB, f *registrationtest.Fixture, edit ...func(*amqpd.Config, *door.Config)) *service {
 	t.Helper()
 	return &service{f, f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
-		cfg, dc := amqpd.Config{Registrar: f.Service, Now: f.Now, ResponseDelay: -1}, door.Config{TLS: door.TLSConfig(cert)}
+		cfg, dc := amqpd.Config{Registrar: f.Registrar(), Now: f.Now, ResponseDelay: -1}, door.Config{TLS: door.TLSConfig(cert)}
 		for _, e := range edit {
 			e(&cfg, &dc)
 		}

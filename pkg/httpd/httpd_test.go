@@ -32,7 +32,7 @@ type service struct {
 func open(t testing.TB, f *registrationtest.Fixture, edit ...func(*httpd.Config, *door.Config)) *service {
 	t.Helper()
 	return &service{f, f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
-		cfg := httpd.Config{Registrar: f.Service, Service: f.Service, Hosts: []string{registrationtest.Host}, Now: f.Now}
+		cfg := httpd.Config{Registrar: f.Registrar(), Service: f.Service, Hosts: []string{registrationtest.Host}, Now: f.Now}
 		dc := door.Config{TLS: door.TLSConfig(cert, "http/1.1")}
 		for _, e := range edit {
 			e(&cfg, &dc)

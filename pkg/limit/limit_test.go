@@ -98,7 +98,7 @@ func TestUnnoticed(t *testing.T) {
 	for name, cfg := range map[string]limit.Config{"on": {PerDevice: 100}, "off": {Off: true}} {
 		t.Run(name, func(t *testing.T) {
 			registrationtest.Doors(t, func(t *testing.T, f *registrationtest.Fixture) func(testing.TB, registrationtest.Device) registrationtest.Conn {
-				l, _ := behind(f.Service, cfg)
+				l, _ := behind(f.Registrar(), cfg)
 				return func(_ testing.TB, d registrationtest.Device) registrationtest.Conn { return conn{l, d} }
 			})
 		})
