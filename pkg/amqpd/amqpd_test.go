@@ -624,7 +624,7 @@ func TestAddresses(t *testing.T) {
 	}
 }
 
-// DPS-D 84, and bodies of every kind.
+// DPS-D 18, 84, and bodies of every kind.
 func TestMessages(t *testing.T) {
 	d := newDoor(t)
 	c := d.connect(t, d.Derived("dev-1"))

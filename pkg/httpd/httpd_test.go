@@ -62,7 +62,7 @@ func (c *conn) over(raw net.Conn, cert *tls.Certificate) {
 	c.r = bufio.NewReader(c.c)
 }
 
-// do sends a request and reads the answer, and checks what holds for every answer (device API, section 10.3).
+// do sends a request and reads the answer, and checks what holds for every answer (device API, section 10.3): DPS-D 60.
 func (c *conn) do(t testing.TB, method, path, body string, header ...string) (*http.Response, []byte) {
 	t.Helper()
 	text := fmt.Sprintf("%s %s HTTP/1.1\r\nHost: %s\r\nContent-Length: %d\r\n", method, path, registrationtest.Host, len(body))

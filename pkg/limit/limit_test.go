@@ -176,7 +176,7 @@ func TestFactory(t *testing.T) {
 	}
 }
 
-// A device beyond its rate gets a ticket; any replica takes it up once there is room, one registration comes of it however
+// DPS-D 28, 102: a device beyond its rate gets a ticket; any replica takes it up once there is room, one registration comes of it however
 // often it is asked for, and another device's ticket is an unknown operation.
 func TestTicket(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

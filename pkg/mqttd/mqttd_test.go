@@ -387,7 +387,7 @@ func TestPipelined(t *testing.T) {
 	}
 }
 
-// Device API, section 6.2: a repeated register does not begin a second operation.
+// DPS-D 28, and section 6.2: a repeated register does not begin a second operation.
 func TestDuplicate(t *testing.T) {
 	d := newDoor(t)
 	c := d.connect(t, d.Derived("dev-1"))
