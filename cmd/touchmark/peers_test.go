@@ -49,6 +49,7 @@ func wrongKey(t *testing.T, stamp string) string {
 }
 
 // Paho, a plain MQTT client, registers devices of every attestation that a password or a certificate can carry.
+// DPS-D 39, 41.
 func TestPaho(t *testing.T) {
 	t.Setenv("TOUCHMARK_PASSPHRASE", "words for a test")
 	dir := t.TempDir()

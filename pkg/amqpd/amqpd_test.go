@@ -29,12 +29,13 @@ import (
 type service struct {
 	*registrationtest.Fixture
 	*registrationtest.Listener
+	over func(testing.TB, *tls.Conn) net.Conn // what AMQP is spoken on; nil for TLS itself
 }
 
 func open(t testing.TB, f *registrationtest.Fixture, edit ...func(*amqpd.Config, *door.Config)) *service {
 	t.Helper()
-	return &service{f, f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
-		cfg, dc := amqpd.Config{Registrar: f.Service, Now: f.Now, ResponseDelay: -1}, door.Config{TLS: door.TLSConfig(cert)}
+	return &service{Fixture: f, Listener: f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
+		cfg, dc := amqpd.Config{Registrar: f.Registrar(), Now: f.Now, ResponseDelay: -1}, door.Config{TLS: door.TLSConfig(cert)}
 		for _, e := range edit {
 			e(&cfg, &dc)
 		}
@@ -49,7 +50,7 @@ func newDoor(t testing.TB, edit ...func(*amqpd.Config, *door.Config)) *service {
 
 // conn is one device's connection, spoken to in frames.
 type conn struct {
-	c      *tls.Conn
+	c      net.Conn
 	r      *bufio.Reader
 	closed bool // the door refused the connection
 	next   uint32
@@ -57,9 +58,15 @@ type conn struct {
 
 func (d *service) dial(t testing.TB, c *tls.Certificate) *conn {
 	t.Helper()
-	tc := d.Dial(t, c)
-	return &conn{c: tc, r: bufio.NewReader(tc)}
+	var nc net.Conn = d.Dial(t, c)
+	if d.over != nil {
+		nc = d.over(t, nc.(*tls.Conn))
+	}
+	return &conn{c: nc, r: bufio.NewReader(nc)}
 }
+
+// end says that nothing more comes.
+func (c *conn) end() { _ = c.c.(*tls.Conn).CloseWrite() }
 
 func (c *conn) write(t testing.TB, b []byte) {
 	t.Helper()
@@ -338,7 +345,7 @@ func (c *conn) Status(t testing.TB, operation, body string) registrationtest.Ans
 	return c.ask(t, status(operation, body))
 }
 
-// DPS-D 1 to 46, and 78, 80, 85, 86 and 87 with them: over PLAIN with a token, and bare with a certificate or nothing.
+// DPS-D 1 to 46, and 78, 80, 84 to 87 with them: over PLAIN with a token, and bare with a certificate or nothing.
 func TestDoor(t *testing.T) {
 	registrationtest.Doors(t, func(t *testing.T, f *registrationtest.Fixture) func(testing.TB, registrationtest.Device) registrationtest.Conn {
 		d := open(t, f)
@@ -442,7 +449,7 @@ func TestSASL(t *testing.T) {
 		if o := expect[*amqp.SASLOutcome](t, c); o.Code != x.code {
 			t.Errorf("%s: outcome %d, want %d", name, o.Code, x.code)
 		} else if o.Code != 0 {
-			_ = c.c.CloseWrite()
+			c.end()
 			c.gone(t, name)
 		}
 	}
@@ -617,7 +624,7 @@ func TestAddresses(t *testing.T) {
 	}
 }
 
-// DPS-D 84, and bodies of every kind.
+// DPS-D 18, 84, and bodies of every kind.
 func TestMessages(t *testing.T) {
 	d := newDoor(t)
 	c := d.connect(t, d.Derived("dev-1"))
@@ -939,10 +946,14 @@ func TestSecond(t *testing.T) {
 	}
 	c.write(t, c.transfer(status(st.OperationID, "iotdps-get-operationstatus"), 1000))
 	expect[*amqp.Disposition](t, c)
-	tr := expect[*amqp.Transfer](t, c)
+	answer := c.read(t)
+	tr, ok := answer.Body.(*amqp.Transfer)
+	if m, err := amqp.DecodeMessage(answer.Payload); !ok || err != nil || tr.Settled == nil || *tr.Settled || !bytes.Contains(m.Data, []byte(`"status":"assigned"`)) {
+		t.Fatalf("%+v %q, %v", answer.Body, answer.Payload, err)
+	}
 	c.send(t, &amqp.Disposition{Role: amqp.Receiver, First: *tr.DeliveryID, State: &amqp.Accepted{}})
 	x := expect[*amqp.Disposition](t, c)
-	if _, ok := x.State.(*amqp.Accepted); !ok || x.Role != amqp.Sender || !x.Settled || x.First != *tr.DeliveryID {
+	if _, ok = x.State.(*amqp.Accepted); !ok || x.Role != amqp.Sender || !x.Settled || x.First != *tr.DeliveryID {
 		t.Errorf("%+v", x)
 	}
 }

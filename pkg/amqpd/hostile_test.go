@@ -273,7 +273,7 @@ func TestHostile(t *testing.T) {
 				t.Errorf("%s: %+v", x.name, e)
 			}
 		case silent:
-			_ = c.c.CloseWrite() // nothing more comes: half a connection is the end of it
+			c.end() // nothing more comes: half a connection is the end of it
 			if b, err := io.ReadAll(c.r); err != nil || len(b) > 0 {
 				t.Errorf("%s: % x, %v", x.name, b, err)
 			}
@@ -288,13 +288,13 @@ func TestHostile(t *testing.T) {
 			if p, err := amqp.ReadHeader(c.r); err != nil || p != want {
 				t.Errorf("%s: header %d, %v", x.name, p, err)
 			}
-			_ = c.c.CloseWrite()
+			c.end()
 			c.gone(t, x.name)
 		case outcome:
 			if o := expect[*amqp.SASLOutcome](t, c); o.Code != amqp.SASLAuth {
 				t.Errorf("%s: outcome %d", x.name, o.Code)
 			}
-			_ = c.c.CloseWrite()
+			c.end()
 			c.gone(t, x.name)
 		default:
 			if x.stage == headers {

@@ -33,11 +33,9 @@ func TestTokenVectors(t *testing.T) {
 			"SharedAccessSignature sr=%s&sig=%s&se=1700000000&skn=registration",
 			"sharedaccesssignature   sr=%s&sig=%s&se=1700000000",
 			"SharedAccessSignature sr=%s&sig=%s&foo=bar&se=1700000000&skn=",
+			"SharedAccessSignature skn=somebody&se=1700000000&sig=%[2]s&sr=%[1]s",
 		} {
-			for _, s := range []string{sig, url.QueryEscape(sig), strings.ToLower(url.QueryEscape("+")) + "", strings.ReplaceAll(sig, "=", "")} {
-				if s == "%2b" {
-					continue
-				}
+			for _, s := range []string{sig, url.QueryEscape(sig), strings.NewReplacer("+", "%2b", "/", "%2f", "=", "%3d").Replace(sig), strings.ReplaceAll(sig, "=", "")} {
 				tok, err := attest.ParseToken(fmt.Sprintf(form, sr, s))
 				if err != nil {
 					t.Errorf("%s: %v", sr, err)
@@ -50,6 +48,19 @@ func TestTokenVectors(t *testing.T) {
 					t.Errorf("%s is for %q", sr, tok.Resource)
 				}
 			}
+		}
+	}
+	// DPS-D 35: a plus is a plus, however it is written, and no space.
+	expiry, sig := 1700000000, ""
+	for ; !strings.Contains(sig, "+"); expiry++ {
+		h := hmac.New(sha256.New, key7)
+		fmt.Fprintf(h, "a\n%d", expiry+1)
+		sig = base64.StdEncoding.EncodeToString(h.Sum(nil))
+	}
+	for plus, ok := range map[string]bool{"+": true, "%2b": true, "%2B": true, "%20": false} {
+		tok, err := attest.ParseToken(fmt.Sprintf("SharedAccessSignature sr=a&sig=%s&se=%d", strings.ReplaceAll(sig, "+", plus), expiry))
+		if (err == nil && tok.SignedBy(key7)) != ok {
+			t.Errorf("a plus written %s: %v", plus, err)
 		}
 	}
 	// DPS-D 33: signed over the decoded resource, written encoded.

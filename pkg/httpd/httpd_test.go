@@ -32,7 +32,7 @@ type service struct {
 func open(t testing.TB, f *registrationtest.Fixture, edit ...func(*httpd.Config, *door.Config)) *service {
 	t.Helper()
 	return &service{f, f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
-		cfg := httpd.Config{Registrar: f.Service, Service: f.Service, Hosts: []string{registrationtest.Host}, Now: f.Now}
+		cfg := httpd.Config{Registrar: f.Registrar(), Service: f.Service, Hosts: []string{registrationtest.Host}, Now: f.Now}
 		dc := door.Config{TLS: door.TLSConfig(cert, "http/1.1")}
 		for _, e := range edit {
 			e(&cfg, &dc)
@@ -62,7 +62,7 @@ func (c *conn) over(raw net.Conn, cert *tls.Certificate) {
 	c.r = bufio.NewReader(c.c)
 }
 
-// do sends a request and reads the answer, and checks what holds for every answer (device API, section 10.3).
+// do sends a request and reads the answer, and checks what holds for every answer (device API, section 10.3): DPS-D 60.
 func (c *conn) do(t testing.TB, method, path, body string, header ...string) (*http.Response, []byte) {
 	t.Helper()
 	text := fmt.Sprintf("%s %s HTTP/1.1\r\nHost: %s\r\nContent-Length: %d\r\n", method, path, registrationtest.Host, len(body))
@@ -140,8 +140,14 @@ func TestRequestsAsSDKsSendThem(t *testing.T) {
 		}
 	}
 	// Some write the port into Host, some no Content-Type and no length.
-	_, _ = io.WriteString(c.c, "GET /x/registrations/y HTTP/1.1\r\nHost: "+registrationtest.Host+":443\r\n\r\n")
+	_, _ = fmt.Fprintf(c.c, "PUT %s HTTP/1.1\r\nHost: %s:443\r\nauthorization: %s\r\n\r\n", c.path("/register"), registrationtest.Host, c.device.Token)
 	res, err := http.ReadResponse(c.r, nil)
+	if err != nil || res.StatusCode != 202 {
+		t.Fatalf("%v, %v", res, err)
+	}
+	_, _ = io.Copy(io.Discard, res.Body)
+	_, _ = io.WriteString(c.c, "GET /x/registrations/y HTTP/1.1\r\nHost: "+registrationtest.Host+":443\r\n\r\n")
+	res, err = http.ReadResponse(c.r, nil)
 	if err != nil || res.StatusCode != 405 || res.Header.Get("Allow") != "POST" {
 		t.Errorf("%v, %v", res, err)
 	}
@@ -324,22 +330,25 @@ func TestSlowCallers(t *testing.T) {
 // DPS-D 47, 95.
 func TestTLS(t *testing.T) {
 	d := newDoor(t)
+	asked := 0
+	authorities := func(c *tls.Config) {
+		c.GetClientCertificate = func(r *tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			if asked++; len(r.AcceptableCAs) != 0 {
+				t.Errorf("%d acceptable authorities", len(r.AcceptableCAs))
+			}
+			return &tls.Certificate{}, nil
+		}
+	}
 	for name, x := range map[string]struct {
 		edit func(*tls.Config)
 		ok   bool
 	}{
-		"1.2 only": {func(c *tls.Config) { c.MaxVersion = tls.VersionTLS12 }, true},
-		"1.3 only": {func(c *tls.Config) { c.MinVersion = tls.VersionTLS13 }, true},
-		"1.1 only": {func(c *tls.Config) { c.MinVersion, c.MaxVersion = tls.VersionTLS10, tls.VersionTLS11 }, false},
-		"no name":  {func(c *tls.Config) { c.ServerName, c.InsecureSkipVerify = "", true }, true},
-		"no list of authorities": {func(c *tls.Config) {
-			c.GetClientCertificate = func(r *tls.CertificateRequestInfo) (*tls.Certificate, error) {
-				if len(r.AcceptableCAs) != 0 {
-					t.Errorf("%d acceptable authorities", len(r.AcceptableCAs))
-				}
-				return &tls.Certificate{}, nil
-			}
-		}, true},
+		"1.2 only":                    {func(c *tls.Config) { c.MaxVersion = tls.VersionTLS12 }, true},
+		"1.3 only":                    {func(c *tls.Config) { c.MinVersion = tls.VersionTLS13 }, true},
+		"1.1 only":                    {func(c *tls.Config) { c.MinVersion, c.MaxVersion = tls.VersionTLS10, tls.VersionTLS11 }, false},
+		"no name":                     {func(c *tls.Config) { c.ServerName, c.InsecureSkipVerify = "", true }, true},
+		"no list of authorities":      {authorities, true},
+		"no list of authorities, 1.2": {func(c *tls.Config) { authorities(c); c.MaxVersion = tls.VersionTLS12 }, true},
 	} {
 		cfg := d.TLS(nil)
 		x.edit(cfg)
@@ -348,8 +357,15 @@ func TestTLS(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 		if err == nil {
+			_, _ = io.WriteString(c, "GET / HTTP/1.1\r\nHost: h\r\n\r\n") // by 1.3 the server's word comes after ours
+			if res, err := http.ReadResponse(bufio.NewReader(c), nil); err != nil || res.StatusCode != 404 {
+				t.Errorf("%s: %v, %v", name, res, err)
+			}
 			_ = c.Close()
 		}
+	}
+	if asked != 2 {
+		t.Errorf("asked for a certificate %d times", asked)
 	}
 }
 

@@ -98,7 +98,7 @@ func TestUnnoticed(t *testing.T) {
 	for name, cfg := range map[string]limit.Config{"on": {PerDevice: 100}, "off": {Off: true}} {
 		t.Run(name, func(t *testing.T) {
 			registrationtest.Doors(t, func(t *testing.T, f *registrationtest.Fixture) func(testing.TB, registrationtest.Device) registrationtest.Conn {
-				l, _ := behind(f.Service, cfg)
+				l, _ := behind(f.Registrar(), cfg)
 				return func(_ testing.TB, d registrationtest.Device) registrationtest.Conn { return conn{l, d} }
 			})
 		})
@@ -176,7 +176,7 @@ func TestFactory(t *testing.T) {
 	}
 }
 
-// A device beyond its rate gets a ticket; any replica takes it up once there is room, one registration comes of it however
+// DPS-D 28, 102: a device beyond its rate gets a ticket; any replica takes it up once there is room, one registration comes of it however
 // often it is asked for, and another device's ticket is an unknown operation.
 func TestTicket(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

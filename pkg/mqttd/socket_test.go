@@ -26,11 +26,11 @@ import (
 func openSocket(t testing.TB, f *registrationtest.Fixture, edit ...func(*mqttd.Config, *door.Config)) *service {
 	t.Helper()
 	d := &service{Fixture: f, Listener: f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
-		cfg, dc := mqttd.Config{Registrar: f.Service, Protocol: "mqtt-ws", Now: f.Now, ResponseDelay: -1}, door.Config{TLS: door.TLSConfig(cert, "http/1.1")}
+		cfg, dc := mqttd.Config{Registrar: f.Registrar(), Protocol: "mqtt-ws", Now: f.Now, ResponseDelay: -1}, door.Config{TLS: door.TLSConfig(cert, "http/1.1")}
 		for _, e := range edit {
 			e(&cfg, &dc)
 		}
-		return httpd.New(httpd.Config{Registrar: f.Service, Service: f.Service, Hosts: []string{registrationtest.Host}, Now: f.Now, Door: door.New(dc),
+		return httpd.New(httpd.Config{Registrar: f.Registrar(), Service: f.Service, Hosts: []string{registrationtest.Host}, Now: f.Now, Door: door.New(dc),
 			Sockets: map[string]door.Handler{"mqtt": mqttd.New(cfg).Handle}}).Serve(ctx, l)
 	})}
 	d.over = func(t testing.TB, c *tls.Conn) net.Conn {

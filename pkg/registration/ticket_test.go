@@ -58,7 +58,7 @@ func TestTicketOperation(t *testing.T) {
 	}
 }
 
-// Whoever is put off would have been served, and as well without the body.
+// Whoever is put off would have been served, and as well without the body. DPS-D 19: a payload of null is none.
 func FuzzDeferrable(f *testing.F) {
 	for _, body := range []string{"", " ", "{}", `{"registrationId":"DEV-1"}` + "\n", `{"registrationId":"dev-2"}`, `{"payload":null}`, `{"payload":{"a":1}}`, `{"PAYLOAD":0}`,
 		`{"payload":1,"payload":null}`, `{"csr":"MIIB"}`, `{"csr":null}`, `{"tpm":{}}`, `{"tpm":null}`, "{", "[]", "null", `{"a":` + strings.Repeat("[", 300), `{"registrationId":1}`} {

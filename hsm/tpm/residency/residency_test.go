@@ -179,9 +179,11 @@ func FuzzParsePublic(f *testing.F) {
 	})
 }
 
-// The registration ID is SHA-256 in base32, lower case, as the device SDKs have it.
+// The registration ID is SHA-256 in base32, lower case, as the device SDKs have it (device API, section 3). DPS-D 55.
 func TestRegistrationID(t *testing.T) {
-	if got := residency.RegistrationID([]byte("abc")); got != "xj4bnp4pahh6uqkbidpf3lrceoyagyndsylxvhfucd7wd4qacwwq" {
-		t.Error(got)
+	for ek, want := range map[string]string{"abc": "xj4bnp4pahh6uqkbidpf3lrceoyagyndsylxvhfucd7wd4qacwwq", "test-ek": "npyd75bywi5m7g7ofqbkgimi52aiumhtpz4yffzxycr2fdozafka"} {
+		if got := residency.RegistrationID([]byte(ek)); got != want {
+			t.Errorf("%s: %s", ek, got)
+		}
 	}
 }

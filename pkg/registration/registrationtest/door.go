@@ -3,12 +3,15 @@ package registrationtest
 import (
 	"bytes"
 	"context"
+	"crypto/hmac"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"net"
+	"net/url"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -45,7 +48,16 @@ type Fixture struct {
 	Own       *attesttest.Holder // the self-signed certificate of the individual enrollment "own-cert"
 
 	Store  registration.Store
+	front  registration.Registrar // what a test puts before Service
 	offset atomic.Int64
+}
+
+// Registrar is what a door is served on.
+func (f *Fixture) Registrar() registration.Registrar {
+	if f.front != nil {
+		return f.front
+	}
+	return f.Service
 }
 
 // Now tells the fixture's time; Advance moves it.
@@ -243,9 +255,11 @@ type Conn interface {
 var (
 	dateForm      = regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{7}Z$`)
 	operationForm = regexp.MustCompile(`^[A-Za-z0-9.-]{1,55}$`)
+	hubForm       = regexp.MustCompile(`^[A-Za-z0-9.-]+$`) // no scheme, no port
+	codeForm      = regexp.MustCompile(`"errorCode":\d{6}[,}]`)
 )
 
-// document decodes an answer and checks what holds for every one: DPS-D 1 to 5, 9, 14, 15, 17, 31.
+// document decodes an answer and checks what holds for every one: DPS-D 1 to 5, 7 to 9, 12 to 15, 17, 31, 56.
 func document(t testing.TB, a Answer) map[string]any {
 	t.Helper()
 	var doc map[string]any
@@ -255,8 +269,11 @@ func document(t testing.TB, a Answer) map[string]any {
 	if bytes.Contains(a.Body, []byte("null")) || bytes.ContainsFunc(a.Body, func(r rune) bool { return r > '~' || r < ' ' }) || bytes.Contains(a.Body, []byte(`\u002`)) {
 		t.Errorf("answer %s has a null, something beyond ASCII or a needless escape", a.Body)
 	}
-	state, _ := doc["registrationState"].(map[string]any)
+	state, hasState := doc["registrationState"].(map[string]any)
 	for _, o := range []map[string]any{doc, state} {
+		if o["errorCode"] != nil && !codeForm.Match(a.Body) {
+			t.Errorf("%s has an error code that is no integer", a.Body)
+		}
 		if o["message"] != nil && o["errorMessage"] != nil || o["code"] != nil && o["errorCode"] != nil {
 			t.Errorf("%s has both names of a member", a.Body)
 		}
@@ -268,7 +285,9 @@ func document(t testing.TB, a Answer) map[string]any {
 	}
 	if a.Status >= 300 {
 		code, _ := doc["errorCode"].(float64)
-		if int(code)/1000 != a.Status || doc["trackingId"] == "" || doc["message"] == "" || doc["timestampUtc"] == nil {
+		tracking, _ := doc["trackingId"].(string)
+		message, _ := doc["message"].(string)
+		if int(code)/1000 != a.Status || tracking == "" || message == "" || doc["timestampUtc"] == nil {
 			t.Errorf("error %d has the document %s", a.Status, a.Body)
 		}
 		if (a.Hint != "") != (a.Status == 429 || a.Status >= 500) {
@@ -284,9 +303,18 @@ func document(t testing.TB, a Answer) map[string]any {
 		if a.Hint != "3" || a.Status != 202 {
 			t.Errorf("an assigning answer is %d with the hint %q", a.Status, a.Hint)
 		}
+		if id, _ := state["registrationId"].(string); hasState && (id == "" || state["status"] != "assigning" || state["deviceId"] != nil || state["assignedHub"] != nil) {
+			t.Errorf("assigning: %s", a.Body)
+		}
 	case "assigned", "failed", "disabled":
-		if a.Hint != "" || a.Status != 200 || state["status"] != doc["status"] {
+		if a.Hint != "" || a.Status != 200 || state["status"] != doc["status"] || state["createdDateTimeUtc"] == nil || state["lastUpdatedDateTimeUtc"] == nil {
 			t.Errorf("answer %d with the hint %q: %s", a.Status, a.Hint, a.Body)
+		}
+		at, _ := state["assignedHub"].(string)
+		id, _ := state["deviceId"].(string)
+		text, _ := state["errorMessage"].(string)
+		if ok := doc["status"] == "assigned"; ok != hubForm.MatchString(at) || ok != (id != "") || (doc["status"] == "failed") != (state["errorCode"] != nil && text != "") {
+			t.Errorf("%s: %s", doc["status"], a.Body)
 		}
 	default:
 		t.Errorf("status %v", doc["status"])
@@ -315,7 +343,7 @@ func register(t testing.TB, c Conn, body string) (operation string, state map[st
 func assigned(t testing.TB, c Conn, id string) map[string]any {
 	t.Helper()
 	_, state := register(t, c, `{"registrationId":"`+id+`"}`)
-	if state["status"] != "assigned" || state["assignedHub"] != hub || state["deviceId"] != id || state["registrationId"] != id || state["etag"] == "" { // DPS-D 8
+	if state["status"] != "assigned" || state["assignedHub"] != hub || state["deviceId"] != id || state["registrationId"] != id || state["etag"] == nil { // DPS-D 8
 		t.Fatalf("%s: %v", id, state)
 	}
 	return state
@@ -339,6 +367,46 @@ func refusedWith(t testing.TB, a Answer, status int, why string) {
 	if doc := document(t, a); status == 401 && (doc["errorCode"] != 401002.0 || doc["message"] != "Unauthorized") {
 		t.Errorf("%s: %s", why, a.Body)
 	}
+}
+
+// slow is a service that has no room for a while: it answers that it is still assigning, or refuses, until it is ready. Then its
+// assignments have a payload.
+type slow struct {
+	registration.Registrar
+	body   atomic.Value // of the last registration
+	refuse atomic.Int64
+	ready  atomic.Bool
+}
+
+func (s *slow) refusal() error {
+	if code := dps.Code(s.refuse.Load()); code != 0 {
+		return dps.NewError(code, "Not now", nil)
+	}
+	return nil
+}
+
+func (s *slow) Register(ctx context.Context, req *registration.Request) (*dps.OperationStatus, error) {
+	s.body.Store(string(req.Body))
+	if err := s.refusal(); err != nil {
+		return nil, err
+	}
+	return s.Registrar.Register(ctx, req)
+}
+
+func (s *slow) Status(ctx context.Context, req *registration.Request, operation string) (*dps.OperationStatus, error) {
+	if err := s.refusal(); err != nil {
+		return nil, err
+	}
+	st, err := s.Registrar.Status(ctx, req, operation)
+	if err != nil {
+		return nil, err
+	}
+	if !s.ready.Load() {
+		return &dps.OperationStatus{OperationID: operation, Status: dps.Assigning, RegistrationState: &dps.RegistrationState{RegistrationID: req.RegistrationID, Status: dps.Assigning}}, nil
+	}
+	state := *st.RegistrationState
+	state.Payload = json.RawMessage(`{"n":"ä","h":"<a&b>"}`)
+	return &dps.OperationStatus{OperationID: operation, Status: st.Status, RegistrationState: &state}, nil
 }
 
 // Doors is the contract of a door as a test suite: what a device reads is the same whatever way it came. Serve starts a
@@ -367,8 +435,95 @@ func Doors(t *testing.T, serve func(*testing.T, *Fixture) func(testing.TB, Devic
 			t.Errorf("again: %v", again)
 		}
 		op, _ := register(t, c, `{"registrationId":"dev-1","payload":null}`)
-		if a, b := c.Status(t, op, ""), c.Status(t, op, ""); !bytes.Equal(a.Body, b.Body) {
-			t.Errorf("the same operation, told twice:\n%s\n%s", a.Body, b.Body)
+		told := c.Status(t, op, "")
+		f.Advance(time.Minute)
+		for _, c := range []Conn{c, dial(t, f.Derived("dev-1"))} {
+			if a := c.Status(t, op, "{}"); !bytes.Equal(a.Body, told.Body) {
+				t.Errorf("the same operation, told again:\n%s\n%s", told.Body, a.Body)
+			}
+		}
+		// By the group's other key, and under another name in the hub.
+		assigned(t, dial(t, f.ByKey("dev-2", attest.DeriveKey(bytes.Repeat([]byte("s"), 32), "dev-2"))), "dev-2")
+		f.PutDocument(t, registration.Individual, "own-key", dps.IndividualEnrollment{RegistrationID: "own-key", DeviceID: "Pump-7", Enrollment: Symmetric(f.OwnKey, f.OtherKey)})
+		if _, s := register(t, dial(t, f.ByKey("own-key", f.OwnKey)), ""); s["deviceId"] != "Pump-7" || s["assignedHub"] != hub {
+			t.Errorf("a device ID of its own: %v", s)
+		}
+	})
+	t.Run("tokens", func(t *testing.T) { // DPS-D 32 to 35, 40: as every SDK writes them, and as hands do
+		f, dial := start(t, hub)
+		key := attest.DeriveKey(f.GroupKey, "Dev-1")
+		sign := func(over string, se int64) string {
+			h := hmac.New(sha256.New, key)
+			fmt.Fprintf(h, "%s\n%d", over, se)
+			return base64.StdEncoding.EncodeToString(h.Sum(nil))
+		}
+		device := func(token string) Device {
+			return Device{Scope: Scope, ID: "Dev-1", APIVersion: apiVersion, Token: "SharedAccessSignature " + token}
+		}
+		raw := Scope + "/registrations/Dev-1"
+		upper := url.QueryEscape(raw)
+		lower := strings.ReplaceAll(upper, "%2F", "%2f")
+		plus := f.Now().Add(time.Hour).Unix() // till when a signature has a plus, a slash and padding
+		for sig := ""; !strings.Contains(sig, "+") || !strings.Contains(sig, "/"); sig = sign(upper, plus) {
+			plus++
+		}
+		bare := sign(upper, plus)
+		for why, token := range map[string]string{
+			"raw":               "sr=" + raw + "&sig=" + url.QueryEscape(sign(raw, plus)) + "&skn=registration&se=" + fmt.Sprint(plus),
+			"encoded":           "sr=" + upper + "&sig=" + url.QueryEscape(bare) + "&se=" + fmt.Sprint(plus),
+			"encoded by C":      "sr=" + lower + "&sig=" + url.QueryEscape(sign(lower, plus)) + "&se=" + fmt.Sprint(plus) + "&skn=",
+			"lower case":        "sr=" + strings.ToLower(upper) + "&sig=" + url.QueryEscape(sign(strings.ToLower(upper), plus)) + "&se=" + fmt.Sprint(plus) + "&skn=registration",
+			"in another order":  "skn=somebody&se=" + fmt.Sprint(plus) + "&sig=" + url.QueryEscape(bare) + "&sr=" + upper,
+			"escapes of C":      "sr=" + upper + "&sig=" + strings.NewReplacer("+", "%2b", "/", "%2f", "=", "%3d").Replace(bare) + "&se=" + fmt.Sprint(plus),
+			"by hand, bare":     "sr=" + upper + "&sig=" + bare + "&se=" + fmt.Sprint(plus),
+			"by hand, a plus":   "sr=" + upper + "&sig=" + strings.NewReplacer("/", "%2F", "=", "%3D").Replace(bare) + "&se=" + fmt.Sprint(plus),
+			"capitals in scope": "sr=" + strings.ToUpper(raw) + "&sig=" + url.QueryEscape(sign(strings.ToUpper(raw), plus)) + "&se=" + fmt.Sprint(plus),
+		} {
+			if a := dial(t, device(token)).Register(t, ""); a.Status != 202 {
+				t.Errorf("%s: %d %s", why, a.Status, a.Body)
+			}
+		}
+		for why, token := range map[string]string{
+			"signed decoded, written encoded": "sr=" + upper + "&sig=" + url.QueryEscape(sign(raw, plus)) + "&se=" + fmt.Sprint(plus),
+			"signed encoded, written decoded": "sr=" + raw + "&sig=" + url.QueryEscape(bare) + "&se=" + fmt.Sprint(plus),
+			"a plus become a space":           "sr=" + upper + "&sig=" + strings.ReplaceAll(bare, "+", "%20") + "&se=" + fmt.Sprint(plus),
+		} {
+			refused(t, dial(t, device(token)), why)
+		}
+	})
+	t.Run("later", func(t *testing.T) { // DPS-D 3, 4, 7, 19, 28, 31, 56, 60, 102
+		f := NewFixture(t, hub)
+		slow := &slow{Registrar: f.Service}
+		f.front = slow
+		c := serve(t, f)(t, f.Derived("dev-1"))
+		// What the device sends is what is judged, octet by octet.
+		for _, body := range []string{`{"registrationId":"dev-1","payload":"{\"a\":\"\u00e4\"}"}`, `{"registrationId":"dev-1","payload":{"n":"ä","b":[1.50,null]}}` + "\n"} {
+			if a := c.Register(t, body); a.Status != 202 || slow.body.Load() != body {
+				t.Errorf("%d, %s arrives as %s", a.Status, body, slow.body.Load())
+			}
+		}
+		a := c.Register(t, "")
+		op := document(t, a)["operationId"].(string)
+		for i := range 12 { // for longer than half a minute, at the client's pace
+			a = c.Status(t, op, "")
+			doc := document(t, a)
+			if state, _ := doc["registrationState"].(map[string]any); a.Status != 202 || doc["operationId"] != op || state["registrationId"] != "dev-1" {
+				t.Fatalf("poll %d: %d %s", i, a.Status, a.Body)
+			}
+		}
+		for _, code := range []dps.Code{dps.CodeThrottled, dps.CodeInternal, dps.CodeServiceOverloaded} {
+			slow.refuse.Store(int64(code))
+			refusedWith(t, c.Status(t, op, ""), code.Status(), "while it waits")
+			refusedWith(t, c.Register(t, ""), code.Status(), "registering")
+		}
+		slow.refuse.Store(0)
+		slow.ready.Store(true)
+		a = c.Status(t, op, "")
+		if document(t, a); a.Status != 200 || !bytes.Contains(a.Body, []byte(`"payload":{"n":"\u00e4","h":"<a&b>"}`)) {
+			t.Errorf("%d %s", a.Status, a.Body)
+		}
+		if again := c.Status(t, op, ""); !bytes.Equal(again.Body, a.Body) {
+			t.Errorf("told again: %s, %s", a.Body, again.Body)
 		}
 	})
 	t.Run("certificates", func(t *testing.T) { // DPS-D 10, 41, 42, 43
