@@ -465,7 +465,7 @@ func TestKeepAlive(t *testing.T) {
 		return c
 	}
 	start := time.Now()
-	quiet, strict, pinging := d.connect(t, dev), connect(10), connect(10)
+	quiet, strict, pinging := d.connect(t, dev), connect(10), connect(20)
 	cut := make(chan time.Duration, 1)
 	go func() {
 		_, err := strict.r.ReadByte()
@@ -474,8 +474,8 @@ func TestKeepAlive(t *testing.T) {
 		}
 		close(cut)
 	}()
-	for range 6 {
-		time.Sleep(10 * second)
+	for range 12 {
+		time.Sleep(5 * second)
 		pinging.write(t, []byte{0xc0, 0})
 		pinging.read(t, mqtt.Pingresp)
 	}
