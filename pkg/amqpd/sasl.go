@@ -152,6 +152,7 @@ func (c *conn) tpm(ctx context.Context, response []byte) error {
 	if err != nil {
 		return err
 	}
+	c.req.Proof.TPM = req.Proof.TPM // which storage root key the key for the hub is to be wrapped for
 	return c.token(token)
 }
 

@@ -406,6 +406,9 @@ func (c *call) hash() {
 	for _, cert := range c.req.Proof.Certificates {
 		part(cert.Raw)
 	}
+	if c.req.Proof.Token == "" && len(c.req.Proof.Certificates) == 0 {
+		part(c.req.Body) // it may hold the keys of a TPM
+	}
 	h.Sum(c.proof[:0])
 }
 

@@ -19,7 +19,10 @@ const (
 	// challengeTime is for how long a TPM can prove itself with what it was challenged with. The tokens of TPM clients are good for an
 	// hour, and clocks differ (device API, section 8.1).
 	challengeTime = time.Hour + 2*attest.Skew
-	// previousTime is for how long the challenge before counts as well: a request that the network repeated is a challenge too.
+	// sameTime is for how long whoever asks for a TPM with that endorsement key is challenged with the same key, and previousTime for
+	// how long the one before counts after that: requests are repeated by the network, and by strangers who have read the public key
+	// and cannot open a challenge. Neither must spoil the registration of the TPM that can.
+	sameTime     = 10 * time.Minute
 	previousTime = 5 * time.Minute
 	// deviceKeySize is the size of the keys that TPMs are handed, in octets (device API, section 9.4).
 	deviceKeySize = 32
@@ -58,12 +61,8 @@ func (s *Service) challenged(ctx context.Context, req *Request, tpm *dps.TPMAtte
 	if tpm == nil || !errors.As(err, &e) || e.Code != dps.CodeUnauthorized {
 		return err
 	}
-	keys := &attest.TPMKeys{}
-	var cause error
-	if keys.EK, cause = base64.StdEncoding.DecodeString(tpm.EndorsementKey); cause == nil {
-		keys.SRK, cause = base64.StdEncoding.DecodeString(tpm.StorageRootKey)
-	}
-	if cause != nil {
+	keys := tpmKeys(tpm)
+	if keys == nil {
 		return s.logged(req, "challenge", refuse(errors.New("the TPM's keys are not base64")))
 	}
 	blob, cause := s.challenge(ctx, req, keys)
@@ -74,6 +73,16 @@ func (s *Service) challenged(ctx context.Context, req *Request, tpm *dps.TPMAtte
 	return &Challenge{Blob: blob, Refusal: e}
 }
 
+// tpmKeys decodes the keys of a request; nil when they are not base64.
+func tpmKeys(tpm *dps.TPMAttestation) *attest.TPMKeys {
+	ek, err := base64.StdEncoding.DecodeString(tpm.EndorsementKey)
+	srk, err2 := base64.StdEncoding.DecodeString(tpm.StorageRootKey)
+	if err != nil || err2 != nil {
+		return nil
+	}
+	return &attest.TPMKeys{EK: ek, SRK: srk}
+}
+
 // challenge makes a fresh key for a TPM that is enrolled, keeps it, and wraps it for the TPM (device API, section 9.2). Whoever is
 // not enrolled with this endorsement key waits as long for the refusal, but for the write, which is not made on the word of
 // strangers: how long it took does not tell whether there is an enrollment for another TPM. The blob comes beside such a refusal.
@@ -82,18 +91,14 @@ func (s *Service) challenge(ctx context.Context, req *Request, keys *attest.TPMK
 	if err != nil {
 		return nil, refuse(err)
 	}
-	key := make([]byte, deviceKeySize)
-	_, _ = rand.Read(key) // crypto/rand.Read never fails
-	defer clear(key)
-	blob, err := attest.Activation(keys, key)
-	if errors.Is(err, attest.ErrTPMKey) {
-		return nil, refuse(err)
-	}
-	if err != nil {
-		return nil, err
-	}
+	fresh := make([]byte, deviceKeySize)
+	_, _ = rand.Read(fresh) // crypto/rand.Read never fails
+	defer clear(fresh)
 	id := dps.Fold(req.RegistrationID)
-	err = s.cfg.Store.View(ctx, func(tx Tx) error {
+	var c *PendingChallenge
+	var root []byte // the storage root key of the enrollment, if it names one
+	refused := s.cfg.Store.View(ctx, func(tx Tx) error {
+		c, root = nil, nil
 		r, err := found(tx.Record(s.scope, Individual, id))
 		if err != nil {
 			return err
@@ -109,6 +114,9 @@ func (s *Service) challenge(ctx context.Context, req *Request, keys *attest.TPMK
 		if err != nil {
 			return err
 		}
+		if enrolled != "" {
+			root, _ = base64.StdEncoding.DecodeString(e.Attestation.TPM.StorageRootKey) // checked when it was enrolled
+		}
 		if enrolled != hash {
 			return refuse(errors.New("the enrollment is not for this endorsement key"))
 		}
@@ -117,25 +125,70 @@ func (s *Service) challenge(ctx context.Context, req *Request, keys *attest.TPMK
 		}
 		ended, err := tx.KeyEnded(s.scope, hash)
 		if err == nil && ended {
-			err = refuse(errors.New("its endorsement key belonged to an identity that ended"))
+			return refuse(errors.New("its endorsement key belonged to an identity that ended"))
+		}
+		if err == nil {
+			c, err = s.pending(tx, id, hash)
 		}
 		return err
 	})
-	if err != nil {
-		return blob, err
+	if refused != nil && dps.AsError(refused).Code != dps.CodeUnauthorized {
+		return nil, refused
 	}
-	return blob, s.cfg.Store.Update(ctx, func(tx Tx) error {
-		now := s.cfg.Now()
-		c := &PendingChallenge{ID: id, EKHash: hash, Begun: now, Expires: now.Add(challengeTime), Wrapped: Wrapped{*keys, key}}
-		before, err := found(tx.Challenge(s.scope, id))
+	key := fresh
+	if c != nil {
+		key = c.Key
+	}
+	blob, err := attest.Activation(keys, key)
+	if errors.Is(err, attest.ErrTPMKey) {
+		return nil, refuse(err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	enrolled := func(c *PendingChallenge) bool { return bytes.Equal(keys.SRK, root) && !bytes.Equal(c.Keys.SRK, root) }
+	if refused == nil && (c == nil || enrolled(c)) {
+		err := s.cfg.Store.Update(ctx, func(tx Tx) (err error) {
+			now := s.cfg.Now()
+			before, err := s.pending(tx, id, hash)
+			if err != nil {
+				return err
+			}
+			if before != nil { // the same key, for the storage root key that was named first, unless this is the enrolled one
+				if c = before; !enrolled(c) {
+					return nil
+				}
+				c.Keys = *keys
+				return tx.PutChallenge(s.scope, c, now)
+			}
+			c = &PendingChallenge{ID: id, EKHash: hash, Begun: now, Expires: now.Add(challengeTime), Wrapped: Wrapped{*keys, fresh}}
+			if before, err = found(tx.Challenge(s.scope, id)); err != nil {
+				return err
+			}
+			if before != nil && before.EKHash == hash && now.Before(before.Expires) {
+				c.Previous = &before.Wrapped
+			}
+			return tx.PutChallenge(s.scope, c, now)
+		})
 		if err != nil {
-			return err
+			return nil, err
 		}
-		if before != nil && before.EKHash == hash && now.Before(before.Expires) {
-			c.Previous = &before.Wrapped
+	}
+	if c != nil && !bytes.Equal(c.Key, key) { // another request was first
+		if blob, err = attest.Activation(keys, c.Key); err != nil {
+			return nil, err
 		}
-		return tx.PutChallenge(s.scope, c, now)
-	})
+	}
+	return blob, refused
+}
+
+// pending returns the challenge of a TPM that is young enough to be made again, or nil.
+func (s *Service) pending(tx Tx, id, hash string) (*PendingChallenge, error) {
+	c, err := found(tx.Challenge(s.scope, id))
+	if c == nil || err != nil || c.EKHash != hash || s.cfg.Now().Sub(c.Begun) >= sameTime {
+		return nil, err
+	}
+	return c, nil
 }
 
 // endorsement returns the hash of the endorsement key that an enrollment is for; empty where it does not attest by TPM.
@@ -177,6 +230,12 @@ func (s *Service) proveTPM(tx Tx, v *verdict, e *dps.IndividualEnrollment, req *
 		return refuse(attest.ErrSignature)
 	}
 	v.key = hash
+	// Strangers may have named other storage root keys for the same challenge: what the device says with its proof counts.
+	if t := req.Proof.TPM; t != nil {
+		if h, err := attest.EKHash(t.EK); err == nil && h == hash {
+			v.tpm = t
+		}
+	}
 	return nil
 }
 
@@ -193,6 +252,9 @@ func handKey(v *verdict, before, after *Registration) error {
 		after.DeviceKey = make([]byte, deviceKeySize)
 		_, _ = rand.Read(after.DeviceKey)
 		blob, err := attest.Activation(v.tpm, after.DeviceKey)
+		if errors.Is(err, attest.ErrTPMKey) {
+			return refuse(err)
+		}
 		if err != nil {
 			return err
 		}

@@ -182,6 +182,7 @@ func TestTPM(t *testing.T) {
 	// The TPM has the hub's key now, and proves nothing here with it, until it is challenged again.
 	_, err = one.Register(t.Context(), d.request(d.token(time.Hour), false))
 	refusedTPM(t, "with the hub's key", err)
+	f.Advance(time.Second) // another token
 	fresh := d.state(one, d.request(d.prove(two), true))
 	if err := d.Activate(t.Context(), fresh.TPM.AuthenticationKey); err != nil || bytes.Equal(d.deviceKey(), key) || !d.has(d.deviceKey()) {
 		t.Errorf("the next registration's key: %v", err)
@@ -269,17 +270,33 @@ func TestTPMChallenges(t *testing.T) {
 	if bytes.Equal(third, fourth) {
 		t.Error("the same challenge again")
 	}
-	d.challenged(challenge(d, first)) // two challenges ago: a fresh one
-	d.challenged(challenge(d, second))
+	// The network repeats it, and strangers ask for challenges who know the endorsement key, with storage root keys of their own: the
+	// device's token is good whatever they do, and the hub's key is for its storage root key.
 	token := d.prove(s)
-	d.challenged(challenge(d, "")) // the network repeats it
-	if st := d.state(s, d.request(token, false)); st.Status != dps.Assigned {
+	for range 5 {
+		d.challenged(challenge(d, ""))
+		stranger := newTPMDevice(t, f, d.id, nil)
+		stranger.tpm.EndorsementKey = d.tpm.EndorsementKey
+		stranger.challenged(challenge(stranger, ""))
+	}
+	for _, early := range []string{first, second, token} {
+		if st := d.state(s, d.request(early, true)); st.Status != dps.Assigned || d.Activate(t.Context(), st.TPM.AuthenticationKey) != nil {
+			t.Errorf("after other challenges: %+v", st)
+		}
+	}
+	// Later it is another key; the one before counts for a while.
+	d.prove(s)
+	f.Advance(11 * time.Minute)
+	late := d.token(2 * time.Hour)
+	d.challenged(challenge(d, ""))
+	if st := d.state(s, d.request(late, true)); st.Status != dps.Assigned {
 		t.Errorf("with the challenge before: %+v", st)
 	}
 	f.Advance(6 * time.Minute)
-	late := d.token(2 * time.Hour)
+	d.prove(s)
 	_, err = s.Register(t.Context(), d.request(late, false))
 	refusedTPM(t, "the challenge before, long ago", err)
+	f.Advance(11 * time.Minute)
 
 	token = d.prove(s)
 	f.Advance(59 * time.Minute)
@@ -295,7 +312,7 @@ func TestTPMChallenges(t *testing.T) {
 
 	// Another storage root key is another challenge. A stranger's does not get in the way of the one who has the endorsement key.
 	cleared := newTPMDevice(t, f, d.id, ek)
-	if st := cleared.state(s, cleared.request(cleared.prove(s), false)); st.Status != dps.Assigned || cleared.Activate(t.Context(), st.TPM.AuthenticationKey) != nil {
+	if st := cleared.state(s, cleared.request(cleared.prove(s), true)); st.Status != dps.Assigned || cleared.Activate(t.Context(), st.TPM.AuthenticationKey) != nil {
 		t.Errorf("another storage root key: %+v", st)
 	}
 	token = d.prove(s)
@@ -304,7 +321,7 @@ func TestTPMChallenges(t *testing.T) {
 	if err := stranger.Activate(t.Context(), stranger.challenged(challenge(stranger, ""))); err == nil {
 		t.Error("somebody opened a challenge for another's endorsement key")
 	}
-	if st := d.state(s, d.request(token, false)); st.Status != dps.Assigned || d.Activate(t.Context(), st.TPM.AuthenticationKey) != nil {
+	if st := d.state(s, d.request(token, true)); st.Status != dps.Assigned || d.Activate(t.Context(), st.TPM.AuthenticationKey) != nil {
 		t.Errorf("after a stranger's challenge: %+v", st)
 	}
 

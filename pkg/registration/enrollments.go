@@ -416,6 +416,9 @@ func (s *Service) AttestationMechanism(ctx context.Context, kind Kind, id string
 // DeleteEnrollment removes an enrollment or a group. An individual enrollment takes its registration with it; a group's
 // devices keep theirs.
 func (s *Service) DeleteEnrollment(ctx context.Context, kind Kind, id, ifMatch string) error {
+	if kind == Individual {
+		defer s.recent.forget(dps.Fold(id)) // its registration goes with it
+	}
 	return s.cfg.Store.Update(ctx, func(tx Tx) error {
 		r, err := tx.Record(s.scope, kind, dps.Fold(id))
 		if errors.Is(err, ErrNotFound) {

@@ -46,7 +46,7 @@ func (recall) GroupsByCA(string, [32]byte, []byte, int) ([]*Record, error) {
 
 func (r recall) Registration(_, id string) (*Registration, error) {
 	if known := r.s.recent.get(id); known != nil {
-		return known, nil
+		return &Registration{ID: id, Group: known.group}, nil
 	}
 	return nil, ErrNotFound
 }
@@ -82,16 +82,20 @@ func (s *Service) registerForeseen(ctx context.Context, req *Request, body *dps.
 		if err != nil {
 			return err
 		}
-		if op = before.operation(req.Operation); op != nil && bytes.Equal(op.Proof, proof) {
+		if op = before.operation(req.Operation); s.began(op, proof) {
 			return nil
 		}
 		if err := s.known(tx, req, &v); err != nil || v.disabled {
 			return errors.Join(err, errUnforeseen)
 		}
+		if op != nil {
+			return nil
+		}
 		if op = s.repeated(req, &v, before, proof, nil, nil); op != nil {
 			return nil
 		}
 		after = s.decide(req, body, &v, before, proof, nil)
+		after.keepAssignment(before)
 		op = &after.Operations[0]
 		if err := tx.PutRegistration(s.scope, after); err != nil || after.State.Status != dps.Assigned {
 			return err
@@ -104,20 +108,26 @@ func (s *Service) registerForeseen(ctx context.Context, req *Request, body *dps.
 	return op, after, err
 }
 
-// recentTime is for how long a registration is remembered, and maxRecent how many are, twice.
+// recentTime is for how long an operation is answered for from memory, and maxRecent how many are remembered, twice.
 const (
-	recentTime = time.Minute
+	recentTime = 10 * time.Second
 	maxRecent  = 4096
 )
 
-// recent remembers the registrations that were written last: devices ask what became of them seconds later. What an operation
-// came to does not change, so it does not matter who writes meanwhile.
+// recent remembers the registrations that were written last: devices ask what became of them seconds later, and come in by the
+// same group again. What an operation came to does not change. Whoever deletes a registration at another replica waits for
+// recentTime until it is gone here.
 type recent struct {
 	mu       sync.Mutex
-	now, old map[string]*Registration // filled one after the other; the older one goes when the newer one is full
+	now, old map[string]*recentRegistration // by folded ID, filled one after the other; the older one goes when the newer one is full
 }
 
-func (r *recent) get(id string) *Registration {
+type recentRegistration struct {
+	group string
+	op    Operation
+}
+
+func (r *recent) get(id string) *recentRegistration {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if g := r.now[id]; g != nil {
@@ -126,13 +136,13 @@ func (r *recent) get(id string) *Registration {
 	return r.old[id]
 }
 
-func (r *recent) put(g *Registration) {
+func (r *recent) put(id string, g *recentRegistration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.now == nil || len(r.now) >= maxRecent {
-		r.now, r.old = make(map[string]*Registration), r.now
+		r.now, r.old = make(map[string]*recentRegistration), r.now
 	}
-	r.now[g.ID] = g
+	r.now[id] = g
 }
 
 func (r *recent) forget(id string) {
@@ -142,13 +152,13 @@ func (r *recent) forget(id string) {
 	delete(r.old, id)
 }
 
-// recentOperation returns an operation that came to its end a short while ago, when this very proof began it; else nil.
+// recentOperation returns an operation that came to its end a moment ago, when this very proof began it; else nil.
 func (s *Service) recentOperation(req *Request, id string) *Operation {
-	op := s.recent.get(dps.Fold(req.RegistrationID)).operation(id)
-	if op == nil || !op.State.Status.Terminal() || s.cfg.Now().Sub(op.Started) > recentTime || !bytes.Equal(op.Proof, fingerprint(req)) {
+	g := s.recent.get(dps.Fold(req.RegistrationID))
+	if g == nil || g.op.ID != id || !g.op.State.Status.Terminal() || s.cfg.Now().Sub(g.op.Started) > recentTime || !bytes.Equal(g.op.Proof, fingerprint(req)) {
 		return nil
 	}
-	return op
+	return &g.op
 }
 
 // credentials reads what a device proves itself with, as far as that says something by itself: the token, or nil for a

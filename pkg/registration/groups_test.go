@@ -353,7 +353,7 @@ func TestSearch(t *testing.T) {
 		}
 	}
 	registers("for the first time", device("dev-1", keys[299]), "k-299", 2) // a view, the search, and a view
-	registers("again", device("dev-1", keys[299]), "k-299", 0) // it is remembered
+	registers("again", device("dev-1", keys[299]), "k-299", 0)              // it is remembered
 	registers("in capitals", device("DEV-1", keys[299]), "k-299", 0)
 	registers("signed in small letters", func() *registration.Request {
 		r := device("DEV-1", keys[299])

@@ -348,3 +348,64 @@ func TestGroupKey(t *testing.T) {
 		t.Error("a group by certificate gave a key")
 	}
 }
+
+// A device that was disabled for a while, or whose registration failed, is still its hub's, by the name that it has there.
+func TestAssignmentOutlivesRefusals(t *testing.T) {
+	f := registrationtest.NewFixture(t, "a.example")
+	never := func(status dps.ProvisioningStatus) {
+		e := registrationtest.Symmetric(f.OwnKey, nil)
+		e.ReprovisionPolicy, e.ProvisioningStatus = &dps.ReprovisionPolicy{}, status
+		f.Put(t, registration.Individual, "own-key", e)
+	}
+	register := func(s *registration.Service, id string) *dps.RegistrationState {
+		t.Helper()
+		d := f.ByKey(id, f.OwnKey)
+		req := &registration.Request{IDScope: d.Scope, RegistrationID: id, APIVersion: d.APIVersion, Proof: attest.Proof{Token: d.Token}}
+		op, err := s.Register(t.Context(), req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		st, err := s.Status(t.Context(), req, op.OperationID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return st.RegistrationState
+	}
+	never(dps.EnrollmentEnabled)
+	register(f.Service, "own-key")
+	never(dps.EnrollmentDisabled)
+	if st := register(f.Service, "own-key"); st.Status != dps.Disabled || st.AssignedHub != "" {
+		t.Errorf("%+v", st)
+	}
+	never(dps.EnrollmentEnabled)
+	st := register(f.Replica("b.example"), "OWN-KEY") // the hub is not linked any more: it may never leave it
+	if st.Status != dps.Assigned || st.AssignedHub != "a.example" || st.DeviceID != "own-key" || st.Substatus != dps.ReprovisionedToInitialAssignment {
+		t.Errorf("%+v", st)
+	}
+}
+
+// One ticket is one operation, whatever tokens the device comes with.
+func TestTicketAgain(t *testing.T) {
+	f := registrationtest.NewFixture(t, "a.example")
+	ticket := registration.NewTicket(registrationtest.Scope, "dev-1")
+	var first string
+	for range 4 {
+		f.Advance(time.Second)
+		d := f.Derived("dev-1")
+		req := &registration.Request{IDScope: d.Scope, RegistrationID: d.ID, APIVersion: d.APIVersion, Operation: ticket, Proof: attest.Proof{Token: d.Token}}
+		op, err := f.Service.Register(t.Context(), req)
+		if err != nil || op.OperationID != ticket {
+			t.Fatalf("%+v, %v", op, err)
+		}
+		st, err := f.Service.Status(t.Context(), req, ticket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if first == "" {
+			first = st.RegistrationState.ETag
+		}
+		if st.RegistrationState.ETag != first || st.RegistrationState.Substatus != dps.InitialAssignment {
+			t.Errorf("%+v", st.RegistrationState)
+		}
+	}
+}

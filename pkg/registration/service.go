@@ -125,6 +125,11 @@ func (s *Service) Register(ctx context.Context, req *Request) (*dps.OperationSta
 	if body.TPM != nil && req.Proof.Token == "" && len(req.Proof.Certificates) == 0 {
 		return nil, s.challenged(ctx, req, body.TPM, refuse(errors.New("the TPM has yet to prove itself")))
 	}
+	if body.TPM != nil {
+		r := *req
+		r.Proof.TPM = tpmKeys(body.TPM)
+		req = &r
+	}
 	answer, err := s.registerShared(ctx, req, body)
 	return answer, s.challenged(ctx, req, body.TPM, err)
 }
@@ -132,7 +137,7 @@ func (s *Service) Register(ctx context.Context, req *Request) (*dps.OperationSta
 // registerShared registers a device, or waits for the answer to the same request.
 func (s *Service) registerShared(ctx context.Context, req *Request, body *dps.RegisterRequest) (*dps.OperationStatus, error) {
 	proof := fingerprint(req)
-	key := fmt.Sprintf("%s\x00%s\x00%s\x00%s\x00%t", dps.Fold(req.RegistrationID), proof, req.Operation, csrHash(body), s.atOnce(req))
+	key := fmt.Sprintf("%s\x00%s\x00%s\x00%s\x00%s\x00%t", dps.Fold(req.RegistrationID), req.APIVersion, proof, req.Operation, csrHash(body), s.atOnce(req))
 	s.mu.Lock()
 	if f := s.inFlight[key]; f != nil {
 		s.mu.Unlock()
@@ -183,8 +188,8 @@ func (s *Service) register(ctx context.Context, req *Request, body *dps.Register
 			if before, err = found(tx.Registration(s.scope, id)); err != nil {
 				return err
 			}
-			if begun = before.operation(req.Operation); begun != nil && bytes.Equal(begun.Proof, proof) {
-				return nil // judged when it began; see Status
+			if begun = before.operation(req.Operation); s.began(begun, proof) {
+				return nil
 			}
 			v, err = s.judge(tx, req)
 			return err
@@ -210,6 +215,7 @@ func (s *Service) register(ctx context.Context, req *Request, body *dps.Register
 		if want != nil && after.State.Status == dps.Assigned {
 			cert, err = s.certify(ctx, after, want)
 		}
+		after.keepAssignment(before)
 		if err == nil {
 			err = s.cfg.Store.Update(ctx, func(tx Tx) error {
 				if err := s.stillHolds(tx, id, v); err != nil {
@@ -245,7 +251,9 @@ func (s *Service) wrote(req *Request, v *verdict, after *Registration) {
 	if after == nil {
 		return
 	}
-	s.recent.put(after)
+	if after.Issued == nil { // chains are long
+		s.recent.put(after.ID, &recentRegistration{after.Group, after.Operations[0]})
+	}
 	s.cfg.Log.Info("registration", "registrationId", req.RegistrationID, "status", after.State.Status, "substatus", after.State.Substatus,
 		"hub", after.State.AssignedHub, "group", v.group, "protocol", req.Protocol, "remote", req.Remote, "operationId", after.Operations[0].ID)
 }
@@ -339,8 +347,8 @@ func (s *Service) decide(req *Request, body *dps.RegisterRequest, v *verdict, be
 		st.Status, st.AssignedHub, st.DeviceID = dps.Assigned, hub, v.deviceID
 		if st.DeviceID == "" {
 			st.DeviceID = req.RegistrationID
-			if before != nil && dps.Fold(before.State.DeviceID) == dps.Fold(req.RegistrationID) {
-				st.DeviceID = before.State.DeviceID // hubs tell device IDs apart by case; the device keeps its first one
+			if _, was := before.assignment(); dps.Fold(was) == dps.Fold(req.RegistrationID) {
+				st.DeviceID = was // hubs tell device IDs apart by case; the device keeps its first one
 			}
 		}
 		st.Substatus = substatus(before, st, v.enrollment.ReprovisionPolicy)
@@ -352,10 +360,10 @@ func (s *Service) decide(req *Request, body *dps.RegisterRequest, v *verdict, be
 
 // substatus says how the device came to its hub (device API, section 6.6).
 func substatus(before *Registration, st *dps.RegistrationState, p *dps.ReprovisionPolicy) dps.Substatus {
-	switch {
-	case before == nil || before.State.AssignedHub == "" || before.State.DeviceID != st.DeviceID:
+	switch hub, id := before.assignment(); {
+	case hub == "" || id != st.DeviceID:
 		return dps.InitialAssignment
-	case before.State.AssignedHub == st.AssignedHub:
+	case hub == st.AssignedHub:
 		return dps.ReprovisionedToInitialAssignment
 	case p != nil && !p.MigrateDeviceData:
 		return dps.DeviceDataReset
@@ -365,11 +373,11 @@ func substatus(before *Registration, st *dps.RegistrationState, p *dps.Reprovisi
 
 // allocate chooses a hub among those that the enrollment allows.
 func (s *Service) allocate(req *Request, e *dps.Enrollment, before *Registration) (string, error) {
-	if before != nil && before.State.AssignedHub != "" {
+	if was, _ := before.assignment(); was != "" {
 		sticky := e.ReprovisionPolicy != nil && !e.ReprovisionPolicy.UpdateHubAssignment ||
 			e.ReprovisionPolicy == nil && req.APIVersion <= "2018-04-01"
 		if sticky {
-			return before.State.AssignedHub, nil
+			return was, nil
 		}
 	}
 	allowed := e.IoTHubs
@@ -425,8 +433,7 @@ func (s *Service) operation(ctx context.Context, req *Request, operationID strin
 		if err != nil {
 			return err
 		}
-		// The very proof that began the operation was judged then: a token may run out while its device waits.
-		if op = r.operation(operationID); op != nil && bytes.Equal(op.Proof, fingerprint(req)) {
+		if op = r.operation(operationID); s.began(op, fingerprint(req)) {
 			return nil
 		}
 		_, err = s.judge(tx, req)
@@ -439,6 +446,15 @@ func (s *Service) operation(ctx context.Context, req *Request, operationID strin
 		return nil, dps.NewError(dps.CodeNotFound, "Operation not found", nil)
 	}
 	return op, nil
+}
+
+// provenTime is for how long the proof that began an operation needs no second judgement: a token may run out while its device
+// waits.
+const provenTime = 2 * time.Hour
+
+// began reports whether this very proof began the operation, which may be nil, a while ago at most.
+func (s *Service) began(op *Operation, proof []byte) bool {
+	return op != nil && bytes.Equal(op.Proof, proof) && s.cfg.Now().Sub(op.Started) < provenTime
 }
 
 // operation returns the operation of that ID, or nil; there may be no registration.
@@ -467,7 +483,8 @@ func (s *Service) Lookup(ctx context.Context, req *Request) (*dps.RegistrationSt
 	}
 	var state *dps.RegistrationState
 	err = s.judging(ctx, req, func(tx Tx, req *Request) error {
-		if _, err := s.judge(tx, req); err != nil {
+		v, err := s.judge(tx, req)
+		if err != nil {
 			return err
 		}
 		r, err := tx.Registration(s.scope, dps.Fold(req.RegistrationID))
@@ -475,7 +492,9 @@ func (s *Service) Lookup(ctx context.Context, req *Request) (*dps.RegistrationSt
 			return dps.NewError(dps.CodeNoGroup, "Registration not found", nil)
 		}
 		if err == nil {
-			state = &r.State
+			if state = &r.State; v.disabled {
+				state.Status, state.Substatus, state.AssignedHub, state.DeviceID, state.TPM = dps.Disabled, "", "", "", nil
+			}
 		}
 		return err
 	})

@@ -171,10 +171,32 @@ type Registration struct {
 	Version int64                 `json:"-"`
 	// Issued is the operational certificate that the device had last; nil for none.
 	Issued *Issued `json:"issued,omitempty"`
+	// Hub and DeviceID are those of the last assignment, whatever became of the registration since.
+	Hub      string `json:"hub,omitempty"`
+	DeviceID string `json:"deviceId,omitempty"`
 	// DeviceKey is the key that the device's TPM was handed with its assignment, for its hub; nil for others. The store encrypts it.
 	DeviceKey []byte `json:"-"`
 	// Operations are the last few, newest first. They live in the registration, so there is nothing to clean up.
 	Operations []Operation `json:"operations"`
+}
+
+// assignment returns hub and device ID of the last assignment; there may be no registration.
+func (r *Registration) assignment() (hub, deviceID string) {
+	switch {
+	case r == nil:
+		return "", ""
+	case r.Hub == "": // written before there was one
+		return r.State.AssignedHub, r.State.DeviceID
+	}
+	return r.Hub, r.DeviceID
+}
+
+// keepAssignment keeps the assignment that this is, or else the one before: a device that was disabled for a while, or whose
+// registration failed, is still the hub's.
+func (r *Registration) keepAssignment(before *Registration) {
+	if r.Hub, r.DeviceID = before.assignment(); r.State.Status == dps.Assigned {
+		r.Hub, r.DeviceID = r.State.AssignedHub, r.State.DeviceID
+	}
 }
 
 // An Operation is one act of registering.

@@ -739,10 +739,12 @@ func Doors(t *testing.T, serve func(*testing.T, *Fixture) func(testing.TB, Devic
 		forged := f.ByKey("dev-1", f.OwnKey)
 		refusedWith(t, dial(t, forged).Status(t, op, ""), 401, "another proof")
 		c := dial(t, d1)
-		f.Advance(2 * time.Hour)
+		f.Advance(90 * time.Minute)
 		if a := c.Status(t, op, ""); a.Status != 200 {
 			t.Errorf("with the token that began it, expired since: %d %s", a.Status, a.Body)
 		}
+		f.Advance(time.Hour)
+		refusedWith(t, c.Status(t, op, ""), 401, "with a token that expired long ago") // invariant 8
 	})
 	issuance(t, serve)
 	t.Run("many at once", func(t *testing.T) { // DPS-D 28; invariant 3 under load
