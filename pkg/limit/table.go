@@ -56,7 +56,12 @@ func (b *bucket) full(now time.Time) bool {
 	return b.pace.TokensAt(now) >= float64(b.pace.Burst()) && (b.over == nil || b.over.TokensAt(now) >= float64(b.over.Burst()))
 }
 
-// A table has the buckets of a bounded number of keys.
+// spare reports whether the bucket is as good as a new one, and what it remembers of refusals and of the log is over.
+func (b *bucket) spare(now time.Time) bool {
+	return (b.refusal == nil || now.Sub(b.refusal.judged) >= refusalWindow) && (b.told.last == nil || now.Sub(b.told.at) >= tellEvery) && b.full(now)
+}
+
+// A table has the buckets of a bounded number of keys: of those who called of late, and not of all who ever did.
 //
 // Only a bucket that has filled up again makes room for another: whoever empties his own cannot get a new one by coming
 // under many names. When nothing can go, new keys share one bucket. To bring that about, a flood must keep every place of
@@ -73,8 +78,12 @@ func newTable(max int, perSecond, seconds float64) *table {
 	return &table{max: max, perSecond: perSecond, seconds: seconds, byKey: make(map[uint64]*list.Element), rest: newBucket(perSecond, seconds)}
 }
 
-// looks is how many of those used longest ago are looked at for one that can go.
-const looks = 8
+// looks is how many of those used longest ago are looked at for one that can go when there is no room, and tidies how many
+// whenever a key is new: more than one, so that the table shrinks behind a busy hour.
+const (
+	looks  = 8
+	tidies = 2
+)
 
 // get returns the bucket of a key.
 func (t *table) get(key uint64, now time.Time) *bucket {
@@ -82,22 +91,30 @@ func (t *table) get(key uint64, now time.Time) *bucket {
 		t.order.MoveToFront(e)
 		return e.Value.(*bucket)
 	}
+	for range min(tidies, len(t.byKey)) {
+		t.drop((*bucket).spare, now)
+	}
 	for i := 0; len(t.byKey) >= t.max; i++ {
-		e := t.order.Back()
 		if i == looks {
 			return t.rest
 		}
-		if old := e.Value.(*bucket); old.full(now) {
-			t.order.Remove(e)
-			delete(t.byKey, old.key)
-		} else {
-			t.order.MoveToFront(e)
-		}
+		t.drop((*bucket).full, now)
 	}
 	b := newBucket(t.perSecond, t.seconds)
 	b.key = key
 	t.byKey[key] = t.order.PushFront(b)
 	return b
+}
+
+// drop drops the bucket used longest ago if it can go; else the next one is looked at next time.
+func (t *table) drop(can func(*bucket, time.Time) bool, now time.Time) {
+	e := t.order.Back()
+	if b := e.Value.(*bucket); can(b, now) {
+		t.order.Remove(e)
+		delete(t.byKey, b.key)
+	} else {
+		t.order.MoveToFront(e)
+	}
 }
 
 // peek returns the bucket of a key that has one, and makes none.

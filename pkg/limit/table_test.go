@@ -50,6 +50,58 @@ func TestTable(t *testing.T) {
 	})
 }
 
+// A table has those who called of late, however many there are room for; who has not got his own back stays, and so do the
+// refusals and what the log was told.
+func TestTidy(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tab := newTable(1_000_000, 1, 20)
+		get := func(key uint64) *bucket { return tab.get(key, time.Now()) }
+		for range 20 {
+			get(1).take(time.Now(), 1)
+		}
+		get(2).refusal = &refusal{judged: time.Now()}
+		get(3).told = told{at: time.Now(), last: &dps.Error{}}
+		key := uint64(3)
+		pass := func(seconds int) { // 100 a second
+			for range 100 * seconds {
+				key++
+				get(key).take(time.Now(), 1)
+				time.Sleep(10 * time.Millisecond)
+			}
+		}
+		kept := func() (n int) {
+			for key := range uint64(4) {
+				if tab.peek(key) != nil {
+					n++
+				}
+			}
+			return n
+		}
+		pass(10)
+		if n := len(tab.byKey); n > 300 || kept() != 3 {
+			t.Errorf("%d keys of 1,000 that came in ten seconds, %d of 3 that must stay", n, kept())
+		}
+		pass(40) // the first has refilled
+		if tab.peek(1) != nil || kept() != 2 {
+			t.Errorf("%d of 2 stay", kept())
+		}
+		pass(40) // the minute is over
+		if kept() != 0 {
+			t.Errorf("%d stay for ever", kept())
+		}
+		for range 5_000 { // all at once
+			key++
+			get(key).take(time.Now(), 1)
+		}
+		most := len(tab.byKey)
+		time.Sleep(2 * time.Second)
+		pass(60)
+		if n := len(tab.byKey); most < 5_000 || n > 300 {
+			t.Errorf("%d keys after a rush of %d", n, most)
+		}
+	})
+}
+
 // Many names from as many addresses and scopes take no more memory than the tables have room for.
 func TestMemory(t *testing.T) {
 	l := New(Config{Registrar: nobody{}, Scopes: func(s string) bool { return s == "scope" }})
