@@ -315,6 +315,7 @@ func TestTPMChallenges(t *testing.T) {
 	if st := cleared.state(s, cleared.request(cleared.prove(s), true)); st.Status != dps.Assigned || cleared.Activate(t.Context(), st.TPM.AuthenticationKey) != nil {
 		t.Errorf("another storage root key: %+v", st)
 	}
+	f.Advance(time.Second) // another token
 	token = d.prove(s)
 	stranger := newTPMDevice(t, f, d.id, nil)
 	stranger.tpm.EndorsementKey = d.tpm.EndorsementKey
