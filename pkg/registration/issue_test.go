@@ -391,3 +391,19 @@ func FuzzCSR(f *testing.F) {
 		}
 	})
 }
+
+// A key has one device: what an operational certificate says counts as much as what a bundle does.
+func TestImportOfIssuedKey(t *testing.T) {
+	f, _ := newIssuance(t)
+	k := registrationtest.ECKey(t, elliptic.P256())
+	if _, st, err := ask(t, f, csrRequest(f, "dev-1", registrationtest.CSR(t, k, "dev-1"))); err != nil || len(st.IssuedCertificateChain) == 0 {
+		t.Fatal(st, err)
+	}
+	for id, want := range map[string]registration.ImportResult{"dev-2": {Conflicting: 1}, "dev-1": {New: 1}} {
+		e := bundle.Entry{Serial: "S-" + id, Device: &bundle.GroupDevice{RegistrationID: id, Group: "line", KeyHash: mustHash(t, k)}}
+		res, err := f.Service.Import(t.Context(), entries(e), registration.ImportConfig{})
+		if err != nil || res.Conflicting != want.Conflicting || res.New != want.New {
+			t.Errorf("%s: %+v, %v", id, res, err)
+		}
+	}
+}

@@ -304,7 +304,7 @@ type statements struct {
 	grant, grantDocument, putGrant, addToGrant, orders, leases               *sql.Stmt
 	putRefusal, deleteRefusal, refusals                                      *sql.Stmt
 	secret, putSecret                                                        *sql.Stmt
-	planned, putIssued, keyTaken                                             *sql.Stmt
+	planned, putIssued, keyTaken, keyIssued                                  *sql.Stmt
 	challenge, putChallenge, forgetChallenges                                *sql.Stmt
 }
 
@@ -381,6 +381,7 @@ func (st *statements) all() []statement {
 			VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (scope, serial_number) DO UPDATE SET thumbprint = excluded.thumbprint`},
 		{&st.keyTaken, `SELECT EXISTS (SELECT 1 FROM issued WHERE scope = $1 AND key_hash = $2 AND id <> $3)
 			OR EXISTS (SELECT 1 FROM devices WHERE scope = $1 AND key_hash = $2 AND key_hash <> '' AND id <> $3 AND revision >= ended)`},
+		{&st.keyIssued, `SELECT EXISTS (SELECT 1 FROM issued WHERE scope = $1 AND key_hash = $2 AND id <> $3)`},
 		{&st.policy, `SELECT name, rights, primary_key, secondary_key FROM policies WHERE scope = $1 AND name = $2`},
 		{&st.putPolicy, `INSERT INTO policies (scope, name, rights, primary_key, secondary_key) VALUES ($1, $2, $3, $4, $5)
 			ON CONFLICT (scope, name) DO UPDATE SET rights = excluded.rights, primary_key = excluded.primary_key, secondary_key = excluded.secondary_key`},
