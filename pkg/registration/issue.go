@@ -10,7 +10,9 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/touchmark/touchmark/pkg/ca"
@@ -178,9 +180,9 @@ func (s *Service) certify(ctx context.Context, r *Registration, want *issuance) 
 		return nil, fmt.Errorf("certificate %s in the store: %w", cert.SerialNumber, err)
 	}
 	plan.Unit = unit
-	leaf, err := want.issuer.Issue(plan, want.pub)
+	leaf, err := s.sign(ctx, want, plan)
 	if err != nil {
-		return nil, dps.NewError(dps.CodeServiceOverloaded, "The certificate cannot be issued now", err)
+		return nil, err
 	}
 	sum := sha256.Sum256(leaf)
 	cert.Thumbprint = hex.EncodeToString(sum[:])
@@ -196,6 +198,68 @@ func (s *Service) certify(ctx context.Context, r *Registration, want *issuance) 
 	}
 	r.Issued = cert
 	return cert, nil
+}
+
+// sign signs a plan, and leaves a token that hangs when the context ends: the plan is in the store, and the device's next
+// request has it signed again. What an issuer was asked for holds its place until the issuer answers, so those that hang
+// are few, and what they answer in the end reaches nobody.
+func (s *Service) sign(ctx context.Context, want *issuance, plan ca.Plan) ([]byte, error) {
+	later := func() error {
+		return dps.NewError(dps.CodeServiceOverloaded, "Try again later", fmt.Errorf("issuer %q has not answered: %w", want.name, ctx.Err()))
+	}
+	places := s.issuing.of(s.cfg.Issuers)[want.name].places
+	select {
+	case places <- struct{}{}:
+	case <-ctx.Done():
+		return nil, later()
+	}
+	type answer struct {
+		leaf     []byte
+		err      error
+		panicked any
+	}
+	done := make(chan answer, 1)
+	go func() {
+		a := answer{err: errors.New("the issuer gave up")}
+		defer func() {
+			a.panicked = recover()
+			<-places
+			done <- a
+		}()
+		a.leaf, a.err = want.issuer.Issue(plan, want.pub)
+	}()
+	select {
+	case a := <-done:
+		if a.panicked != nil {
+			panic(a.panicked) // the door's to answer
+		}
+		if a.err != nil {
+			return nil, dps.NewError(dps.CodeServiceOverloaded, "The certificate cannot be issued now", a.err)
+		}
+		return a.leaf, nil
+	case <-ctx.Done():
+		return nil, later()
+	}
+}
+
+// issuing is what the service keeps of its issuers, by their names.
+type issuing struct {
+	once    sync.Once
+	issuers map[string]*signing
+}
+
+type signing struct {
+	places chan struct{} // one for each certificate that is being signed
+}
+
+func (i *issuing) of(issuers map[string]Issuer) map[string]*signing {
+	i.once.Do(func() {
+		i.issuers = make(map[string]*signing, len(issuers))
+		for name := range issuers {
+			i.issuers[name] = &signing{places: make(chan struct{}, runtime.GOMAXPROCS(0))}
+		}
+	})
+	return i.issuers
 }
 
 // putIssued keeps a certificate, if there is one, that its device is about to get. The key may have ended while it was signed.

@@ -2,15 +2,19 @@ package registration_test
 
 import (
 	"bytes"
+	"context"
 	"crypto"
 	"crypto/elliptic"
 	"crypto/x509"
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/touchmark/touchmark/hsm"
@@ -388,6 +392,46 @@ func FuzzCSR(f *testing.F) {
 		}
 		if c, err := x509.ParseCertificate(st.IssuedCertificateChain[0]); err != nil || !bytes.Equal(c.RawSubjectPublicKeyInfo, csr.RawSubjectPublicKeyInfo) || c.Subject.CommonName != "dev-1" || c.IsCA {
 			t.Fatalf("%q: %v, %v", text, c, err)
+		}
+	})
+}
+
+// A token that hangs holds its callers no longer than registerTime, and when it is back the same plan is signed.
+func TestIssuerHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, w := newIssuance(t)
+		hold := make(chan struct{})
+		w.signing = func(ca.Plan) error { <-hold; return nil }
+		keys := make([]crypto.Signer, runtime.GOMAXPROCS(0)+2)
+		var wg sync.WaitGroup
+		for i := range keys {
+			keys[i] = registrationtest.ECKey(t, elliptic.P256())
+			id := fmt.Sprint("dev-", i)
+			r := csrRequest(f, id, registrationtest.CSR(t, keys[i], id))
+			wg.Go(func() {
+				if _, err := f.Service.Register(t.Context(), r); code(err) != dps.CodeServiceOverloaded || !errors.Is(err, context.DeadlineExceeded) {
+					t.Errorf("%s: %v", id, err)
+				}
+			})
+		}
+		wg.Wait()
+		if w.mu.Lock(); len(w.serials) != len(keys)-2 {
+			t.Errorf("an issuer that hangs was asked for %d certificates", len(w.serials))
+		}
+		w.mu.Unlock()
+		close(hold)
+		synctest.Wait()
+		hung := slices.Clone(w.serials)
+		for i, k := range keys {
+			id := fmt.Sprint("dev-", i)
+			_, st, err := ask(t, f, csrRequest(f, id, registrationtest.CSR(t, k, id)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			hung = slices.DeleteFunc(hung, func(s string) bool { return s == serialOf(t, st) })
+		}
+		if len(hung) > 0 {
+			t.Errorf("plans %v were signed, and others after them", hung)
 		}
 	})
 }
