@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"context"
 	"crypto"
+	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/x509"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"runtime"
@@ -19,6 +21,7 @@ import (
 
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/pkg/attest"
+	"github.com/touchmark/touchmark/pkg/attest/attesttest"
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/ca"
 	"github.com/touchmark/touchmark/pkg/dps"
@@ -434,6 +437,56 @@ func TestIssuerHangs(t *testing.T) {
 			t.Errorf("plans %v were signed, and others after them", hung)
 		}
 	})
+}
+
+// What a device got of the service does not prove it to the service, also where a group above the issuer was there first.
+func TestOperationalProof(t *testing.T) {
+	f := registrationtest.NewFixture(t)
+	a := f.NewAuthority(t, 100*24*time.Hour)
+	other := attesttest.CA(t, &holder{Certificate: a.Issuing, Key: a.Key.(*ecdsa.PrivateKey)}, "below")
+	f.Put(t, registration.Group, "company", registrationtest.Signers(&holder{Certificate: a.Root}, nil))
+	f.Issues(t, map[string]registration.Issuer{"ops": f.Issuer(t, a)}, "ops")
+	_, st, err := ask(t, f, csrRequest(f, "dev-1", registrationtest.CSR(t, registrationtest.ECKey(t, elliptic.P256()), "dev-1")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := csrRequest(f, "dev-1", nil)
+	r.Proof = attest.Proof{}
+	for _, der := range st.IssuedCertificateChain {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Proof.Certificates = append(r.Proof.Certificates, c)
+	}
+	if _, st, err := ask(t, f, r); code(err) != dps.CodeUnauthorized {
+		t.Errorf("%+v, %v", st, err)
+	}
+	// It is the issuer that refuses it: without one, the group admits it.
+	f.Service = f.Replica("hub-a.example.net")
+	if _, st, err := ask(t, f, r); err != nil || st.Status != dps.Assigned {
+		t.Errorf("without an issuer: %+v, %v", st, err)
+	}
+	f.Issues(t, map[string]registration.Issuer{"ops": f.Issuer(t, a)}, "ops")
+	for name, c := range map[string]*x509.Certificate{"root": a.Root, "issuing": a.Issuing, "other": other.Certificate} {
+		off := disabled(registrationtest.Signers(&holder{Certificate: c}, nil))
+		for id, e := range map[string]dps.Enrollment{"on": registrationtest.Signers(&holder{Certificate: c}, nil), "off": off} {
+			body, err := json.Marshal(dps.EnrollmentGroup{EnrollmentGroupID: name + id, Enrollment: e})
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = f.Service.PutEnrollment(t.Context(), registration.Group, name+id, body, "")
+			if refused := name != "other" && id == "on"; refused != (code(err) == dps.CodeInvalidArgument && strings.Contains(err.Error(), `"ops" issues`)) {
+				t.Errorf("%s, %s: %v", name, id, err)
+			}
+			_ = f.Service.DeleteEnrollment(t.Context(), registration.Group, name+id, "")
+		}
+	}
+	_ = f.Service.DeleteEnrollment(t.Context(), registration.Group, "company", "")
+	res, err := f.Service.Import(t.Context(), entries(bundle.Entry{Group: &dps.EnrollmentGroup{EnrollmentGroupID: "again", Enrollment: registrationtest.Signers(&holder{Certificate: a.Root}, nil)}}), registration.ImportConfig{})
+	if err != nil || res.Conflicting != 1 {
+		t.Errorf("by a bundle: %+v, %v", res, err)
+	}
 }
 
 // A key has one device: what an operational certificate says counts as much as what a bundle does.
