@@ -49,7 +49,7 @@ func TestIssuance(t *testing.T) {
 	own.Token, own.Object = "device", "operational"
 	ops.Object = "issuing-ca"
 	write(t, filepath.Join(dir, "ops.toml"), `name = "ops"`+"\n"+`chain = "ops/issuing.pem"`+"\n"+`key = "`+ops.String()+`"`+"\n"+`days = 30`+"\n"+`keys = ["EC-P256"]`)
-	ready, log := startService(t, dir, "127.0.0.1:0", "127.0.0.1:0", "--issuer", "ops.toml")
+	ready, log := startService(t, dir, "127.0.0.1:0", "127.0.0.1:0", "off", "--issuer", "ops.toml")
 	write(t, filepath.Join(dir, "x.csv"), "serial\nA1\nA2\n")
 	touchmark(t, dir, "mint", "--line", "line", "--profile", "x509-group", "--serials", "x.csv", "--out", "stamps", "--bundle", "x.tmb")
 	touchmark(t, dir, "import", "x.tmb", "--service", "svc/owner.connection", "--trust", "line/station.pem")

@@ -138,7 +138,7 @@ func checkTime(c *x509.Certificate, now time.Time) error {
 
 // Lookup returns the enrolled CA certificates that could have signed child: those of its issuer's name that its authority
 // key identifier names, none where it has no such identifier; or, by name alone, all of its issuer's name, for identifiers
-// are hints that not everybody writes. ErrAmbiguous says that they are too many to try.
+// are hints that not everybody writes. ErrAmbiguous says that they are too many to try; by name, it ends the walk.
 type Lookup[Group any] func(child *x509.Certificate, byName bool) ([]Anchor[Group], error)
 
 // An Anchor is an enrolled CA certificate and what it stands for.
@@ -219,11 +219,12 @@ func FindGroup[Group any](presented []*x509.Certificate, stored *Pool, lookup Lo
 func anchorAbove[Group any](w *walk, l *link, lookup Lookup[Group]) (*Anchor[Group], error) {
 	for _, byName := range []bool{false, true} {
 		anchors, err := lookup(l.cert, byName)
-		if errors.Is(err, ErrAmbiguous) {
-			w.because(fmt.Errorf("above %q: %w", l.cert.Subject, err))
+		switch ambiguous := errors.Is(err, ErrAmbiguous); {
+		case ambiguous && !byName:
 			continue
-		}
-		if err != nil {
+		case ambiguous: // one of those that are not tried may be there to keep the device out
+			return nil, fmt.Errorf("%w: above %q: %w", ErrChain, l.cert.Subject, err)
+		case err != nil:
 			return nil, err
 		}
 		var first *Anchor[Group]

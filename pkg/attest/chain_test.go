@@ -177,6 +177,36 @@ func TestKeyIdentifiers(t *testing.T) {
 	}
 }
 
+// Of more CAs than are tried, one may be there to keep the device out: no group further up decides.
+func TestAmbiguous(t *testing.T) {
+	root := attesttest.CA(t, nil, "root")
+	low := attesttest.CA(t, root, "low")
+	unnamed := *low.Certificate
+	unnamed.SubjectKeyId = nil
+	plain := attesttest.Leaf(t, &holder{Certificate: &unnamed, Key: low.Key}, "dev")
+	enrolled := gs{"root": root, "low": low}
+	for i := range attest.MaxCandidates {
+		enrolled[fmt.Sprint(i)] = attesttest.CA(t, nil, "low")
+	}
+	find := groups(enrolled)
+	lookup := func(child *x509.Certificate, byName bool) ([]attest.Anchor[string], error) {
+		all, err := find(child, byName)
+		if len(all) > attest.MaxCandidates {
+			return nil, attest.ErrAmbiguous
+		}
+		return all, err
+	}
+	for name, x := range map[string]struct {
+		dev  *holder
+		want string
+	}{"without an identifier": {plain, ""}, "with one": {attesttest.Leaf(t, low, "dev"), "low"}} {
+		got, err := attest.FindGroup(certs(x.dev, low), nil, lookup, now)
+		if got != x.want || x.want == "" && !(errors.Is(err, attest.ErrChain) && errors.Is(err, attest.ErrAmbiguous)) {
+			t.Errorf("%s: %q, %v", name, got, err)
+		}
+	}
+}
+
 // A disabled group keeps out what its key signed, in whatever certificate, and whatever way round it there is.
 func TestBlocks(t *testing.T) {
 	good, bad := attesttest.CA(t, nil, "good"), attesttest.CA(t, nil, "bad")

@@ -232,7 +232,7 @@ func (s *Service) check(d *document) error {
 	case e.AllocationPolicy == dps.AllocationStatic && len(e.IoTHubs) > 1:
 		return invalid("Static allocation takes one hub")
 	}
-	return nil
+	return s.apart(d)
 }
 
 // completeKeys fills in symmetric keys: absent ones stay what they were, or are made.

@@ -237,6 +237,15 @@ func (c *chunk) live(p *prepared, old *Device) error {
 			next.Ended, next.State = e.Revision+1, e.State
 		}
 	}
+	if next.KeyHash != "" && next.Lives() {
+		issued, err := c.tx.KeyIssued(c.scope, next.KeyHash, next.ID)
+		if err != nil {
+			return err
+		}
+		if issued {
+			return c.conflict(p, "its key is that of another device's operational certificate")
+		}
+	}
 	if again {
 		next.Seen = old.Seen
 	}

@@ -5,12 +5,16 @@ import (
 	"context"
 	"crypto"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"runtime"
+	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/touchmark/touchmark/pkg/ca"
@@ -178,9 +182,9 @@ func (s *Service) certify(ctx context.Context, r *Registration, want *issuance) 
 		return nil, fmt.Errorf("certificate %s in the store: %w", cert.SerialNumber, err)
 	}
 	plan.Unit = unit
-	leaf, err := want.issuer.Issue(plan, want.pub)
+	leaf, err := s.sign(ctx, want, plan)
 	if err != nil {
-		return nil, dps.NewError(dps.CodeServiceOverloaded, "The certificate cannot be issued now", err)
+		return nil, err
 	}
 	sum := sha256.Sum256(leaf)
 	cert.Thumbprint = hex.EncodeToString(sum[:])
@@ -196,6 +200,116 @@ func (s *Service) certify(ctx context.Context, r *Registration, want *issuance) 
 	}
 	r.Issued = cert
 	return cert, nil
+}
+
+// sign signs a plan, and leaves a token that hangs when the context ends: the plan is in the store, and the device's next
+// request has it signed again. What an issuer was asked for holds its place until the issuer answers, so those that hang
+// are few, and what they answer in the end reaches nobody.
+func (s *Service) sign(ctx context.Context, want *issuance, plan ca.Plan) ([]byte, error) {
+	later := func() error {
+		return dps.NewError(dps.CodeServiceOverloaded, "Try again later", fmt.Errorf("issuer %q has not answered: %w", want.name, ctx.Err()))
+	}
+	places := s.issuing.of(s.cfg.Issuers)[want.name].places
+	select {
+	case places <- struct{}{}:
+	case <-ctx.Done():
+		return nil, later()
+	}
+	type answer struct {
+		leaf     []byte
+		err      error
+		panicked any
+	}
+	done := make(chan answer, 1)
+	go func() {
+		a := answer{err: errors.New("the issuer gave up")}
+		defer func() {
+			a.panicked = recover()
+			<-places
+			done <- a
+		}()
+		a.leaf, a.err = want.issuer.Issue(plan, want.pub)
+	}()
+	select {
+	case a := <-done:
+		if a.panicked != nil {
+			panic(a.panicked) // the door's to answer
+		}
+		if a.err != nil {
+			return nil, dps.NewError(dps.CodeServiceOverloaded, "The certificate cannot be issued now", a.err)
+		}
+		return a.leaf, nil
+	case <-ctx.Done():
+		return nil, later()
+	}
+}
+
+// issuing is what the service keeps of its issuers, by their names.
+type issuing struct {
+	once    sync.Once
+	issuers map[string]*signing
+}
+
+type signing struct {
+	places chan struct{} // one for each certificate that is being signed
+	chain  []*x509.Certificate
+}
+
+func (i *issuing) of(issuers map[string]Issuer) map[string]*signing {
+	i.once.Do(func() {
+		i.issuers = make(map[string]*signing, len(issuers))
+		for name, issuer := range issuers {
+			g := &signing{places: make(chan struct{}, runtime.GOMAXPROCS(0))}
+			for _, der := range issuer.Chain() {
+				if c, err := x509.ParseCertificate(der); err == nil { // an issuer parsed them to be one
+					g.chain = append(g.chain, c)
+				}
+			}
+			i.issuers[name] = g
+		}
+	})
+	return i.issuers
+}
+
+// operational returns the issuer that signed a device's certificate, empty for none. What a device got of the service must
+// not prove it to the service, whose groups may be above the issuer: it would outlive the proof that it was issued for.
+func (s *Service) operational(presented []*x509.Certificate) string {
+	if len(s.cfg.Issuers) == 0 || len(presented) == 0 {
+		return ""
+	}
+	leaf := presented[0]
+	for name, g := range s.issuing.of(s.cfg.Issuers) {
+		if len(g.chain) > 0 && bytes.Equal(g.chain[0].RawSubject, leaf.RawIssuer) &&
+			g.chain[0].CheckSignature(leaf.SignatureAlgorithm, leaf.RawTBSCertificate, leaf.Signature) == nil {
+			return name
+		}
+	}
+	return ""
+}
+
+// apart keeps the CAs of issuers from being those of groups. A group that is disabled keeps their certificates out, as it may.
+func (s *Service) apart(d *document) error {
+	certs := d.x509()
+	if d.kind != Group || certs == nil || d.group.ProvisioningStatus == dps.EnrollmentDisabled {
+		return nil
+	}
+	for _, slot := range []*dps.X509Certificate{certs.Primary, certs.Secondary} {
+		if slot == nil || slot.Certificate == "" {
+			continue
+		}
+		c, err := parseCertificate(slot.Certificate)
+		if err != nil {
+			return invalid("%v", err)
+		}
+		for name, g := range s.issuing.of(s.cfg.Issuers) {
+			if slices.ContainsFunc(g.chain, func(x *x509.Certificate) bool {
+				return bytes.Equal(x.RawSubjectPublicKeyInfo, c.RawSubjectPublicKeyInfo)
+			}) {
+				return invalid("A CA of this group has the key of one that the certificate authority %.100q issues operational certificates below: those would admit devices. Enroll a CA that is not above them", name)
+			}
+		}
+	}
+	return nil
 }
 
 // putIssued keeps a certificate, if there is one, that its device is about to get. The key may have ended while it was signed.

@@ -2,19 +2,26 @@ package registration_test
 
 import (
 	"bytes"
+	"context"
 	"crypto"
+	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/x509"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/pkg/attest"
+	"github.com/touchmark/touchmark/pkg/attest/attesttest"
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/ca"
 	"github.com/touchmark/touchmark/pkg/dps"
@@ -390,4 +397,110 @@ func FuzzCSR(f *testing.F) {
 			t.Fatalf("%q: %v, %v", text, c, err)
 		}
 	})
+}
+
+// A token that hangs holds its callers no longer than registerTime, and when it is back the same plan is signed.
+func TestIssuerHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, w := newIssuance(t)
+		hold := make(chan struct{})
+		w.signing = func(ca.Plan) error { <-hold; return nil }
+		keys := make([]crypto.Signer, runtime.GOMAXPROCS(0)+2)
+		var wg sync.WaitGroup
+		for i := range keys {
+			keys[i] = registrationtest.ECKey(t, elliptic.P256())
+			id := fmt.Sprint("dev-", i)
+			r := csrRequest(f, id, registrationtest.CSR(t, keys[i], id))
+			wg.Go(func() {
+				if _, err := f.Service.Register(t.Context(), r); code(err) != dps.CodeServiceOverloaded || !errors.Is(err, context.DeadlineExceeded) {
+					t.Errorf("%s: %v", id, err)
+				}
+			})
+		}
+		wg.Wait()
+		if w.mu.Lock(); len(w.serials) != len(keys)-2 {
+			t.Errorf("an issuer that hangs was asked for %d certificates", len(w.serials))
+		}
+		w.mu.Unlock()
+		close(hold)
+		synctest.Wait()
+		hung := slices.Clone(w.serials)
+		for i, k := range keys {
+			id := fmt.Sprint("dev-", i)
+			_, st, err := ask(t, f, csrRequest(f, id, registrationtest.CSR(t, k, id)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			hung = slices.DeleteFunc(hung, func(s string) bool { return s == serialOf(t, st) })
+		}
+		if len(hung) > 0 {
+			t.Errorf("plans %v were signed, and others after them", hung)
+		}
+	})
+}
+
+// What a device got of the service does not prove it to the service, also where a group above the issuer was there first.
+func TestOperationalProof(t *testing.T) {
+	f := registrationtest.NewFixture(t)
+	a := f.NewAuthority(t, 100*24*time.Hour)
+	other := attesttest.CA(t, &holder{Certificate: a.Issuing, Key: a.Key.(*ecdsa.PrivateKey)}, "below")
+	f.Put(t, registration.Group, "company", registrationtest.Signers(&holder{Certificate: a.Root}, nil))
+	f.Issues(t, map[string]registration.Issuer{"ops": f.Issuer(t, a)}, "ops")
+	_, st, err := ask(t, f, csrRequest(f, "dev-1", registrationtest.CSR(t, registrationtest.ECKey(t, elliptic.P256()), "dev-1")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := csrRequest(f, "dev-1", nil)
+	r.Proof = attest.Proof{}
+	for _, der := range st.IssuedCertificateChain {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Proof.Certificates = append(r.Proof.Certificates, c)
+	}
+	if _, st, err := ask(t, f, r); code(err) != dps.CodeUnauthorized {
+		t.Errorf("%+v, %v", st, err)
+	}
+	// It is the issuer that refuses it: without one, the group admits it.
+	f.Service = f.Replica("hub-a.example.net")
+	if _, st, err := ask(t, f, r); err != nil || st.Status != dps.Assigned {
+		t.Errorf("without an issuer: %+v, %v", st, err)
+	}
+	f.Issues(t, map[string]registration.Issuer{"ops": f.Issuer(t, a)}, "ops")
+	for name, c := range map[string]*x509.Certificate{"root": a.Root, "issuing": a.Issuing, "other": other.Certificate} {
+		off := disabled(registrationtest.Signers(&holder{Certificate: c}, nil))
+		for id, e := range map[string]dps.Enrollment{"on": registrationtest.Signers(&holder{Certificate: c}, nil), "off": off} {
+			body, err := json.Marshal(dps.EnrollmentGroup{EnrollmentGroupID: name + id, Enrollment: e})
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = f.Service.PutEnrollment(t.Context(), registration.Group, name+id, body, "")
+			if refused := name != "other" && id == "on"; refused != (code(err) == dps.CodeInvalidArgument && strings.Contains(err.Error(), `"ops" issues`)) {
+				t.Errorf("%s, %s: %v", name, id, err)
+			}
+			_ = f.Service.DeleteEnrollment(t.Context(), registration.Group, name+id, "")
+		}
+	}
+	_ = f.Service.DeleteEnrollment(t.Context(), registration.Group, "company", "")
+	res, err := f.Service.Import(t.Context(), entries(bundle.Entry{Group: &dps.EnrollmentGroup{EnrollmentGroupID: "again", Enrollment: registrationtest.Signers(&holder{Certificate: a.Root}, nil)}}), registration.ImportConfig{})
+	if err != nil || res.Conflicting != 1 {
+		t.Errorf("by a bundle: %+v, %v", res, err)
+	}
+}
+
+// A key has one device: what an operational certificate says counts as much as what a bundle does.
+func TestImportOfIssuedKey(t *testing.T) {
+	f, _ := newIssuance(t)
+	k := registrationtest.ECKey(t, elliptic.P256())
+	if _, st, err := ask(t, f, csrRequest(f, "dev-1", registrationtest.CSR(t, k, "dev-1"))); err != nil || len(st.IssuedCertificateChain) == 0 {
+		t.Fatal(st, err)
+	}
+	for id, want := range map[string]registration.ImportResult{"dev-2": {Conflicting: 1}, "dev-1": {New: 1}} {
+		e := bundle.Entry{Serial: "S-" + id, Device: &bundle.GroupDevice{RegistrationID: id, Group: "line", KeyHash: mustHash(t, k)}}
+		res, err := f.Service.Import(t.Context(), entries(e), registration.ImportConfig{})
+		if err != nil || res.Conflicting != want.Conflicting || res.New != want.New {
+			t.Errorf("%s: %+v, %v", id, res, err)
+		}
+	}
 }

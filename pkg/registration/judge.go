@@ -319,6 +319,9 @@ func (s *Service) keyedGroup(tx groupReader, req *Request, token *attest.Token, 
 }
 
 func (s *Service) judgeByChain(tx groupReader, req *Request) (*verdict, error) {
+	if name := s.operational(req.Proof.Certificates); name != "" {
+		return nil, refuse(fmt.Errorf("its certificate is an operational one of issuer %q", name))
+	}
 	revision, err := s.groupsAt(tx)
 	if err != nil {
 		return nil, err

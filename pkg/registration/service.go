@@ -82,6 +82,7 @@ type Service struct {
 	mu            sync.Mutex
 	inFlight      map[string]*flight
 	groups        groupCache
+	issuing       issuing
 	searcher      *searcher
 	intermediates *attest.Pool
 	recent        recent

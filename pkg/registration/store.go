@@ -110,10 +110,11 @@ type Tx interface {
 
 	// Planned returns the newest certificate that was planned and not issued, for a registration ID and the hash of a key, or
 	// ErrNotFound. PutIssued writes one, over the one of its serial number. KeyTaken reports whether a key is known of another
-	// registration ID: a bundle named it for a living device, or a certificate was planned for it.
+	// registration ID: a bundle named it for a living device, or a certificate was planned for it; KeyIssued the latter alone.
 	Planned(scope, id, keyHash string) (*Issued, error)
 	PutIssued(scope string, c *Issued) error
 	KeyTaken(scope, keyHash, id string) (bool, error)
+	KeyIssued(scope, keyHash, id string) (bool, error)
 
 	// Policy returns a shared access policy of the service API, or ErrNotFound; PutPolicy writes one.
 	Policy(scope, name string) (*Policy, error)

@@ -28,6 +28,11 @@ func (t *tx) PutIssued(scope string, c *registration.Issued) error {
 	return err
 }
 
+func (t *tx) KeyIssued(scope, keyHash, id string) (issued bool, err error) {
+	err = t.row(t.st.keyIssued, scope, keyHash, id).Scan(&issued)
+	return issued, err
+}
+
 func (t *tx) KeyTaken(scope, keyHash, id string) (taken bool, err error) {
 	err = t.row(t.st.keyTaken, scope, keyHash, id).Scan(&taken)
 	return taken, err

@@ -14,17 +14,7 @@ import (
 
 // lookups is migration 00005. It is Go for its last step: what is in certificates cannot be read in SQL.
 var lookups = goose.NewGoMigration(5, &goose.GoFunc{RunTx: func(ctx context.Context, tx *sql.Tx) error {
-	for _, q := range []string{
-		// The scope's groups_revision that wrote a group last; 0 for what is no group.
-		`ALTER TABLE records ADD COLUMN revision BIGINT NOT NULL DEFAULT 0`,
-		`CREATE INDEX records_revision ON records (scope, revision) WHERE kind = 'group'`,
-		`CREATE TABLE deleted_groups (scope TEXT NOT NULL, id TEXT NOT NULL, revision BIGINT NOT NULL, PRIMARY KEY (scope, id))`,
-		`CREATE INDEX deleted_groups_revision ON deleted_groups (scope, revision)`,
-		// The CAs of groups, by what certificates below them say of their issuer. A row each for every name of its key, one of
-		// which is the SHA-256 of the public key.
-		`CREATE TABLE authorities (scope TEXT NOT NULL, subject BYTEA NOT NULL, key_id BYTEA NOT NULL, id TEXT NOT NULL, PRIMARY KEY (scope, subject, key_id, id))`,
-		`CREATE INDEX authorities_owner ON authorities (scope, id)`,
-	} {
+	for _, q := range lookupsUp() {
 		if _, err := tx.ExecContext(ctx, q); err != nil {
 			return err
 		}
@@ -41,13 +31,31 @@ var lookups = goose.NewGoMigration(5, &goose.GoFunc{RunTx: func(ctx context.Cont
 		}
 	}
 }}, &goose.GoFunc{RunTx: func(ctx context.Context, tx *sql.Tx) error {
-	for _, q := range []string{`DROP TABLE authorities`, `DROP TABLE deleted_groups`, `DROP INDEX records_revision`, `ALTER TABLE records DROP COLUMN revision`} {
+	for _, q := range lookupsDown() {
 		if _, err := tx.ExecContext(ctx, q); err != nil {
 			return err
 		}
 	}
 	return nil
 }})
+
+func lookupsUp() []string {
+	return []string{
+		// The scope's groups_revision that wrote a group last; 0 for what is no group.
+		`ALTER TABLE records ADD COLUMN revision BIGINT NOT NULL DEFAULT 0`,
+		`CREATE INDEX records_revision ON records (scope, revision) WHERE kind = 'group'`,
+		`CREATE TABLE deleted_groups (scope TEXT NOT NULL, id TEXT NOT NULL, revision BIGINT NOT NULL, PRIMARY KEY (scope, id))`,
+		`CREATE INDEX deleted_groups_revision ON deleted_groups (scope, revision)`,
+		// The CAs of groups, by what certificates below them say of their issuer. A row each for every name of its key, one of
+		// which is the SHA-256 of the public key.
+		`CREATE TABLE authorities (scope TEXT NOT NULL, subject BYTEA NOT NULL, key_id BYTEA NOT NULL, id TEXT NOT NULL, PRIMARY KEY (scope, subject, key_id, id))`,
+		`CREATE INDEX authorities_owner ON authorities (scope, id)`,
+	}
+}
+
+func lookupsDown() []string {
+	return []string{`DROP TABLE authorities`, `DROP TABLE deleted_groups`, `DROP INDEX records_revision`, `ALTER TABLE records DROP COLUMN revision`}
+}
 
 const putAuthority = `INSERT INTO authorities (scope, subject, key_id, id) VALUES ($1, $2, $3, $4) ON CONFLICT (scope, subject, key_id, id) DO NOTHING`
 

@@ -307,36 +307,36 @@ type statements struct {
 	grant, grantDocument, putGrant, addToGrant, orders, leases               *sql.Stmt
 	putRefusal, deleteRefusal, refusals                                      *sql.Stmt
 	secret, putSecret                                                        *sql.Stmt
-	planned, putIssued, keyTaken                                             *sql.Stmt
+	planned, putIssued, keyTaken, keyIssued                                  *sql.Stmt
 	challenge, putChallenge, forgetChallenges                                *sql.Stmt
 }
 
 const (
-	recordColumns = `SELECT kind, name, document, keys, symmetric, content, id, closed FROM records `
+	recordColumns = `SELECT kind, name, document, keys, "symmetric", content, id, closed FROM records `
 	deviceColumns = `SELECT id, group_id, serial, key_hash, revision, ended, state, station, grant_id, moved, seen, disabled FROM devices `
 	grantColumns  = `SELECT id, order_id, station, quantity, digest, used, imported, seen, refused, voided, reworked, scrapped, returned FROM grants `
 )
 
-func prepare(ctx context.Context, db *sql.DB) (*statements, error) {
-	var st statements
-	var errs []error
-	for _, p := range []struct {
-		dst  **sql.Stmt
-		text string
-	}{
+type statement struct {
+	dst  **sql.Stmt
+	text string
+}
+
+func (st *statements) all() []statement {
+	return []statement{
 		{&st.revision, `SELECT groups_revision FROM scopes WHERE scope = $1`},
 		{&st.bumpRevision, `INSERT INTO scopes (scope, groups_revision) VALUES ($1, 1) ON CONFLICT (scope) DO UPDATE SET groups_revision = scopes.groups_revision + 1`},
 		{&st.record, recordColumns + `WHERE scope = $1 AND kind = $2 AND id = $3`},
-		{&st.putRecord, `INSERT INTO records (scope, kind, id, name, document, keys, symmetric, content, closed, revision) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9,
+		{&st.putRecord, `INSERT INTO records (scope, kind, id, name, document, keys, "symmetric", content, closed, revision) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9,
 			CASE WHEN $2 = 'group' THEN (SELECT groups_revision FROM scopes WHERE scope = $1) ELSE 0 END)
 			ON CONFLICT (scope, kind, id) DO UPDATE SET name = excluded.name, document = excluded.document, keys = excluded.keys,
-			symmetric = excluded.symmetric, content = excluded.content, closed = excluded.closed, revision = excluded.revision`},
+			"symmetric" = excluded."symmetric", content = excluded.content, closed = excluded.closed, revision = excluded.revision`},
 		{&st.deleteRecord, `DELETE FROM records WHERE scope = $1 AND kind = $2 AND id = $3`},
 		{&st.records, recordColumns + `WHERE scope = $1 AND kind = $2 AND id > $3 ORDER BY id LIMIT $4`},
-		{&st.symmetric, recordColumns + `WHERE scope = $1 AND symmetric = 1 ORDER BY id`},
+		{&st.symmetric, recordColumns + `WHERE scope = $1 AND "symmetric" = 1 ORDER BY id`},
 		// A group has two certificates at most, so twice as many rows are enough, and the thousands behind them are not read.
 		{&st.bySubject, `SELECT DISTINCT id FROM (SELECT id FROM certificates WHERE scope = $1 AND subject = $2 AND kind = 'group' LIMIT 2 * $3) AS found ORDER BY id LIMIT $3`},
-		{&st.byAuthority, `SELECT r.kind, r.name, r.document, r.keys, r.symmetric, r.content, r.id, r.closed FROM authorities AS a
+		{&st.byAuthority, `SELECT r.kind, r.name, r.document, r.keys, r."symmetric", r.content, r.id, r.closed FROM authorities AS a
 			JOIN records AS r ON r.scope = a.scope AND r.kind = 'group' AND r.id = a.id WHERE a.scope = $1 AND a.subject = $2 AND a.key_id = $3 ORDER BY a.id LIMIT $4`},
 		{&st.authorityOwners, `SELECT COUNT(*), COALESCE(SUM(CASE WHEN id = $4 THEN 1 ELSE 0 END), 0) FROM authorities WHERE scope = $1 AND subject = $2 AND key_id = $3`},
 		{&st.putAuthority, putAuthority},
@@ -384,6 +384,7 @@ func prepare(ctx context.Context, db *sql.DB) (*statements, error) {
 			VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (scope, serial_number) DO UPDATE SET thumbprint = excluded.thumbprint`},
 		{&st.keyTaken, `SELECT EXISTS (SELECT 1 FROM issued WHERE scope = $1 AND key_hash = $2 AND id <> $3)
 			OR EXISTS (SELECT 1 FROM devices WHERE scope = $1 AND key_hash = $2 AND key_hash <> '' AND id <> $3 AND revision >= ended)`},
+		{&st.keyIssued, `SELECT EXISTS (SELECT 1 FROM issued WHERE scope = $1 AND key_hash = $2 AND id <> $3)`},
 		{&st.policy, `SELECT name, rights, primary_key, secondary_key FROM policies WHERE scope = $1 AND name = $2`},
 		{&st.putPolicy, `INSERT INTO policies (scope, name, rights, primary_key, secondary_key) VALUES ($1, $2, $3, $4, $5)
 			ON CONFLICT (scope, name) DO UPDATE SET rights = excluded.rights, primary_key = excluded.primary_key, secondary_key = excluded.secondary_key`},
@@ -393,7 +394,13 @@ func prepare(ctx context.Context, db *sql.DB) (*statements, error) {
 		{&st.putChallenge, `INSERT INTO challenges (scope, id, body, expires) VALUES ($1, $2, $3, $4)
 			ON CONFLICT (scope, id) DO UPDATE SET body = excluded.body, expires = excluded.expires`},
 		{&st.forgetChallenges, `DELETE FROM challenges WHERE scope = $1 AND id IN (SELECT id FROM challenges WHERE scope = $1 AND expires < $2 ORDER BY expires LIMIT $3)`},
-	} {
+	}
+}
+
+func prepare(ctx context.Context, db *sql.DB) (*statements, error) {
+	var st statements
+	var errs []error
+	for _, p := range st.all() {
 		var err error
 		if *p.dst, err = db.PrepareContext(ctx, p.text); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", p.text, err))

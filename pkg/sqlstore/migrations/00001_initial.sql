@@ -10,11 +10,11 @@ CREATE TABLE records (
 	name TEXT NOT NULL,        -- as given
 	document BYTEA NOT NULL,
 	keys BYTEA,                -- encrypted
-	symmetric BIGINT NOT NULL, -- 1: a group that attests by symmetric key
+	"symmetric" BIGINT NOT NULL, -- 1: a group that attests by symmetric key. PostgreSQL reserves the word
 	content BYTEA,
 	PRIMARY KEY (scope, kind, id)
 );
-CREATE INDEX records_symmetric ON records (scope) WHERE symmetric = 1;
+CREATE INDEX records_symmetric ON records (scope) WHERE "symmetric" = 1;
 CREATE TABLE certificates (
 	scope TEXT NOT NULL,
 	fingerprint BYTEA NOT NULL,
