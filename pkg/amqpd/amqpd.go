@@ -195,7 +195,8 @@ func (c *conn) put(b []byte) error {
 		return err
 	}
 	_, err := c.Write(b)
-	return err
+	// TLS and WebSockets answer by themselves while we read, at any time until the end.
+	return errors.Join(err, c.SetWriteDeadline(time.Now().Add(conversationTime*c.s.cfg.Second)))
 }
 
 // await flushes, unless the next frame is there already, and sets how long it may take.

@@ -82,8 +82,8 @@ var errTooMuch = errors.New("more octets than a conversation may bring")
 // Read is net.Conn's, up to the door's limit for a conversation.
 func (c *Conn) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
-	if n > 0 && c.read == 0 && c.slot != nil {
-		c.slot.spoken() // it may have come with the end of the handshake
+	if n > 0 && c.slot != nil {
+		c.slot.spoken() // the first octet may have come with the end of the handshake
 	}
 	if c.read += int64(n); c.most > 0 && c.read > c.most {
 		return 0, errTooMuch
@@ -101,6 +101,14 @@ func (c *Conn) SetReadDeadline(t time.Time) error {
 		return net.ErrClosed
 	}
 	return c.Conn.SetReadDeadline(t)
+}
+
+// Aside says that what came just now was whole, and no part of a packet: a WebSocket's ping or pong. Where nothing of the
+// next packet came before it, silence is the handler's to bound again. It is called from within Read.
+func (c *Conn) Aside() {
+	if c.slot != nil {
+		c.slot.aside()
+	}
 }
 
 func (c *Conn) end() {
