@@ -47,6 +47,7 @@ const (
 	conversationTime = 600
 	silence          = 240 // half of it is announced as idle-time-out
 	lingerTime       = 3   // after a refusal
+	answerTime       = 30  // for the registrar
 	writeTime        = 10
 	minIdle          = 1000 // milliseconds: a shorter idle-time-out would be more work than talk
 
@@ -218,6 +219,11 @@ func (c *conn) read(limit uint32) (amqp.Frame, error) {
 		return amqp.Frame{}, err
 	}
 	return amqp.ReadFrame(c.r, limit)
+}
+
+// working is for a request that is being worked on: the context's end must not cut it off, drain waits for it.
+func (c *conn) working(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), answerTime*c.s.cfg.Second)
 }
 
 // within bounds what comes next.

@@ -133,7 +133,9 @@ func (c *conn) tpm(ctx context.Context, response []byte) error {
 	}
 	req := c.req
 	req.Proof.TPM = &attest.TPMKeys{EK: parts[3], SRK: srk}
-	blob, err := c.s.cfg.Registrar.Challenge(context.WithoutCancel(ctx), &req)
+	work, cancel := c.working(ctx)
+	blob, err := c.s.cfg.Registrar.Challenge(work, &req)
+	cancel()
 	if errors.Is(err, registration.ErrHangUp) {
 		return err
 	}

@@ -42,7 +42,8 @@ type Config struct {
 const (
 	connectTime      = 10
 	conversationTime = 600
-	lingerTime       = 3 // after a refusal
+	lingerTime       = 3  // after a refusal
+	answerTime       = 30 // for the registrar
 	maxPacket        = 128 << 10
 	maxConnect       = 8 << 10 // from somebody who has not said yet who they are
 	maxHeld          = 4       // responses that wait for a SUBSCRIBE
@@ -322,7 +323,8 @@ func (c *conn) publish(ctx context.Context, p *mqtt.Packet) (bool, error) {
 	var answer *dps.OperationStatus
 	var err error
 	// The context's end must not cut off a request that is being worked on: drain waits for it.
-	work := context.WithoutCancel(ctx)
+	work, cancel := context.WithTimeout(context.WithoutCancel(ctx), answerTime*c.s.cfg.Second)
+	defer cancel()
 	if register {
 		req.Body, req.Repeat = p.Payload, p.Dup
 		answer, err = c.s.cfg.Registrar.Register(work, &req)
