@@ -19,6 +19,7 @@ import (
 	"net"
 	"net/netip"
 	"runtime"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -181,7 +182,7 @@ func (d *Door) Serve(ctx context.Context, l net.Listener, handle Handler) error 
 }
 
 // Handle has a handler talk on one connection, and closes it. It is for connections that came in some other way than by
-// Serve, and returns when the conversation is over.
+// Serve, and returns when the conversation is over. A handler that panics ends its own conversation only, and is logged.
 func (d *Door) Handle(ctx context.Context, c *Conn, handle Handler) {
 	defer c.Close()
 	d.mu.Lock()
@@ -204,6 +205,11 @@ func (d *Door) Handle(ctx context.Context, c *Conn, handle Handler) {
 		delete(d.conns, c)
 		d.mu.Unlock()
 		d.wait.Done()
+	}()
+	defer func() {
+		if what := recover(); what != nil { // one device's conversation, and not everybody's
+			d.cfg.Log.Error("a conversation panicked", "remote", c.Remote, "panic", what, "stack", string(debug.Stack()))
+		}
 	}()
 	if err := handle(ctx, c); err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, net.ErrClosed) {
 		d.cfg.Log.Debug("connection ended", "remote", c.Remote, "cause", err)
