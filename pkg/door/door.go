@@ -57,6 +57,9 @@ type Config struct {
 	Proxies []netip.Prefix
 	// HeaderOptional lets proxies leave the PROXY header out: they speak HTTP and say it there.
 	HeaderOptional bool
+	// TLSProxies are trusted like Proxies, and for more: they end their callers' TLS, and say whose certificates they saw. No PROXY
+	// header may name one of them: behind a proxy that passes on what it gets, anybody could write one.
+	TLSProxies []netip.Prefix
 }
 
 // drainTime is how long those who are being answered when the service stops have for it.

@@ -45,7 +45,7 @@ type Config struct {
 	Door *door.Door
 	// Sockets hold the conversations inside WebSockets, by folded subprotocol. Nil leaves WebSockets out.
 	Sockets map[string]door.Handler
-	// Forwarded is how trusted proxies hand on client certificates; empty for not at all.
+	// Forwarded is how the door's TLSProxies hand on client certificates; empty for not at all.
 	Forwarded ForwardedCertificate
 	Log       *slog.Logger
 	Now       func() time.Time
