@@ -173,7 +173,11 @@ func TestForwardedByOthers(t *testing.T) {
 		t.Errorf("above a PROXY header: %d %s", res.StatusCode, b)
 	}
 	// Where that proxy tells nobody, its caller may write the header: it cannot be one that ends TLS.
-	forged := tls.Client(told(newDoor(t, passing), "\xc0\x00\x02\x01"), d.TLS(nil))
+	d = newDoor(t, passing)
+	if err := tls.Client(told(d, "\xcb\x00\x71\x05"), d.TLS(nil)).Handshake(); err != nil {
+		t.Errorf("a PROXY header: %v", err)
+	}
+	forged := tls.Client(told(d, "\xc0\x00\x02\x01"), d.TLS(nil))
 	if err := forged.Handshake(); err == nil {
 		t.Error("a PROXY header spoke for a proxy that ends TLS")
 	}
