@@ -23,11 +23,11 @@ import (
 // frontOptions say how the doors of serve meet callers.
 type frontOptions struct {
 	tlsCerts, tlsKeys, tlsOCSP   []string
-	trustedProxies               []string
+	trustedProxies, tlsProxies   []string
 	forwarded                    string
 	maxConnections, maxPerCaller int
 
-	proxies []netip.Prefix
+	proxies, enders []netip.Prefix // of trustedProxies, and of tlsProxies
 }
 
 func (o *frontOptions) flags(c *cobra.Command) {
@@ -36,7 +36,8 @@ func (o *frontOptions) flags(c *cobra.Command) {
 	f.StringArrayVar(&o.tlsKeys, "tls-key", nil, "PEM file with its private key; again for the next --tls-cert")
 	f.StringArrayVar(&o.tlsOCSP, "tls-ocsp", nil, "DER file with the OCSP response for a --tls-cert, to be stapled while it is good; again for more")
 	f.StringArrayVar(&o.trustedProxies, "trusted-proxy", nil, "address or CIDR of proxies that tell whom they speak for: by PROXY protocol v2 on every door, on HTTPS by X-Forwarded-For as well; again for more")
-	f.StringVar(&o.forwarded, "trust-forwarded-client-cert", "", "take client certificates from trusted proxies that end TLS: rfc9440 (Client-Cert; the default form) or envoy (X-Forwarded-Client-Cert)")
+	f.StringArrayVar(&o.tlsProxies, "tls-proxy", nil, "address or CIDR of proxies of HTTPS that end TLS and tell whom they speak for by X-Forwarded-For; again for more")
+	f.StringVar(&o.forwarded, "trust-forwarded-client-cert", "", "take client certificates from the proxies of --tls-proxy: rfc9440 (Client-Cert; the default form) or envoy (X-Forwarded-Client-Cert)")
 	f.Lookup("trust-forwarded-client-cert").NoOptDefVal = string(httpd.ClientCert)
 	f.IntVar(&o.maxConnections, "max-connections", 20_000, "open connections of each door; who comes then waits for one to end")
 	f.IntVar(&o.maxPerCaller, "max-connections-per-address", 2_000, "open connections of one address, or one IPv6 /64; a tenth as many may be new in a second")
@@ -53,24 +54,34 @@ func (o *frontOptions) check() error {
 		return usageError{errors.New("--max-connections and --max-connections-per-address must be 1 at least")}
 	case o.forwarded != "" && o.forwarded != string(httpd.ClientCert) && o.forwarded != string(httpd.EnvoyCert):
 		return usageError{fmt.Errorf("--trust-forwarded-client-cert=%s: want rfc9440 or envoy", o.forwarded)}
-	case o.forwarded != "" && len(o.trustedProxies) == 0:
-		return hint(usageError{errors.New("--trust-forwarded-client-cert without --trusted-proxy would let everybody be any device")}, "name the proxies with --trusted-proxy")
+	case o.forwarded != "" && len(o.tlsProxies) == 0:
+		return hint(usageError{errors.New("--trust-forwarded-client-cert without --tls-proxy would let everybody be any device")}, "name the proxies that end TLS with --tls-proxy; one that passes TLS on, of --trusted-proxy, must not be among them")
 	}
-	for _, text := range o.trustedProxies {
+	var err error
+	if o.proxies, err = networks("--trusted-proxy", o.trustedProxies); err != nil {
+		return err
+	}
+	o.enders, err = networks("--tls-proxy", o.tlsProxies)
+	return err
+}
+
+// networks reads the values of a flag that names proxies.
+func networks(flag string, texts []string) (all []netip.Prefix, err error) {
+	for _, text := range texts {
 		p, err := netip.ParsePrefix(text)
 		if err != nil {
 			a, aerr := netip.ParseAddr(text)
 			if aerr != nil || a.Zone() != "" {
-				return usageError{fmt.Errorf("--trusted-proxy %s: want an address or ADDRESS/BITS", text)}
+				return nil, usageError{fmt.Errorf("%s %s: want an address or ADDRESS/BITS", flag, text)}
 			}
 			p = netip.PrefixFrom(a, a.BitLen())
 		}
 		if p != p.Masked() || p.Addr().Is4In6() || p.Bits() == 0 {
-			return usageError{fmt.Errorf("--trusted-proxy %s: want a network, without bits behind it, and not everybody", text)}
+			return nil, usageError{fmt.Errorf("%s %s: want a network, without bits behind it, and not everybody", flag, text)}
 		}
-		o.proxies = append(o.proxies, p)
+		all = append(all, p)
 	}
-	return nil
+	return all, nil
 }
 
 // front is how the doors of a running service meet callers.
@@ -129,6 +140,9 @@ func (f *front) door(http bool) *door.Door {
 	}
 	cfg := door.Config{TLS: door.TLSConfig(f.certificate, alpn...), Log: f.log, MaxConnections: f.o.maxConnections, MaxPerAddress: f.o.maxPerCaller,
 		Proxies: f.o.proxies, HeaderOptional: http}
+	if http {
+		cfg.TLSProxies = f.o.enders
+	}
 	f.tickets.Use(cfg.TLS)
 	return door.New(cfg)
 }

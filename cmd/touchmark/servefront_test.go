@@ -200,7 +200,10 @@ func TestServeFrontOptions(t *testing.T) {
 	for _, args := range [][]string{
 		{"--trust-forwarded-client-cert"},
 		{"--trust-forwarded-client-cert=envoy"},
-		{"--trust-forwarded-client-cert=yes", "--trusted-proxy", "127.0.0.1"},
+		{"--trust-forwarded-client-cert", "--trusted-proxy", "127.0.0.1"},
+		{"--trust-forwarded-client-cert=yes", "--tls-proxy", "127.0.0.1"},
+		{"--tls-proxy", "localhost"},
+		{"--tls-proxy", "0.0.0.0/0"},
 		{"--trusted-proxy", "localhost"},
 		{"--trusted-proxy", "0.0.0.0/0"},
 		{"--trusted-proxy", "::/0"},

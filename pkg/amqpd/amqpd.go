@@ -47,6 +47,7 @@ const (
 	conversationTime = 600
 	silence          = 240 // half of it is announced as idle-time-out
 	lingerTime       = 3   // after a refusal
+	answerTime       = 30  // for the registrar
 	writeTime        = 10
 	minIdle          = 1000 // milliseconds: a shorter idle-time-out would be more work than talk
 
@@ -195,7 +196,8 @@ func (c *conn) put(b []byte) error {
 		return err
 	}
 	_, err := c.Write(b)
-	return err
+	// TLS and WebSockets answer by themselves while we read, at any time until the end.
+	return errors.Join(err, c.SetWriteDeadline(time.Now().Add(conversationTime*c.s.cfg.Second)))
 }
 
 // await flushes, unless the next frame is there already, and sets how long it may take.
@@ -217,6 +219,11 @@ func (c *conn) read(limit uint32) (amqp.Frame, error) {
 		return amqp.Frame{}, err
 	}
 	return amqp.ReadFrame(c.r, limit)
+}
+
+// working is for a request that is being worked on: the context's end must not cut it off, drain waits for it.
+func (c *conn) working(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), answerTime*c.s.cfg.Second)
 }
 
 // within bounds what comes next.

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"strconv"
@@ -477,7 +478,10 @@ func TestSASLTPM(t *testing.T) {
 	const second = 20 * time.Millisecond
 	f := registrationtest.NewFixture(t, "hub-a.example.net")
 	r := &challenger{Registrar: f.Service, blob: bytes.Repeat([]byte("blob"), 826/4+1)[:826]}
-	d := open(t, f, func(c *amqpd.Config, _ *door.Config) { c.Registrar, c.Second = r, second })
+	var log bytes.Buffer
+	d := open(t, f, func(c *amqpd.Config, _ *door.Config) {
+		c.Registrar, c.Second, c.Log = r, second, slog.New(slog.NewTextHandler(&log, nil))
+	})
 	ek, srk := bytes.Repeat([]byte{1, 0}, 158), bytes.Repeat([]byte{0, 2}, 142)
 	device := f.ByKey("own-key", f.OwnKey)
 	begin := func() *conn {
@@ -558,6 +562,25 @@ func TestSASLTPM(t *testing.T) {
 		if o := expect[*amqp.SASLOutcome](t, c); o.Code != x.code {
 			t.Errorf("%v: outcome %d", x.err, o.Code)
 		}
+	}
+	// Two segments, full, and a blob that would need a third: RSA 3072 twice.
+	for size, code := range map[int]uint8{2 * 470: amqp.SASLOK, 2*470 + 1: amqp.SASLAuth} {
+		r.blob, r.err = make([]byte, size), nil
+		c := begin()
+		challenge(c, 0)
+		respond(c, srk)
+		if code == amqp.SASLOK {
+			challenge(c, 0x80)
+			respond(c, nil)
+			challenge(c, 0xc1)
+			respond(c, []byte(device.Token))
+		}
+		if o := expect[*amqp.SASLOutcome](t, c); o.Code != code {
+			t.Errorf("a blob of %d octets: outcome %d", size, o.Code)
+		}
+	}
+	if s := log.String(); strings.Count(s, "level=INFO") != 1 || !strings.Contains(s, "does not fit") || !strings.Contains(s, "registrationId=own-key octets=941") {
+		t.Error(s)
 	}
 	r.err = registration.ErrHangUp
 	c = begin()

@@ -2,6 +2,7 @@ package amqpd_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"io"
@@ -13,6 +14,8 @@ import (
 	"github.com/touchmark/touchmark/pkg/amqp"
 	"github.com/touchmark/touchmark/pkg/amqpd"
 	"github.com/touchmark/touchmark/pkg/door"
+	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/registration"
 	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
 )
 
@@ -396,5 +399,36 @@ func TestHalfOpen(t *testing.T) {
 		if _, err := io.ReadAll(c.c); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// hung never answers what devices ask but to be registered, as long as it may.
+type hung struct{ registration.Registrar }
+
+func (hung) Status(ctx context.Context, _ *registration.Request, _ string) (*dps.OperationStatus, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+func (hung) Challenge(ctx context.Context, _ *registration.Request) ([]byte, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// A registrar that hangs holds nobody for ever, nor the door's end.
+func TestHungRegistrar(t *testing.T) {
+	f := registrationtest.NewFixture(t, "hub-a.example.net")
+	d := open(t, f, func(c *amqpd.Config, _ *door.Config) { c.Registrar, c.Second = hung{f.Service}, 10*time.Millisecond })
+	if a := d.connect(t, d.Derived("dev-1")).Status(t, "x", ""); a.Status != 500 {
+		t.Errorf("%d %s", a.Status, a.Body)
+	}
+	c := d.dial(t, nil)
+	c.header(t, amqp.SASL, amqp.SASL)
+	expect[*amqp.SASLMechanisms](t, c)
+	c.send(t, &amqp.SASLInit{Mechanism: "TPM", InitialResponse: []byte("\x00" + registrationtest.Scope + "\x00own-key\x00ek")})
+	expect[*amqp.SASLChallenge](t, c)
+	c.send(t, &amqp.SASLResponse{Response: []byte("\x00srk")})
+	if o := expect[*amqp.SASLOutcome](t, c); o.Code != amqp.SASLTemporary {
+		t.Errorf("outcome %d", o.Code)
 	}
 }

@@ -91,8 +91,9 @@ func (c *conn) request(ctx context.Context, s *session, l *link, message []byte)
 	if err != nil {
 		err = dps.NewError(dps.CodeBadRequest, "The message is malformed", err)
 	} else {
-		// The context's end must not cut off a request that is being worked on: drain waits for it.
-		result, err = c.ask(context.WithoutCancel(ctx), m)
+		work, cancel := c.working(ctx)
+		result, err = c.ask(work, m)
+		cancel()
 	}
 	if errors.Is(err, registration.ErrHangUp) {
 		return err

@@ -133,12 +133,19 @@ func (c *conn) tpm(ctx context.Context, response []byte) error {
 	}
 	req := c.req
 	req.Proof.TPM = &attest.TPMKeys{EK: parts[3], SRK: srk}
-	blob, err := c.s.cfg.Registrar.Challenge(context.WithoutCancel(ctx), &req)
+	work, cancel := c.working(ctx)
+	blob, err := c.s.cfg.Registrar.Challenge(work, &req)
+	cancel()
 	if errors.Is(err, registration.ErrHangUp) {
 		return err
 	}
 	if err != nil {
 		return dps.AsError(err)
+	}
+	if len(blob) > 2*segmentSize {
+		c.s.cfg.Log.Info("a TPM is refused: the challenge for its keys does not fit the two segments that SDKs take over AMQP; it can register over HTTPS",
+			"registrationId", req.RegistrationID, "octets", len(blob), "most", 2*segmentSize, "protocol", req.Protocol, "remote", req.Remote)
+		return errors.New("the challenge does not fit two segments")
 	}
 	n := min(len(blob), segmentSize)
 	rest, err := c.step(append([]byte{firstSegment}, blob[:n]...))

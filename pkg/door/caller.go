@@ -3,6 +3,7 @@ package door
 import (
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 
 	"golang.org/x/time/rate"
@@ -88,13 +89,15 @@ func (d *Door) Admit(remote string) (release func(), ok bool) {
 // Trusts reports whether the address (HOST, or HOST:PORT) is a trusted proxy's.
 func (d *Door) Trusts(address string) bool { return d.trusts(parseAddress(address)) }
 
+// EndsTLS reports whether the address (HOST, or HOST:PORT) is that of a trusted proxy that ends TLS.
+func (d *Door) EndsTLS(address string) bool { return within(d.cfg.TLSProxies, parseAddress(address)) }
+
 func (d *Door) trusts(a netip.Addr) bool {
-	for _, p := range d.cfg.Proxies {
-		if p.Contains(a) {
-			return true
-		}
-	}
-	return false
+	return within(d.cfg.Proxies, a) || within(d.cfg.TLSProxies, a)
+}
+
+func within(networks []netip.Prefix, a netip.Addr) bool {
+	return slices.ContainsFunc(networks, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
 // parseAddress returns no address for what is none.

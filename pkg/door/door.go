@@ -19,6 +19,7 @@ import (
 	"net"
 	"net/netip"
 	"runtime"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -56,6 +57,9 @@ type Config struct {
 	Proxies []netip.Prefix
 	// HeaderOptional lets proxies leave the PROXY header out: they speak HTTP and say it there.
 	HeaderOptional bool
+	// TLSProxies are trusted like Proxies, and for more: they end their callers' TLS, and say whose certificates they saw. No PROXY
+	// header may name one of them: behind a proxy that passes on what it gets, anybody could write one.
+	TLSProxies []netip.Prefix
 }
 
 // drainTime is how long those who are being answered when the service stops have for it.
@@ -82,8 +86,8 @@ var errTooMuch = errors.New("more octets than a conversation may bring")
 // Read is net.Conn's, up to the door's limit for a conversation.
 func (c *Conn) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
-	if n > 0 && c.read == 0 && c.slot != nil {
-		c.slot.spoken() // it may have come with the end of the handshake
+	if n > 0 && c.slot != nil {
+		c.slot.spoken() // the first octet may have come with the end of the handshake
 	}
 	if c.read += int64(n); c.most > 0 && c.read > c.most {
 		return 0, errTooMuch
@@ -101,6 +105,14 @@ func (c *Conn) SetReadDeadline(t time.Time) error {
 		return net.ErrClosed
 	}
 	return c.Conn.SetReadDeadline(t)
+}
+
+// Aside says that what came just now was whole, and no part of a packet: a WebSocket's ping or pong. Where nothing of the
+// next packet came before it, silence is the handler's to bound again. It is called from within Read.
+func (c *Conn) Aside() {
+	if c.slot != nil {
+		c.slot.aside()
+	}
 }
 
 func (c *Conn) end() {
@@ -173,7 +185,7 @@ func (d *Door) Serve(ctx context.Context, l net.Listener, handle Handler) error 
 }
 
 // Handle has a handler talk on one connection, and closes it. It is for connections that came in some other way than by
-// Serve, and returns when the conversation is over.
+// Serve, and returns when the conversation is over. A handler that panics ends its own conversation only, and is logged.
 func (d *Door) Handle(ctx context.Context, c *Conn, handle Handler) {
 	defer c.Close()
 	d.mu.Lock()
@@ -196,6 +208,11 @@ func (d *Door) Handle(ctx context.Context, c *Conn, handle Handler) {
 		delete(d.conns, c)
 		d.mu.Unlock()
 		d.wait.Done()
+	}()
+	defer func() {
+		if what := recover(); what != nil { // one device's conversation, and not everybody's
+			d.cfg.Log.Error("a conversation panicked", "remote", c.Remote, "panic", what, "stack", string(debug.Stack()))
+		}
 	}()
 	if err := handle(ctx, c); err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, net.ErrClosed) {
 		d.cfg.Log.Debug("connection ended", "remote", c.Remote, "cause", err)

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -455,4 +456,36 @@ func (c *tapped) Write(b []byte) (int, error) {
 		return c.held.Write(b)
 	}
 	return c.Conn.Write(b)
+}
+
+// A handler that panics ends its own conversation and nobody else's, and is in the log with its stack.
+func TestPanic(t *testing.T) {
+	var log bytes.Buffer
+	r := open(t, door.Config{Log: slog.New(slog.NewTextHandler(&log, nil))}, func(ctx context.Context, c *door.Conn) error {
+		b := make([]byte, 1)
+		if _, err := c.Read(b); err == nil && b[0] == '!' {
+			panic("not this one")
+		}
+		_, err := c.Write(b)
+		return err
+	})
+	bad, good := r.over(r.raw(t, "")), r.over(r.raw(t, ""))
+	if _, err := io.WriteString(bad, "!"); err != nil {
+		t.Fatal(err)
+	}
+	gone(t, bad, "behind a panic")
+	if _, err := io.WriteString(good, "."); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := io.ReadAll(good); err != nil || string(b) != "." {
+		t.Errorf("%q, %v", b, err)
+	}
+	r.stop()
+	if err := <-r.ended; err != nil { // not before everybody has gone
+		t.Error(err)
+	}
+	r.ended <- nil
+	if s := log.String(); !strings.Contains(s, "level=ERROR") || !strings.Contains(s, "not this one") || !strings.Contains(s, "door_test.TestPanic") {
+		t.Error(s)
+	}
 }

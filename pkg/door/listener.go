@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"net"
 	"sync"
 	"time"
@@ -110,6 +111,9 @@ func (l *listener) handshake(ctx context.Context, s *slot, proxied bool) (*tls.C
 		stop := context.AfterFunc(ctx, func() { _ = s.Close() })
 		from, head, err := readProxyHeader(s.Conn)
 		stop()
+		if within(l.d.cfg.TLSProxies, from.Addr()) {
+			err = fmt.Errorf("%w: it speaks for a proxy that ends TLS", errProxyHeader)
+		}
 		switch {
 		case errors.Is(err, errNoProxyHeader) && l.d.cfg.HeaderOptional:
 			s.head = head

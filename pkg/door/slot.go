@@ -26,6 +26,7 @@ type slot struct {
 	fresh    bool      // nothing came yet
 	began    time.Time // the wait for the first octet; then the packet
 	octets   int       // of the packet
+	packet   bool      // the handler has some of them
 	deadline time.Time // the handler's
 	armed    time.Time // the one that is set
 }
@@ -106,18 +107,27 @@ func (s *slot) pace() {
 	s.paced, s.fresh, s.began, s.octets = true, true, time.Now(), 0
 }
 
-// spoken says that the first octet of the conversation is here.
+// spoken says that the handler has something of what it waits for.
 func (s *slot) spoken() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.fresh = false
+	s.fresh, s.packet = false, true
+}
+
+// aside counts the octets anew where they were not the packet's.
+func (s *slot) aside() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.packet {
+		s.octets = 0
+	}
 }
 
 // SetReadDeadline sets the handler's deadline. What comes from now on is the next packet.
 func (s *slot) SetReadDeadline(t time.Time) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.deadline, s.octets = t, 0
+	s.deadline, s.octets, s.packet = t, 0, false
 	return s.arm()
 }
 

@@ -45,15 +45,15 @@ type Config struct {
 	Door *door.Door
 	// Sockets hold the conversations inside WebSockets, by folded subprotocol. Nil leaves WebSockets out.
 	Sockets map[string]door.Handler
-	// Forwarded is how trusted proxies hand on client certificates; empty for not at all.
+	// Forwarded is how the door's TLSProxies hand on client certificates; empty for not at all.
 	Forwarded ForwardedCertificate
 	Log       *slog.Logger
 	Now       func() time.Time
 
 	// HeaderTimeout and IdleTimeout bound how long a connection may say nothing; zero means 10 s and 2 minutes.
 	HeaderTimeout, IdleTimeout time.Duration
-	// RequestTimeout bounds how long a request may take to come in, and its answer to be taken; zero means 30 s. A bundle may
-	// take longer, as long as something of it comes in that time.
+	// RequestTimeout bounds how long a request may take to come in, a device's to be worked on, and its answer to be taken; zero
+	// means 30 s. A bundle may take longer, as long as something of it comes in that time.
 	RequestTimeout time.Duration
 }
 
@@ -96,7 +96,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	srv := &http.Server{
 		Handler: s.handler(ctx), ReadHeaderTimeout: s.cfg.HeaderTimeout, IdleTimeout: s.cfg.IdleTimeout, MaxHeaderBytes: maxHeader,
 		// These hold on every path, also where nobody reads the body: net/http reads some of it away by itself.
-		ReadTimeout: s.cfg.HeaderTimeout + s.cfg.RequestTimeout, WriteTimeout: s.cfg.HeaderTimeout + 2*s.cfg.RequestTimeout,
+		ReadTimeout: s.cfg.HeaderTimeout + s.cfg.RequestTimeout, WriteTimeout: s.cfg.HeaderTimeout + 3*s.cfg.RequestTimeout,
 		ErrorLog:    slog.NewLogLogger(s.cfg.Log.Handler(), slog.LevelDebug),
 		BaseContext: func(net.Listener) context.Context { return context.WithoutCancel(ctx) },
 		// HTTP/2 has no place here: SDKs speak HTTP/1.1, and WebSockets will upgrade from it.
@@ -210,13 +210,17 @@ func (s *Server) device(w http.ResponseWriter, r *http.Request, seg []string) {
 		return
 	}
 	// A device that hung up, or has closed its side, does not cut off what is being done for it.
-	ctx := context.WithoutCancel(r.Context())
+	answering := func() (context.Context, context.CancelFunc) {
+		return context.WithTimeout(context.WithoutCancel(r.Context()), s.cfg.RequestTimeout)
+	}
 	if method == http.MethodGet {
 		// The body of a status request is read away and ignored, whatever it holds.
 		if _, err := s.body(w, r, registration.MaxBody); err != nil {
 			s.fail(w, r, err)
 			return
 		}
+		ctx, cancel := answering()
+		defer cancel()
 		st, err := s.cfg.Registrar.Status(ctx, req, seg[4])
 		s.reply(w, r, st, err)
 		return
@@ -227,6 +231,8 @@ func (s *Server) device(w http.ResponseWriter, r *http.Request, seg []string) {
 		return
 	}
 	req.Body = body
+	ctx, cancel := answering()
+	defer cancel()
 	if method == http.MethodPost {
 		st, err := s.cfg.Registrar.Lookup(ctx, req)
 		s.reply(w, r, st, err)

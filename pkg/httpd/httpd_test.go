@@ -19,7 +19,9 @@ import (
 	"time"
 
 	"github.com/touchmark/touchmark/pkg/door"
+	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/httpd"
+	"github.com/touchmark/touchmark/pkg/registration"
 	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
 )
 
@@ -375,5 +377,31 @@ func TestStopWithIdleConnection(t *testing.T) {
 	d := newDoor(t)
 	if a := d.dial(t, d.Derived("dev-1")).Register(t, ""); a.Status != 202 {
 		t.Errorf("%d %s", a.Status, a.Body)
+	}
+}
+
+// hung answers neither what became of an operation nor of a device, as long as it may.
+type hung struct{ registration.Registrar }
+
+func (hung) Status(ctx context.Context, _ *registration.Request, _ string) (*dps.OperationStatus, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+func (hung) Lookup(ctx context.Context, _ *registration.Request) (*dps.RegistrationState, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// A registrar that hangs holds nobody for ever, nor the door's end.
+func TestHungRegistrar(t *testing.T) {
+	f := registrationtest.NewFixture(t, "hub-a.example.net")
+	d := open(t, f, func(c *httpd.Config, _ *door.Config) { c.Registrar, c.RequestTimeout = hung{f.Service}, time.Second })
+	c := d.dial(t, d.Derived("dev-1"))
+	if a := c.Status(t, "x", ""); a.Status != 500 {
+		t.Errorf("status: %d %s", a.Status, a.Body)
+	}
+	if res, b := c.do(t, "POST", c.path(""), ""); res.StatusCode != 500 {
+		t.Errorf("lookup: %d %s", res.StatusCode, b)
 	}
 }

@@ -32,14 +32,14 @@ const (
 	maxForwardedChain = 8  // certificates
 )
 
-// caller finds who sends a request that came by a trusted proxy: RemoteAddr becomes their address and TLS.PeerCertificates their
-// certificates, and they are counted in by their address until release. A proxy's own client certificate is nobody's then.
+// caller finds who sends a request that came by a trusted proxy: RemoteAddr becomes their address and TLS.PeerCertificates the
+// certificates that a proxy forwards which ends TLS, and they are counted in by their address until release. A proxy's own client certificate is nobody's then.
 func (s *Server) caller(r *http.Request) (release func(), err error) {
 	nothing := func() {}
 	if s.cfg.Door == nil || !s.cfg.Door.Trusts(r.RemoteAddr) {
 		return nothing, nil
 	}
-	if s.cfg.Forwarded != "" {
+	if s.cfg.Forwarded != "" && s.cfg.Door.EndsTLS(r.RemoteAddr) {
 		certificates, err := s.cfg.Forwarded.read(r.Header)
 		if err != nil {
 			s.cfg.Log.Warn("a trusted proxy forwards a client certificate that cannot be read", "proxy", r.RemoteAddr, "cause", err)

@@ -1,6 +1,7 @@
 package httpd_test
 
 import (
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/pem"
 	"io"
@@ -16,12 +17,12 @@ import (
 	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
 )
 
-// behind is a door that trusts this machine as a proxy.
+// behind is a door that trusts this machine as a proxy that ends TLS.
 func behind(form httpd.ForwardedCertificate) func(*httpd.Config, *door.Config) {
 	return func(c *httpd.Config, d *door.Config) {
 		sockets(c, d)
 		c.Forwarded = form
-		d.Proxies, d.HeaderOptional = []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32"), netip.MustParsePrefix("10.0.0.0/8")}, true
+		d.TLSProxies, d.Proxies, d.HeaderOptional = []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}, []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, true
 	}
 }
 
@@ -119,10 +120,15 @@ func TestForwardedCertificate(t *testing.T) {
 func TestForwardedByOthers(t *testing.T) {
 	untrusted := func(c *httpd.Config, d *door.Config) {
 		behind(httpd.ClientCert)(c, d)
-		d.Proxies = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}
+		d.TLSProxies = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}
+	}
+	// One that passes TLS on is a device's means to write any header.
+	passing := func(c *httpd.Config, d *door.Config) {
+		untrusted(c, d)
+		d.Proxies = append(d.Proxies, netip.MustParsePrefix("127.0.0.1/32"))
 	}
 	for name, edit := range map[string]func(*httpd.Config, *door.Config){
-		"from an address that is not trusted": untrusted, "without the option": behind(""), "in the other form": behind(httpd.EnvoyCert),
+		"from an address that is not trusted": untrusted, "from one that passes TLS on": passing, "without the option": behind(""), "in the other form": behind(httpd.EnvoyCert),
 	} {
 		d := newDoor(t, edit)
 		header := append(rfc9440(d.Own), "X-Forwarded-For: 203.0.113.5")
@@ -151,16 +157,29 @@ func TestForwardedByOthers(t *testing.T) {
 	}
 	// A proxy below TLS names the caller; what the caller writes above it is the caller's.
 	d := newDoor(t, behind(httpd.ClientCert))
-	raw, err := net.Dial("tcp", d.Addr)
-	if err != nil {
-		t.Fatal(err)
+	told := func(d *service, from string) net.Conn {
+		raw, err := net.Dial("tcp", d.Addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = raw.Close() })
+		_, _ = io.WriteString(raw, "\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c"+from+"\x7f\x00\x00\x01\x12\x34\x22\xb3")
+		return raw
 	}
-	defer raw.Close()
-	_, _ = io.WriteString(raw, "\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c\xcb\x00\x71\x05\x7f\x00\x00\x01\x12\x34\x22\xb3")
+	raw := told(d, "\xcb\x00\x71\x05")
 	c := &conn{service: d, device: registrationtest.ByCertificate("own-cert", nil)}
 	c.over(raw, nil)
 	if res, b := c.do(t, "PUT", c.path("/register"), "", append(rfc9440(d.Own), "X-Forwarded-For: 198.51.100.9")...); res.StatusCode != 401 {
 		t.Errorf("above a PROXY header: %d %s", res.StatusCode, b)
+	}
+	// Where that proxy tells nobody, its caller may write the header: it cannot be one that ends TLS.
+	d = newDoor(t, passing)
+	if err := tls.Client(told(d, "\xcb\x00\x71\x05"), d.TLS(nil)).Handshake(); err != nil {
+		t.Errorf("a PROXY header: %v", err)
+	}
+	forged := tls.Client(told(d, "\xc0\x00\x02\x01"), d.TLS(nil))
+	if err := forged.Handshake(); err == nil {
+		t.Error("a PROXY header spoke for a proxy that ends TLS")
 	}
 }
 

@@ -52,13 +52,15 @@ func (s *Server) socket(ctx context.Context, w http.ResponseWriter, r *http.Requ
 		return
 	}
 	below := &belowSocket{ResponseWriter: w}
-	ws, err := websocket.Accept(below, r, &websocket.AcceptOptions{Subprotocols: []string{spelling}, InsecureSkipVerify: true})
+	c := &door.Conn{Remote: r.RemoteAddr}
+	ws, err := websocket.Accept(below, r, &websocket.AcceptOptions{Subprotocols: []string{spelling}, InsecureSkipVerify: true,
+		OnPingReceived: func(context.Context, []byte) bool { c.Aside(); return true },
+		OnPongReceived: func(context.Context, []byte) { c.Aside() }})
 	if err != nil {
 		release()
 		s.cfg.Log.Debug("no WebSocket came of an upgrade", "remote", r.RemoteAddr, "cause", err)
 		return
 	}
-	c := &door.Conn{Remote: r.RemoteAddr}
 	if r.TLS != nil {
 		c.Certificates = r.TLS.PeerCertificates
 	}

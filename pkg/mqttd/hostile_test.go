@@ -234,3 +234,22 @@ func (d *service) fine(t *testing.T) {
 		t.Errorf("the next device: %d %s", a.Status, a.Body)
 	}
 }
+
+// What was asked is answered though a part of the next packet has come, and however many packets end in the middle of a segment.
+func TestPartOfNext(t *testing.T) {
+	d := newDoor(t)
+	dev := d.Derived("dev-1")
+	c := d.dial(t, nil)
+	c.write(t, append(mqtt.AppendConnect(nil, dev.ID, username(dev), []byte(dev.Token), 0), 0xc0))
+	if code := c.connack(t); code != 0 {
+		t.Fatalf("CONNACK %d", code)
+	}
+	for range 1000 { // the octet left over is the next PINGREQ's first
+		c.write(t, []byte{0, 0xc0})
+		c.read(t, mqtt.Pingresp)
+	}
+	c.write(t, append([]byte{0}, bytes.Repeat([]byte{0xc0, 0}, 10_000)...))
+	for range 10_001 {
+		c.read(t, mqtt.Pingresp)
+	}
+}

@@ -42,10 +42,12 @@ type Config struct {
 const (
 	connectTime      = 10
 	conversationTime = 600
-	lingerTime       = 3 // after a refusal
+	lingerTime       = 3  // after a refusal
+	answerTime       = 30 // for the registrar
 	maxPacket        = 128 << 10
 	maxConnect       = 8 << 10 // from somebody who has not said yet who they are
 	maxHeld          = 4       // responses that wait for a SUBSCRIBE
+	maxOut           = 2048    // what waits to be flushed, and the memory kept for it
 )
 
 // CONNACK return codes (MQTT 3.1.1, §3.2.2.3).
@@ -91,7 +93,7 @@ func New(cfg Config) *Server {
 
 // Handle holds the conversation of one device. It is a [door.Handler].
 func (s *Server) Handle(ctx context.Context, dc *door.Conn) error {
-	c := &conn{s: s, Conn: dc}
+	c := &conn{s: s, Conn: dc, r: bufio.NewReaderSize(dc, 1024)}
 	return c.serve(ctx)
 }
 
@@ -99,6 +101,7 @@ func (s *Server) Handle(ctx context.Context, dc *door.Conn) error {
 type conn struct {
 	*door.Conn
 	s *Server
+	r *bufio.Reader
 
 	req        registration.Request // who the device says it is
 	keepAlive  time.Duration        // 0: none
@@ -122,12 +125,20 @@ func (c *conn) flush() error {
 		return err
 	}
 	_, err := c.Write(c.out)
-	c.out = c.out[:0]
-	return err
+	if c.out = c.out[:0]; cap(c.out) > maxOut {
+		c.out = nil
+	}
+	// TLS and WebSockets answer by themselves while we read, at any time until the end.
+	return errors.Join(err, c.SetWriteDeadline(c.end))
 }
 
-// await sets how long the next packet may take.
+// await flushes, unless the next packet is there already, and sets how long it may take.
 func (c *conn) await() error {
+	if len(c.out) > maxOut || !c.buffered() {
+		if err := c.flush(); err != nil {
+			return err
+		}
+	}
 	deadline := c.end
 	if c.keepAlive > 0 {
 		if d := time.Now().Add(c.keepAlive); d.Before(deadline) {
@@ -135,6 +146,18 @@ func (c *conn) await() error {
 		}
 	}
 	return c.SetReadDeadline(deadline)
+}
+
+// buffered reports whether the whole next packet has been read from the connection. A length that is none is for the reader.
+func (c *conn) buffered() bool {
+	head, _ := c.r.Peek(min(c.r.Buffered(), 5))
+	for i, size := 1, 0; i < len(head); i++ { // §2.2.3
+		size |= int(head[i]&0x7f) << (7 * (i - 1))
+		if head[i] < 0x80 {
+			return c.r.Buffered() > i+size
+		}
+	}
+	return false
 }
 
 var errHangUp = errors.New("device broke the protocol")
@@ -146,8 +169,7 @@ func (c *conn) serve(ctx context.Context) (err error) {
 	if err := c.await(); err != nil {
 		return err
 	}
-	r := bufio.NewReaderSize(c, 1024)
-	p, err := mqtt.Read(r, maxConnect)
+	p, err := mqtt.Read(c.r, maxConnect)
 	if err != nil {
 		return err
 	}
@@ -161,15 +183,10 @@ func (c *conn) serve(ctx context.Context) (err error) {
 	c.end = time.Now().Add(conversationTime * second)
 	c.keepAlive = time.Duration(p.KeepAlive) * second * 3 / 2 // [MQTT-3.1.2-24]; 0 is no limit but the conversation's
 	for {
-		if r.Buffered() == 0 {
-			if err := c.flush(); err != nil {
-				return err
-			}
-		}
 		if err := c.await(); err != nil {
 			return err
 		}
-		p, err := mqtt.Read(r, maxPacket)
+		p, err := mqtt.Read(c.r, maxPacket)
 		if err != nil {
 			return err
 		}
@@ -306,7 +323,8 @@ func (c *conn) publish(ctx context.Context, p *mqtt.Packet) (bool, error) {
 	var answer *dps.OperationStatus
 	var err error
 	// The context's end must not cut off a request that is being worked on: drain waits for it.
-	work := context.WithoutCancel(ctx)
+	work, cancel := context.WithTimeout(context.WithoutCancel(ctx), answerTime*c.s.cfg.Second)
+	defer cancel()
 	if register {
 		req.Body, req.Repeat = p.Payload, p.Dup
 		answer, err = c.s.cfg.Registrar.Register(work, &req)

@@ -324,7 +324,7 @@ func TestForeignFilter(t *testing.T) {
 func TestConnectUnderLoad(t *testing.T) {
 	f := registrationtest.NewFixture(t, "hub-a.example.net")
 	free := make(chan struct{})
-	d := open(t, f, func(c *mqttd.Config, _ *door.Config) { c.Registrar = &stuck{f.Service, free} })
+	d := open(t, f, func(c *mqttd.Config, _ *door.Config) { c.Registrar, c.ResponseDelay = &stuck{f.Service, free}, time.Millisecond })
 	t.Cleanup(sync.OnceFunc(func() { close(free) })) // before the door is closed
 	var waiting []*conn
 	for i := range 100 {
@@ -536,4 +536,21 @@ func TestLinger(t *testing.T) {
 		t.Fatal(fmt.Sprint(a.Status))
 	}
 	c.gone(t, "after 401")
+}
+
+// hung never answers a question of what became of an operation, as long as it may.
+type hung struct{ registration.Registrar }
+
+func (hung) Status(ctx context.Context, _ *registration.Request, _ string) (*dps.OperationStatus, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// A registrar that hangs holds nobody for ever, nor the door's end.
+func TestHungRegistrar(t *testing.T) {
+	f := registrationtest.NewFixture(t, "hub-a.example.net")
+	d := open(t, f, func(c *mqttd.Config, _ *door.Config) { c.Registrar, c.Second = hung{f.Service}, 10*time.Millisecond })
+	if a := d.connect(t, d.Derived("dev-1")).Status(t, "x", ""); a.Status != 500 {
+		t.Errorf("%d %s", a.Status, a.Body)
+	}
 }

@@ -295,3 +295,46 @@ func TestSocketMemory(t *testing.T) {
 		t.Errorf("a WebSocket costs %d octets more", socket-plain)
 	}
 }
+
+// Pings and pongs between packets are nobody's packet: the conversation goes on behind them, and a ping is answered however long
+// the door has said nothing. Inside a packet they win no time.
+func TestSocketPings(t *testing.T) {
+	const slack = 200 * time.Millisecond // and the time for a write
+	d := openSocket(t, registrationtest.NewFixture(t, "hub-a.example.net"), func(c *mqttd.Config, d *door.Config) {
+		c.Second, d.Slack, d.MinRate = slack/10, slack, 1<<20
+	})
+	var ws *websocket.Conn
+	var below *tls.Conn
+	d.over = func(t testing.TB, c *tls.Conn) net.Conn {
+		below, ws = c, upgrade(t, c, "/", "mqtt")
+		return websocket.NetConn(context.Background(), ws, websocket.MessageBinary)
+	}
+	c := d.connect(t, d.Derived("dev-1"))
+	for _, pong := range []bool{false, true} {
+		<-time.After(slack + slack/2)
+		answered := make(chan error, 1)
+		go func() {
+			_, err := mqtt.Read(c.r, 100) // takes the WebSocket's pong as well
+			answered <- err
+		}()
+		if pong {
+			if _, err := below.Write([]byte{0x8a, 0x80, 0, 0, 0, 0}); err != nil {
+				t.Fatal(err)
+			}
+		} else if err := ws.Ping(t.Context()); err != nil {
+			t.Fatalf("ping: %v", err)
+		}
+		<-time.After(slack + slack/2)
+		c.write(t, []byte{0xc0, 0})
+		if err := <-answered; err != nil {
+			t.Fatalf("after a control frame (pong: %v): %v", pong, err)
+		}
+	}
+	c.write(t, []byte{0x30})
+	for start := time.Now(); time.Since(start) < 40*slack; <-time.After(slack / 10) {
+		if _, err := below.Write([]byte{0x8a, 0x80, 0, 0, 0, 0}); err != nil {
+			return
+		}
+	}
+	t.Error("pongs held half a packet open")
+}
