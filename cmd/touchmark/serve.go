@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
+	"slices"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
@@ -151,7 +153,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	emulated := &emulator{o: o, d: d, svc: svc}
+	emulated := &emulator{o: o, d: d, svc: svc, issuers: slices.Collect(maps.Keys(cfg.Issuers))}
 	if o.ephemeral {
 		if err := emulated.enroll(ctx); err != nil {
 			return err
