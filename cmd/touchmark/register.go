@@ -23,8 +23,10 @@ import (
 
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/hsm/tpm"
+	"github.com/touchmark/touchmark/pkg/amqp"
 	"github.com/touchmark/touchmark/pkg/device"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/mqtt"
 )
 
 type registerOptions struct {
@@ -179,7 +181,11 @@ func (a *app) registerStamp(ctx context.Context, o *registerOptions) (_ *dps.Reg
 func portHint(err error, protocol string) error {
 	var record tls.RecordHeaderError
 	var closed websocket.CloseError
-	if errors.As(err, &record) || errors.As(err, &closed) || errors.Is(err, device.ErrAnswer) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) {
+	other := errors.As(err, &record) || errors.As(err, &closed) || strings.Contains(err.Error(), "malformed HTTP") // which net/http has no error for
+	for _, is := range []error{device.ErrAnswer, mqtt.ErrMalformed, amqp.ErrMalformed, amqp.ErrHeader, io.EOF, io.ErrUnexpectedEOF, syscall.ECONNRESET, syscall.EPIPE} {
+		other = other || errors.Is(err, is)
+	}
+	if other {
 		return hint(err, "is that the port of %s? What answers there speaks something else, or ended", protocol)
 	}
 	return connectHint(err)
