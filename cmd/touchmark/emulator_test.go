@@ -313,3 +313,90 @@ func TestNodeSDKMeetsFaults(t *testing.T) {
 		t.Error(list)
 	}
 }
+
+// A door that is not named takes a free port, too, when another one is named so: jobs run side by side. The other way round the
+// usual ports stay, for SDKs that have them built in.
+func TestEmulatorFreePorts(t *testing.T) {
+	for _, door := range []string{"https", "mqtt", "amqp"} {
+		o := &serveOptions{}
+		c := newServe(&app{})
+		_ = c.Flags().Set("ephemeral", "true")
+		_ = c.Flags().Set(door, "127.0.0.1:0")
+		o.https, o.mqtt, o.amqp, o.ephemeral = ":443", ":8883", ":5671", true
+		for name, at := range map[string]*string{"https": &o.https, "mqtt": &o.mqtt, "amqp": &o.amqp} {
+			if name == door {
+				*at = "127.0.0.1:0"
+			}
+		}
+		if err := o.checkEmulator(c); err != nil || o.https != emulatorFree || o.mqtt != emulatorFree || o.amqp != emulatorFree {
+			t.Errorf("--%s: %v, %+v", door, err, o.doorOptions)
+		}
+	}
+	o := &serveOptions{}
+	o.ephemeral = true
+	if err := o.checkEmulator(newServe(&app{})); err != nil || o.https != emulatorHTTPS || o.mqtt != emulatorMQTT || o.amqp != emulatorAMQP {
+		t.Errorf("%v, %+v", err, o.doorOptions)
+	}
+}
+
+// What a person reads when a device is not assigned: what there is to say, and what to do.
+func TestRegisterSays(t *testing.T) {
+	dir := t.TempDir()
+	e := startEmulator(t, dir, "--seed", "ci", "--stamp", "s1", "--stamp", "s2", "--stamp", "s3", "--ca-out", "ca.pem", "--fault", "rid=s1,disabled", "--fault", "rid=s2,lost")
+	for name, c := range map[string]struct {
+		stamp, protocol, port string
+		code                  int
+		said, unsaid          string
+	}{
+		"disabled":       {"s1", "https", "https", exitRefused, "the registration is disabled\n", "Assigned hub"},
+		"lost":           {"s2", "https", "https", exitRefused, "the service forgot the operation: register again", "bundle"},
+		"other protocol": {"s3", "mqtt", "https", exitFailed, "is that the port of mqtt?", ""},
+		"and back":       {"s3", "https", "mqtt", exitFailed, "is that the port of https?", ""},
+		"amqp":           {"s3", "amqp", "https", exitFailed, "is that the port of amqp?", ""},
+	} {
+		code, text := attempt(t, dir, "register", "--stamp", c.stamp, "--protocol", c.protocol, "--endpoint", e.word(c.port), "--ca", "ca.pem")
+		if code != c.code || !strings.Contains(text, c.said) || c.unsaid != "" && strings.Contains(text, c.unsaid) {
+			t.Errorf("%s: exit code %d\n%s", name, code, text)
+		}
+	}
+	code, text := attempt(t, dir, "register", "--stamp", "s3", "--endpoint", e.word("https"), "--ca", "ca.pem", "--csr-key", "new")
+	if code != exitRefused || !strings.Contains(text, "names no issuer: touchmark help issuers") {
+		t.Errorf("exit code %d\n%s", code, text)
+	}
+	for want, args := range map[string][]string{
+		"want one, as file:DIR?object=NAME":      {"register", "--stamp", "s3", "--csr-key", "file:keys"},
+		"=envoy":                                 {"serve", "--data", "svc", "--trusted-proxy", "127.0.0.9", "--trust-forwarded-client-cert", "envoy"},
+		"--rate-per-scope -1":                    {"serve", "--data", "svc", "--rate-per-scope", "-1"},
+		`error: there is no page "nonsense"`:     {"help", "nonsense"},
+		`error: there is no page "key nonsense"`: {"help", "key", "nonsense"},
+	} {
+		if code, text := attempt(t, dir, args...); code != exitUsage || !strings.Contains(text, want) {
+			t.Errorf("%v: exit code %d\n%s", args, code, text)
+		}
+	}
+	for _, page := range [][]string{{"help", "limits"}, {"help", "proxies"}, {"help", "key", "new"}, {"help"}} {
+		if code, text := attempt(t, dir, page...); code != 0 || len(text) < 300 {
+			t.Errorf("%v: exit code %d\n%s", page, code, text)
+		}
+	}
+}
+
+// The example of help issuers works as pasted.
+func TestIssuersExample(t *testing.T) {
+	_, script, _ := strings.Cut(issuersTopic.Long, "An example, from nothing.")
+	_, script, _ = strings.Cut(script, "\n\n")
+	script, _, ok := strings.Cut(script, "\n\n")
+	if _, err := exec.LookPath("openssl"); err != nil || !ok {
+		hsmtest.Require(t, "openssl")
+	}
+	dir := t.TempDir()
+	if err := os.Symlink(program(t), filepath.Join(dir, "touchmark")); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), "bash", "-ec", "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n"+script)
+	cmd.Dir, cmd.Env = dir, append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH"))
+	out, err := cmd.CombinedOutput()
+	if err != nil || !bytes.Contains(out, []byte("subject=CN = sensor-1")) || !bytes.Contains(out, []byte("notAfter")) {
+		t.Errorf("%v\n%s", err, out)
+	}
+}

@@ -10,8 +10,10 @@ unchanged, nothing of it is on disk, and it fails on demand. It listens on this 
 
 START
     touchmark serve --ephemeral --seed my-tests --https 127.0.0.1:0 --mqtt 127.0.0.1:0 --ca-out ca.pem --json > ready.json &
-  When it is ready it prints one line of JSON: https, mqtt (addresses; port 0 is one that is free, so jobs run side by side), idScope,
-  ca (PEM), connectionString, symmetricGroup.primaryKey. --connection-out FILE puts the connection string into a file instead.
+    until grep -qs '"ready":true' ready.json; do kill -0 $! || exit 1; sleep 0.1; done
+  When it is ready it prints one line of JSON: https, mqtt, amqp (addresses), idScope, ca (PEM), connectionString,
+  symmetricGroup.primaryKey. --connection-out FILE puts the connection string into a file instead. kill %1 ends it.
+  Port 0 is one that is free, so jobs run side by side; when one door is named so, the doors that are not named take one, too.
   --seed makes scope, CA and keys the same in every run: a device with the CA burnt in goes on working. Whoever knows the text has
   all keys: it is refused on other addresses than loopback, unless you say --expose-test-keys.
 
@@ -25,7 +27,7 @@ DEVICES
   While it runs, Azure's service SDKs and touchmark import work on the connection string.
 
 POINT AN SDK AT IT
-  Host is localhost; the ports of most SDKs are fixed, so leave out --https and --mqtt where these say so (443 may need rights).
+  Host is localhost; the ports of most SDKs are fixed, so leave out --https, --mqtt and --amqp where these say so (443 may need rights).
     Node       ProvisioningDeviceClient.create(host, …)    MQTT takes host:port, HTTPS 443    NODE_EXTRA_CA_CERTS=ca.pem
     Python     provisioning_host=                          8883                               server_verification_cert= the PEM text
     C          Prov_Device_LL_Create(uri, …)               443, 8883                          OPTION_TRUSTED_CERT, the PEM text
@@ -63,6 +65,6 @@ IN CI
   A step builds touchmark, starts it behind an &, waits for the ready line and runs your tests; nothing is to be cleaned up. README.md
   has it for GitHub Actions and for GitLab:
     touchmark serve --ephemeral --seed ci --https 127.0.0.1:0 --mqtt 127.0.0.1:0 --ca-out ca.pem --json > ready.json &
-    until [ -s ready.json ]; do sleep 0.1; done
+    until grep -qs '"ready":true' ready.json; do kill -0 $! || exit 1; sleep 0.1; done
     ./run-firmware-tests "$(jq -r .mqtt ready.json)" ca.pem`,
 }

@@ -22,7 +22,7 @@ KEY URIS
   pkcs11:token=LABEL;serial=…;object=KEY?module-path=LIBRARY&pin-source=file:PATH    a token, or a key on it (RFC 7512)
   pkcs11:…?module-path=p11-kit:LIBRARY      the module in a process of its own: one that hangs or crashes is started again
   pkcs11:…?x-init-reserved=TEXT             what the module wants to be initialized with, as NSS does
-  file:DIR                                  encrypted key files, where there is no token
+  file:DIR                                  encrypted key files, where there is no token; file:DIR?object=NAME is one key there
   tpm:object=KEY?device=/dev/tpmrm0&keys=DIR  a TPM 2.0, or a key blob for it; unix:PATH and tcp:HOST:PORT for one elsewhere
 
   TOUCHMARK_PKCS11_MODULE stands in for module-path. Quote URIs: shells take ; and & for themselves.
@@ -77,7 +77,21 @@ TPMS
      ok   endorsement certificate  none, and none asked for: --makers was not given
 
   tpm ek shows the registration ID that device SDKs derive, tpm nv what is in its memory, tpm lockout how many tries are left.
-  A profile with attestation = "tpm" writes down the TPM itself, for a service that challenges it.
+  A profile with attestation = "tpm" writes down the TPM itself, for a service that challenges it. This is all of it, as
+  line/profiles/tpm.toml:
+
+    attestation = "tpm"
+    enrollment = "individual"
+    [key]
+    store = "tpm:?device=tcp:{tpm}"       # tpm is a column of the serial list; with unix:{tpm} it is a path
+
+  and with it a serial list that names the TPM of each device as the station reaches it, then mint and the device's first call:
+
+    serial,tpm
+    PUMP-001,fixture-1:2321
+
+    touchmark mint --line line --profile tpm --serials tpms.csv --out stamps --bundle tpm.tmb
+    touchmark register --stamp stamps/REGISTRATION-ID --tpm 'tpm:?device=/dev/tpmrm0' --endpoint HOST:PORT --ca ca.pem
 
 COUNTERS
     touchmark token counter list --line line-3

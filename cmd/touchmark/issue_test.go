@@ -58,7 +58,7 @@ func TestIssuance(t *testing.T) {
 	register := func(door, key string) (int, string) {
 		return attempt(t, dir, "register", "--stamp", stamp, "--protocol", door, "--endpoint", ready[door].(string), "--ca", "svc/ca.pem", "--csr-key", key)
 	}
-	if code, text := register("https", "new"); code != 4 || !strings.Contains(text, "issuance is not configured") {
+	if code, text := register("https", "new"); code != 4 || !strings.Contains(text, "names no issuer: touchmark help issuers") {
 		t.Errorf("the group names no issuer: exit code %d\n%s", code, text)
 	}
 	svc, err := (&app{}).openService(filepath.Join(dir, "svc", "owner.connection"), "")
@@ -154,7 +154,7 @@ func TestIssuerFiles(t *testing.T) {
 	for name, x := range map[string][2]string{
 		"no name":          {strings.Replace(good, `name = "ops"`, "", 1), "name: "},
 		"no chain":         {strings.Replace(good, `chain = "line/issuing.pem"`, "", 1), "chain is missing"},
-		"a store":          {strings.Replace(good, "?object=issuing-ca", "", 1), "want an object"},
+		"a store":          {strings.Replace(good, "?object=issuing-ca", "", 1), "want one, as file:DIR?object=NAME"},
 		"another key":      {strings.Replace(good, "object=issuing-ca", "object=station", 1), "is not the one of CA"},
 		"no such key":      {strings.Replace(good, "object=issuing-ca", "object=none", 1), "none"},
 		"no days":          {good + "days = 0", "want 1 to 3650"},

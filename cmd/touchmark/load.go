@@ -79,12 +79,20 @@ the issuing CA of an X.509 group; then the registrations stay.
 silence, slowness, sizes. What each must be answered is checked, too. A wrong answer to anybody, or more errors than
 --max-errors, is failure.
 
+All callers come from one address, which a service takes for one caller: touchmark help limits tells what that means. TPMs are few,
+since each is dear to make, and come again after four seconds: at high rates their share is smaller than their weight.
+
 load calls nobody but this machine unless you say --i-own-this-server.`,
 		Example: `  touchmark load --connection service/owner.connection --concurrency 20 --duration 30s
   touchmark load --connection service/owner.connection --rate 300 --duration 20m --protocols https=3,mqtt=5,mqtt-ws=2 --hostile 5%
   touchmark load --https localhost:8443 --mqtt localhost:8883 --ca service/ca.pem --id-scope 0ne00112233 --group-key-file pumps.key --rate 50`,
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error { return a.runLoad(cmd.Context(), o) },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := o.check(cmd.Flags().Changed); err != nil {
+				return err
+			}
+			return a.runLoad(cmd.Context(), o)
+		},
 	}
 	f := c.Flags()
 	f.StringVar(&o.connection, "connection", "", "file with the service's connection string, to make groups of its own with")
@@ -124,6 +132,23 @@ load calls nobody but this machine unless you say --i-own-this-server.`,
 	_ = c.RegisterFlagCompletionFunc("protocols", mixCompletions(device.Protocols()))
 	_ = c.RegisterFlagCompletionFunc("attestations", mixCompletions(loadAttestations))
 	return c
+}
+
+// check is wrong usage that shows before anything is done.
+func (o *loadOptions) check(changed func(string) bool) error {
+	switch {
+	case changed("rate") && !(o.rate > 0 && o.rate <= 1e6):
+		return usageError{fmt.Errorf("--rate %v: want how many call in a second, more than 0", o.rate)}
+	case changed("concurrency") && o.concurrency < 1:
+		return usageError{fmt.Errorf("--concurrency %d: want how many are there at a time, 1 at least", o.concurrency)}
+	case o.devices < 1:
+		return usageError{fmt.Errorf("--devices %d: want 1 at least", o.devices)}
+	case o.duration <= 0 || o.ramp < 0 || o.ramp > o.duration:
+		return usageError{fmt.Errorf("--duration %v, --ramp %v: want some time, and no longer ramp than that", o.duration, o.ramp)}
+	case o.sources < 0 || o.sources > 250:
+		return usageError{fmt.Errorf("--sources %d: want up to 250 addresses", o.sources)}
+	}
+	return nil
 }
 
 // mixCompletions completes the last name of a mix.
@@ -177,6 +202,9 @@ func (a *app) runLoad(ctx context.Context, o *loadOptions) (err error) {
 	}
 	defer func() { err = errors.Join(err, closeKey()) }()
 
+	if n := cfg.Makes("tpm"); n > 0 {
+		a.note("making %d TPMs, and an enrollment for each but %d that are not to be let in", n, load.Forgeries)
+	}
 	progress := a.newProgress("", 0)
 	cfg.Progress = func(p load.Progress) {
 		progress.say(func() string {
@@ -203,17 +231,38 @@ func (a *app) runLoad(ctx context.Context, o *loadOptions) (err error) {
 	if svc == nil {
 		a.note("the registrations of %s-… stay at the service: nothing was given here that may remove them", cfg.Prefix)
 	}
+	help := loadHint(rep)
 	switch {
 	case runErr != nil:
 		return runErr
 	case rep.Wrong > 0:
-		return fmt.Errorf("%d answers were wrong", rep.Wrong)
+		err = fmt.Errorf("%d answers were wrong", rep.Wrong)
 	case rep.ErrorShare > float64(o.maxErrors):
-		return fmt.Errorf("%.3g%% of the devices were left without an answer, and --max-errors is %s", 100*rep.ErrorShare, o.maxErrors.String())
+		err = fmt.Errorf("%.3g%% of the devices were left without an answer, and --max-errors is %s", 100*rep.ErrorShare, o.maxErrors.String())
 	case rep.Total.Count == 0:
 		return errors.New("no device came to an end")
 	}
-	return nil
+	switch {
+	case help == "":
+	case err != nil:
+		return hint(err, "%s", help)
+	default:
+		a.note("hint: %s", help)
+	}
+	return err
+}
+
+// loadHint says what a report is most likely about, when that is not the service's strength.
+func loadHint(rep *load.Report) string {
+	if rep.Total.Count > 0 && rep.Total.Wrongs[fmt.Sprintf("refused %d", int(dps.CodeUnauthorized))] == rep.Total.Count {
+		return "every device was refused with 401002: is --id-scope the service's, and are the key or the CA those of a group of its?"
+	}
+	for kind := range rep.Total.Errors {
+		if strings.HasPrefix(kind, "busy 429") {
+			return "429 is the service's limits, not its strength: one device 1/s, one address 500/s. Start it with --no-limits or higher --rate-per-…, or spread callers with --sources (touchmark help limits)"
+		}
+	}
+	return ""
 }
 
 // loopback makes sure that the service API is on this machine, and is called where it was looked up.
@@ -356,6 +405,13 @@ func histogramCSV(rep *load.Report) []byte {
 	return b
 }
 
+func sum(kinds map[string]uint64) (n uint64) {
+	for _, k := range kinds {
+		n += k
+	}
+	return n
+}
+
 func (a *app) printLoad(rep *load.Report) error {
 	if a.json {
 		return a.printJSON(rep)
@@ -368,7 +424,7 @@ func (a *app) printLoad(rep *load.Report) error {
 			l.Protocol = "all"
 		}
 		row := append([]string{l.Protocol, l.Attestation, fmt.Sprint(l.Count), ms(l.Rate)}, latency(l.Latency)...)
-		rows = append(rows, append(row, fmt.Sprint(l.Count-l.Assigned), fmt.Sprint(l.Wrong), fmt.Sprint(l.In>>10), fmt.Sprint(l.Out>>10)))
+		rows = append(rows, append(row, fmt.Sprint(sum(l.Errors)), fmt.Sprint(l.Wrong), fmt.Sprint(l.In>>10), fmt.Sprint(l.Out>>10)))
 	}
 	if err := a.table([]string{"PROTOCOL", "PROOF", "DEVICES", "RATE/s", "P50 ms", "P90", "P99", "P99.9", "MAX", "ERRORS", "WRONG", "KiB IN", "OUT"}, rows); err != nil {
 		return err
@@ -396,11 +452,7 @@ func (a *app) printLoad(rep *load.Report) error {
 	}
 	rows = nil
 	for _, h := range rep.Hostile {
-		var unanswered uint64
-		for _, n := range h.Errors {
-			unanswered += n
-		}
-		rows = append(rows, []string{h.Kind, fmt.Sprint(h.Count), fmt.Sprint(unanswered), fmt.Sprint(h.Wrong)})
+		rows = append(rows, []string{h.Kind, fmt.Sprint(h.Count), fmt.Sprint(sum(h.Errors)), fmt.Sprint(h.Wrong)})
 	}
 	if err := section([]string{"HOSTILE", "CALLERS", "ERRORS", "WRONG"}, rows); err != nil {
 		return err

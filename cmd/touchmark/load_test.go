@@ -161,7 +161,8 @@ func TestLoadCredentials(t *testing.T) {
 		said  string
 	}{
 		{slices.Concat([]string{"--group-key-file", "good.key", "--group", "keys"}, x509), exitDone, "stay at the service"},
-		{[]string{"--group-key-file", "wrong.key"}, exitFailed, "were wrong"},
+		{[]string{"--group-key-file", "wrong.key"}, exitFailed, "every device was refused with 401002"},
+		{[]string{"--group-key-file", "wrong.key", "--id-scope", "0neFFFFFFFF"}, exitFailed, "is --id-scope the service's"},
 		{[]string{"--group-key-file", "good.key", "--group", "others"}, exitFailed, "were wrong"},
 		{[]string{"--group-key-file", "no.key"}, exitUsage, "not a key"},
 		{[]string{"--group-key-file", "good.key", "--attestations", "x509"}, exitUsage, "--attestations"},
@@ -170,6 +171,11 @@ func TestLoadCredentials(t *testing.T) {
 		code, rep, stderr := runLoad(t, dir, append(slices.Clone(base), c.flags...)...)
 		if code != c.code || !strings.Contains(stderr, c.said) || (code == exitDone) != (rep.Total.Assigned > 0 && rep.Wrong == 0) {
 			t.Errorf("%v: exit code %d, want %d: %+v\n%s", c.flags, code, c.code, rep.Total, stderr)
+		}
+		if c.said == "were wrong" || strings.Contains(c.said, "scope") { // a device counts once, and equal lines are one
+			if rep.Total.Wrong == 0 || rep.ErrorShare > 0 || len(rep.Wrongs) > 2*len(rep.Lines) || !strings.Contains(strings.Join(rep.Wrongs, "\n"), " times: ") {
+				t.Errorf("%v: %+v, %q", c.flags, rep.Total, rep.Wrongs)
+			}
 		}
 		for _, secret := range []string{key[:20], wrong[:20], "words for a test"} {
 			if strings.Contains(stderr, secret) {
@@ -326,5 +332,28 @@ func TestLoadServiceKilled(t *testing.T) {
 	}
 	if !strings.Contains(errs.String(), "left at the service: touchmark-load-") || !strings.Contains(errs.String(), "left without an answer") {
 		t.Errorf("%s", errs.String())
+	}
+}
+
+// A load without a rate is wrong usage that names the flag. Against the limits that a service has by default TPMs, of which there
+// are few, do not come too often, hostile callers who are put off are no wrong answers, and who meets the limits is told of them.
+func TestLoadLimits(t *testing.T) {
+	dir := t.TempDir()
+	ready, _ := startService(t, dir, "127.0.0.1:0", "127.0.0.1:0", "127.0.0.1:0")
+	for _, flags := range [][]string{{"--rate", "0"}, {"--rate", "-1"}, {"--rate", "NaN"}, {"--concurrency", "0"}} {
+		if code, _, stderr := runLoad(t, dir, loadOwn(ready, flags...)...); code != exitUsage || !strings.Contains(stderr, flags[0]) {
+			t.Errorf("%v: exit code %d\n%s", flags, code, stderr)
+		}
+	}
+	own := slices.DeleteFunc(loadOwn(ready), func(s string) bool { return s == "--quiet" })
+	code, rep, stderr := runLoad(t, dir, append(slices.Clone(own), "--rate", "90", "--duration", "12s", "--max-errors", "0")...)
+	if code != exitDone || rep.Total.Assigned < 500 || !strings.Contains(stderr, "making 2 groups") || !strings.Contains(stderr, "making 55 TPMs") || strings.Contains(stderr, "hint") {
+		t.Errorf("exit code %d: %+v\n%s", code, rep.Total, stderr)
+	}
+	dir = t.TempDir()
+	ready, _ = startService(t, dir, "127.0.0.1:0", "127.0.0.1:0", "127.0.0.1:0", "--rate-per-address", "5")
+	code, rep, stderr = runLoad(t, dir, loadOwn(ready, "--attestations", "symmetric", "--protocols", "https", "--rate", "300", "--duration", "2s", "--timeout", "5s")...)
+	if code != exitFailed || rep.Wrong > 0 || rep.ErrorShare == 0 || !strings.Contains(stderr, "help limits") {
+		t.Errorf("exit code %d: %+v\n%s", code, rep.Total, stderr)
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -50,6 +51,9 @@ func (g *ownGroups) make(ctx context.Context, mix load.Mix, o *loadOptions) (all
 	}
 	if err := dps.CheckIDScope(info.IDScope); err != nil {
 		return nil, fmt.Errorf("the service's ID scope: %w", err)
+	}
+	if n := len(slices.DeleteFunc(slices.Clone(mix), func(w load.Weight) bool { return w.Name == "tpm" })); n > 0 {
+		g.a.note("making %d groups, %s-…", n, g.name)
 	}
 	for _, w := range mix {
 		id := g.name + "-" + w.Name

@@ -111,9 +111,36 @@ The journey:  init → mint → (bundle) → serve → import → register`,
 		c.GroupID = "tools"
 		root.AddCommand(c)
 	}
-	root.AddCommand(newVersion(a), newMan(a), exitCodesTopic, environmentTopic, hsmTopic, issuersTopic, technicianTopic, lineTopic, ownerTopic, emulatorTopic)
+	root.AddCommand(newVersion(a), newMan(a), exitCodesTopic, environmentTopic, hsmTopic, issuersTopic, technicianTopic, lineTopic, ownerTopic, emulatorTopic, limitsTopic, proxiesTopic)
+	root.SetHelpCommand(newHelp(root))
 	wrapUsage(root)
 	return root
+}
+
+// newHelp is cobra's, but that it does not pass over a page that there is not.
+func newHelp(root *cobra.Command) *cobra.Command {
+	return &cobra.Command{
+		Use: "help [COMMAND | PAGE]", Short: "Help about a command, or one of the pages",
+		ValidArgsFunction: func(_ *cobra.Command, args []string, typed string) (names []string, _ cobra.ShellCompDirective) {
+			if c, _, err := root.Find(args); err == nil {
+				for _, sub := range c.Commands() {
+					if strings.HasPrefix(sub.Name(), typed) && !sub.Hidden {
+						names = append(names, cobra.CompletionWithDesc(sub.Name(), sub.Short))
+					}
+				}
+			}
+			return names, cobra.ShellCompDirectiveNoFileComp
+		},
+		RunE: func(_ *cobra.Command, args []string) error {
+			c, rest, err := root.Find(args)
+			if err != nil || len(rest) > 0 {
+				return hint(usageError{fmt.Errorf("there is no page %q", strings.Join(args, " "))}, "touchmark --help lists commands and pages")
+			}
+			c.InitDefaultHelpFlag()
+			c.InitDefaultVersionFlag()
+			return c.Help()
+		},
+	}
 }
 
 // wrapUsage marks what cobra says about arguments as wrong usage.

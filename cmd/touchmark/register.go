@@ -6,21 +6,27 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
+	"github.com/coder/websocket"
 	"github.com/spf13/cobra"
 
 	"github.com/touchmark/touchmark/hsm"
 	"github.com/touchmark/touchmark/hsm/tpm"
+	"github.com/touchmark/touchmark/pkg/amqp"
 	"github.com/touchmark/touchmark/pkg/device"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/mqtt"
 )
 
 type registerOptions struct {
@@ -72,22 +78,30 @@ func (a *app) runRegister(ctx context.Context, o *registerOptions) error {
 		if err := a.printJSON(state); err != nil {
 			return err
 		}
-	} else if err := a.table(nil, [][]string{
+	} else if err := a.table(nil, slices.DeleteFunc([][]string{
 		{"Registration ID", state.RegistrationID},
 		{"Status", string(state.Status)},
 		{"Assigned hub", state.AssignedHub},
 		{"Device ID", state.DeviceID},
-	}); err != nil {
+	}, func(row []string) bool { return row[1] == "" })); err != nil {
 		return err
 	}
 	return notAssigned(state)
 }
 
 func notAssigned(state *dps.RegistrationState) error {
-	if state.Status != dps.Assigned {
-		return refusedError{fmt.Errorf("the registration is %s: %d %s", state.Status, state.ErrorCode, state.ErrorMessage)}
+	if state.Status == dps.Assigned {
+		return nil
 	}
-	return nil
+	text := fmt.Sprintf("the registration is %s", state.Status)
+	if state.ErrorCode != 0 || state.ErrorMessage != "" {
+		text += fmt.Sprintf(": %d %s", state.ErrorCode, state.ErrorMessage)
+	}
+	err := refusedError{errors.New(text)}
+	if strings.Contains(state.ErrorMessage, "issuance is not configured") {
+		return hint(err, "the enrollment names no issuer: touchmark help issuers")
+	}
+	return err
 }
 
 // registerStamp registers the device of a stamp, as it would itself.
@@ -151,13 +165,30 @@ func (a *app) registerStamp(ctx context.Context, o *registerOptions) (_ *dps.Reg
 	if errors.As(err, &refused) && o.csrKey != "" && refused.Code.Status() == 400 {
 		return nil, hint(err, "the service certifies no key that another device has or had, and none of a kind that its issuer does not take")
 	}
+	if errors.As(err, &refused) && refused.Code.Status() == 404 {
+		return nil, hint(err, "the service forgot the operation: register again")
+	}
 	if errors.As(err, &refused) {
 		return nil, hint(err, "the service does not know the device with this proof: was its bundle imported there, and is the stamp that of the last minting?")
 	}
 	if err != nil {
-		return nil, connectHint(err)
+		return nil, portHint(err, o.protocol)
 	}
 	return state, keep(state)
+}
+
+// portHint asks for the port where the other side speaks something else than the device, or ends.
+func portHint(err error, protocol string) error {
+	var record tls.RecordHeaderError
+	var closed websocket.CloseError
+	other := errors.As(err, &record) || errors.As(err, &closed) || strings.Contains(err.Error(), "malformed HTTP") // which net/http has no error for
+	for _, is := range []error{device.ErrAnswer, mqtt.ErrMalformed, amqp.ErrMalformed, amqp.ErrHeader, io.EOF, io.ErrUnexpectedEOF, syscall.ECONNRESET, syscall.EPIPE} {
+		other = other || errors.Is(err, is)
+	}
+	if other {
+		return hint(err, "is that the port of %s? What answers there speaks something else, or ended", protocol)
+	}
+	return connectHint(err)
 }
 
 // askCertificate has a registration ask for an operational certificate. Keep checks what came and keeps it; the state is
@@ -189,11 +220,14 @@ func (a *app) askCertificate(ctx context.Context, o *registerOptions, cfg *devic
 	}, closeKey, nil
 }
 
+// wantObject is how a key URI names a key.
+const wantObject = "want one, as file:DIR?object=NAME or pkcs11:token=…;object=NAME"
+
 // openOrMakeKey opens the key that a URI names, or makes it there.
 func (a *app) openOrMakeKey(ctx context.Context, raw string) (_ crypto.Signer, _ func() error, err error) {
 	uri, err := hsm.ParseURI(raw)
 	if err == nil && uri.Object == "" {
-		err = errors.New("the key URI names a store, and no key in it: want an object")
+		err = errors.New("the key URI names a store, and no key in it: " + wantObject)
 	}
 	if err != nil {
 		return nil, nil, usageError{fmt.Errorf("--csr-key: %w", err)}

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
+	"slices"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
@@ -51,7 +53,12 @@ register in are there already, and faults happen on demand. touchmark help emula
 		Example: `  touchmark serve --data service --hub hub-a.example.net --hub hub-b.example.net
   touchmark serve --data service --https 127.0.0.1:8443 --mqtt off --amqp off --hub hub-a.example.net --json
   touchmark serve --ephemeral --seed ci --https 127.0.0.1:0 --mqtt 127.0.0.1:0 --fault 'rid=sensor-*,code=429,count=2' --json`,
-		Args: cobra.NoArgs,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if cmd.Flags().Changed("trust-forwarded-client-cert") && len(args) == 1 { // a flag with a default takes no next word
+				return fmt.Errorf("--trust-forwarded-client-cert %s: write --trust-forwarded-client-cert=%s", args[0], args[0])
+			}
+			return cobra.NoArgs(cmd, args)
+		},
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			o.httpsAsked = cmd.Flags().Changed("https")
 			if err := o.checkEmulator(cmd); err != nil {
@@ -151,7 +158,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	emulated := &emulator{o: o, d: d, svc: svc}
+	emulated := &emulator{o: o, d: d, svc: svc, issuers: slices.Collect(maps.Keys(cfg.Issuers))}
 	if o.ephemeral {
 		if err := emulated.enroll(ctx); err != nil {
 			return err

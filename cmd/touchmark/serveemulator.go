@@ -41,6 +41,7 @@ const (
 	emulatorHTTPS    = "127.0.0.1:443"
 	emulatorMQTT     = "127.0.0.1:8883"
 	emulatorAMQP     = "127.0.0.1:5671"
+	emulatorFree     = "127.0.0.1:0"
 	symmetricGroup   = "devices"
 	certificateGroup = "devices-x509"
 	deviceCAFile     = "device-ca.pem"
@@ -116,17 +117,28 @@ func (o *serveOptions) checkEmulator(c *cobra.Command) error {
 			return usageError{fmt.Errorf("--stamp %s: its last part is to be the device's registration ID: %w", dir, err)}
 		}
 	}
-	if !changed("https") {
-		o.https = emulatorHTTPS
+	// Who names one door with a port that is free is one of several on this machine: the ports that SDKs have built in are for who
+	// names none.
+	doors := []struct {
+		name, usual string
+		at          *string
+	}{{"https", emulatorHTTPS, &o.https}, {"mqtt", emulatorMQTT, &o.mqtt}, {"amqp", emulatorAMQP, &o.amqp}}
+	free := false
+	for _, d := range doors {
+		_, port, err := net.SplitHostPort(*d.at)
+		free = free || changed(d.name) && err == nil && port == "0"
 	}
-	if !changed("mqtt") {
-		o.mqtt = emulatorMQTT
+	for _, d := range doors {
+		switch {
+		case changed(d.name):
+		case free:
+			*d.at = emulatorFree
+		default:
+			*d.at = d.usual
+		}
 	}
 	if !changed("rate-per-device") && !changed("rate-per-address") && !changed("rate-per-scope") {
 		o.limits.off = true // a test's device may come as often as the test likes
-	}
-	if !changed("amqp") {
-		o.amqp = emulatorAMQP
 	}
 	if len(o.hubs) == 0 {
 		o.hubs = []string{emulatorHub}
@@ -185,6 +197,7 @@ type emulator struct {
 	d   *serviceData
 	svc *registration.Service
 
+	issuers   []string          // names of the CAs that sign operational certificates
 	groupKey  []byte            // of the symmetric-key group that is there by default; nil with --enroll
 	deviceCA  *x509.Certificate // of the other one
 	deviceKey *ecdsa.PrivateKey
@@ -208,12 +221,17 @@ func (e *emulator) enroll(ctx context.Context) error {
 	if e.deviceCA, err = e.d.authority("device CA", "touchmark devices "+e.d.scope, e.deviceKey); err != nil {
 		return err
 	}
+	var policy *dps.ClientCertificateIssuancePolicy
+	if names := e.issuers; len(names) == 1 { // which of several is meant nobody said
+		policy = &dps.ClientCertificateIssuancePolicy{CertificateAuthorityName: names[0]}
+	}
 	for _, g := range []dps.EnrollmentGroup{
 		{EnrollmentGroupID: symmetricGroup, Enrollment: dps.Enrollment{Attestation: &dps.Attestation{Type: dps.AttestationSymmetricKey, SymmetricKey: &dps.SymmetricKeyAttestation{
 			PrimaryKey: base64.StdEncoding.EncodeToString(e.groupKey), SecondaryKey: base64.StdEncoding.EncodeToString(e.d.seed.Bytes("group "+symmetricGroup+", secondary", 64))}}}},
 		{EnrollmentGroupID: certificateGroup, Enrollment: dps.Enrollment{Attestation: &dps.Attestation{Type: dps.AttestationX509, X509: &dps.X509Attestation{
 			SigningCertificates: &dps.X509Certificates{Primary: &dps.X509Certificate{Certificate: base64.StdEncoding.EncodeToString(e.deviceCA.Raw)}}}}}},
 	} {
+		g.ClientCertificateIssuancePolicy = policy
 		doc, err := json.Marshal(g)
 		if err != nil {
 			return err

@@ -102,7 +102,7 @@ func loadIssuer(file string) (*issuerConfig, error) {
 	if uri, err := hsm.ParseURI(cfg.Key); err != nil {
 		faults.Key("key", "key: %v", err)
 	} else if uri.Object == "" {
-		faults.Key("key", "key: it names a store, and no key in it: want an object")
+		faults.Key("key", "key: it names a store, and no key in it: %s", wantObject)
 	}
 	if cfg.Days < 1 || cfg.Days > 3650 {
 		faults.Key("days", "days: %d: want 1 to 3650", cfg.Days)
@@ -159,6 +159,9 @@ later) and get its operational certificate with its hub. It is off until both of
     days = 90                         # when left out; a certificate never outlives its chain
     keys = ["EC-P256", "Ed25519"]     # what devices may bring; all kinds when left out
 
+  Without a token the key is in a store of key files: key = "file:ops/keys?object=issuing-ca" (touchmark help hsm). An issuer's CA is
+  best one of its own, that signs nothing else.
+
   An enrollment that names it, individual or group, by the service API:
 
     "clientCertificateIssuancePolicy": {"certificateAuthorityName": "operations"}
@@ -166,6 +169,19 @@ later) and get its operational certificate with its hub. It is off until both of
 The certificate says the device ID, as the hub compares it, the device's public key and clientAuth; of what else a request asks
 for it has nothing, no alternative names either. The request must carry the registration ID as its only common name and be signed
 by its key, which must not be one that ended or that is another device's. A device renews by registering again with a request.
+
+An example, from nothing. touchmark init makes a CA as good as any; with exactly one --issuer the groups of an emulator name it.
+
+    export TOUCHMARK_PASSPHRASE='only to try it'
+    touchmark init ops --id-scope 0ne00112233
+    printf '%s\n' 'name = "operations"' 'chain = "ops/issuing.pem"' 'key = "file:ops/keys?object=issuing-ca"' > operations.toml
+    touchmark serve --ephemeral --issuer operations.toml --https 127.0.0.1:0 --stamp sensor-1 --ca-out ca.pem --json > ready.json &
+    until grep -qs '"ready":true' ready.json; do kill -0 $! || exit 1; sleep 0.1; done
+    https=$(sed 's/.*"https":"\([^"]*\)".*/\1/' ready.json)
+    touchmark register --stamp sensor-1 --endpoint "$https" --ca ca.pem --csr-key new
+    openssl x509 -in sensor-1/operational.pem -noout -subject -issuer -enddate; kill %1
+
+  At a service with --data an enrollment is changed by any client of the service API, with the property above.
 
 Every certificate is in the service's store before it is signed. When the issuer has ended, or cannot sign, registrations that ask
 for a certificate fail, and the others go on.`,

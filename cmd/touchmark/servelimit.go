@@ -1,7 +1,7 @@
 package main
 
 import (
-	"errors"
+	"fmt"
 	"log/slog"
 
 	"github.com/spf13/cobra"
@@ -26,9 +26,12 @@ func (o *limitOptions) flags(c *cobra.Command) {
 }
 
 func (o *limitOptions) check() error {
-	for _, r := range []float64{o.perDevice, o.perAddress, o.perScope} {
-		if !(r >= 0) {
-			return usageError{errors.New("a rate must not be negative")}
+	for _, r := range []struct {
+		name string
+		rate float64
+	}{{"device", o.perDevice}, {"address", o.perAddress}, {"scope", o.perScope}} {
+		if !(r.rate >= 0) {
+			return usageError{fmt.Errorf("--rate-per-%s %v: want requests per second, or 0 for no limit", r.name, r.rate)}
 		}
 	}
 	return nil

@@ -25,6 +25,9 @@ type Attestation struct {
 	Protocols []string
 	// Max bounds how many devices there are, where each is dear; zero for no bound of its own.
 	Max int
+	// Rest is how long each of them leaves between two registrations, so that few do not come more often than a service lets one
+	// device: callers are of the other attestations then, where there are some. Zero for no rest.
+	Rest time.Duration
 	// Device makes a device that the service must take: its stamp, and what it proves itself with. It runs in many goroutines at
 	// once.
 	Device func(id string) (device.Config, error)

@@ -59,11 +59,7 @@ func harms() []harm {
 			if op == nil {
 				return "", errSkip
 			}
-			st, err := device.Status(ctx, r.config(protocol, t.honest, nil, true), *op)
-			if err == nil {
-				return fmt.Sprintf("was told that it is %q", st.Status), nil
-			}
-			return onlyStatus(err, dps.CodeNotFound.Status())
+			return r.mustNotFind(ctx, t.honest, protocol, *op)
 		}},
 		{"half-open", func(r *run, ctx context.Context, _ *tribe, protocol string) (string, error) {
 			c, err := r.dial(ctx, r.cfg.Endpoints[protocol], nil, true)
@@ -124,6 +120,34 @@ func (r *run) mustRefuse(ctx context.Context, m *member, protocol string, edit f
 		return fmt.Sprintf("became %q", state.Status), nil
 	}
 	return onlyStatus(err, dps.CodeUnauthorized.Status())
+}
+
+// putOff is how long a service that is asked too much has callers wait, and putOffs how often one comes back.
+const (
+	putOff  = 5 * time.Second
+	putOffs = 3
+)
+
+// mustNotFind asks for an operation of another's, which must read 404. A service may put off who asks too much before it has
+// looked at anything: "assigning", of which nobody learns anything, and the same again after the hint (device API, section 6.5).
+func (r *run) mustNotFind(ctx context.Context, m *member, protocol, operation string) (string, error) {
+	for range putOffs {
+		st, err := device.Status(ctx, r.config(protocol, m, nil, true), operation)
+		if err != nil {
+			return onlyStatus(err, dps.CodeNotFound.Status())
+		}
+		s := st.RegistrationState
+		told := s != nil && (s.RegistrationID != m.device.Stamp.RegistrationID || s.DeviceID != "" || s.AssignedHub != "" || s.CreatedDateTimeUTC != nil)
+		if st.Status != dps.Assigning || told {
+			return fmt.Sprintf("was told that it is %q", st.Status), nil
+		}
+		select {
+		case <-time.After(putOff):
+		case <-ctx.Done():
+			return "", ctx.Err()
+		}
+	}
+	return "", &device.BusyError{Code: dps.CodeThrottled, Message: "put off every time"}
 }
 
 // onlyStatus takes a refusal with one status as right, and being asked to come later. Everything else that is an answer is

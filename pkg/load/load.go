@@ -274,9 +274,20 @@ func (r *run) closed(ctx, arrivals context.Context) {
 	<-arrivals.Done()
 }
 
+// attest returns a tribe by its weight, and another one, where there is one, while its devices rest.
+func (r *run) attest() int {
+	i := r.attested.pick()
+	if r.tribes[i].pace.Allow() || len(r.tribes) == 1 {
+		return i
+	}
+	others := slices.Clone(r.attested)
+	others[i].Weight = 0
+	return others.pick()
+}
+
 // call is one caller. Where others wait for its end, one who means harm takes its time beside them.
 func (r *run) call(ctx, arrivals context.Context, intended time.Time) {
-	tribe := r.attested.pick()
+	tribe := r.attest()
 	mix := r.mixes[tribe]
 	protocol := mix[mix.pick()].Name
 	if rand.Float64() >= r.cfg.Hostile {

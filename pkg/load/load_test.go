@@ -24,6 +24,7 @@ import (
 
 	"github.com/touchmark/touchmark/pkg/attest/attesttest"
 	"github.com/touchmark/touchmark/pkg/door"
+	"github.com/touchmark/touchmark/pkg/device"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/mqttd"
@@ -431,5 +432,52 @@ func TestWatch(t *testing.T) {
 		if w.Series[i+1].Seconds-w.Series[i].Seconds != float64(w.each) {
 			t.Fatalf("samples %d apart: %v, %v", w.each, w.Series[i], w.Series[i+1])
 		}
+	}
+}
+
+// Who asks for another's operation and is put off before anything was looked at asks again, and wants 404 then.
+func TestPutOff(t *testing.T) {
+	for name, c := range map[string]struct {
+		puts  int32
+		state func(*registration.Request) *dps.RegistrationState
+		wrong bool
+	}{
+		"once": {puts: 1, state: func(*registration.Request) *dps.RegistrationState { return nil }},
+		"of itself": {puts: 1, state: func(r *registration.Request) *dps.RegistrationState {
+			return &dps.RegistrationState{RegistrationID: r.RegistrationID, Status: dps.Assigning}
+		}},
+		"of another": {puts: 1, wrong: true, state: func(*registration.Request) *dps.RegistrationState {
+			return &dps.RegistrationState{RegistrationID: "another", Status: dps.Assigning}
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var asked atomic.Int32
+			cfg := start(t, func(r registration.Registrar) registration.Registrar {
+				return &liar{Registrar: r, status: func(r *registration.Request, st *dps.OperationStatus, err error) (*dps.OperationStatus, error) {
+					if asked.Add(1) > c.puts {
+						return st, err
+					}
+					return &dps.OperationStatus{OperationID: "5.x", Status: dps.Assigning, RetryAfter: "5", RegistrationState: c.state(r)}, nil
+				}}
+			})
+			cfg.Concurrency, cfg.Duration, cfg.Devices = 1, time.Second, 1
+			if err := cfg.check(); err != nil {
+				t.Fatal(err)
+			}
+			var err error
+			if cfg.shared, err = tlsConfigs(&cfg, device.Config{}); err != nil {
+				t.Fatal(err)
+			}
+			tribes, err := populate(t.Context(), &cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r := &run{cfg: &cfg, tribes: tribes, ledger: newLedger(&cfg)}
+			wrong, err := r.mustNotFind(t.Context(), tribes[0].honest, "https", "5.0123456789abcdef.00000000-0000-4000-8000-000000000000")
+			if (wrong != "") != c.wrong || err != nil || !c.wrong && asked.Load() != c.puts+1 {
+				t.Errorf("%q, %v, asked %d times", wrong, err, asked.Load())
+			}
+		})
 	}
 }

@@ -7,8 +7,10 @@ import (
 	"math/rand/v2"
 	"runtime"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/time/rate"
 
 	"github.com/touchmark/touchmark/pkg/device"
 )
@@ -31,10 +33,12 @@ type tribe struct {
 	forged      []*member // never accepted
 	honest      *member   // with a proof that is good, and never registered
 	next        atomic.Int64
+	pace        *rate.Limiter
 	waiting     chan *member
 }
 
-const forgeries = 4
+// Forgeries is how many devices of each attestation are never let in.
+const Forgeries = 4
 
 // take takes a device: one that was there before with a given probability, or when no other is left. It waits while all are
 // at work, and counts that.
@@ -62,22 +66,41 @@ func (t *tribe) take(ctx context.Context, again float64, waits *atomic.Uint64) (
 
 func (t *tribe) put(m *member) { t.waiting <- m }
 
-// populate makes all devices, beside each other.
-func populate(ctx context.Context, cfg *Config) ([]*tribe, error) {
+// members is how many devices of an attestation there are.
+func (c *Config) members(a *Attestation) int {
 	total := 0
-	for _, a := range cfg.Attestations {
+	for _, a := range c.Attestations {
 		total += a.Weight
 	}
+	n := max(c.Devices*a.Weight/total, 1)
+	if a.Max > 0 {
+		n = min(n, a.Max)
+	}
+	return n
+}
+
+// Makes is how many devices of a name's attestation [Run] makes, those for hostile callers among them.
+func (c *Config) Makes(name string) int {
+	for i := range c.Attestations {
+		if a := &c.Attestations[i]; a.Name == name {
+			return c.members(a) + Forgeries + 1
+		}
+	}
+	return 0
+}
+
+// populate makes all devices, beside each other.
+func populate(ctx context.Context, cfg *Config) ([]*tribe, error) {
 	var tribes []*tribe
 	eg, ctx := errgroup.WithContext(ctx)
 	eg.SetLimit(runtime.GOMAXPROCS(0))
 	for i := range cfg.Attestations {
 		a := &cfg.Attestations[i]
-		n := max(cfg.Devices*a.Weight/total, 1)
-		if a.Max > 0 {
-			n = min(n, a.Max)
+		n := cfg.members(a)
+		t := &tribe{attestation: a, pace: rate.NewLimiter(rate.Inf, 1), members: make([]*member, n), forged: make([]*member, Forgeries), waiting: make(chan *member, n)}
+		if a.Rest > 0 {
+			t.pace = rate.NewLimiter(rate.Every(a.Rest/time.Duration(n)), n)
 		}
-		t := &tribe{attestation: a, members: make([]*member, n), forged: make([]*member, forgeries), waiting: make(chan *member, n)}
 		tribes = append(tribes, t)
 		make := func(dst **member, id string, device func(string) (device.Config, error)) {
 			eg.Go(func() error {

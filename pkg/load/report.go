@@ -1,6 +1,7 @@
 package load
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -11,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/touchmark/touchmark/pkg/device"
 	"github.com/touchmark/touchmark/pkg/dps"
 )
 
@@ -25,7 +27,7 @@ type Report struct {
 	Phases []Phase `json:"phases"`
 	// Hostile is those who meant harm.
 	Hostile []Hostile `json:"hostile,omitempty"`
-	// Wrong counts answers that must not be, to devices and to others. Wrongs tells of some of them.
+	// Wrong counts answers that must not be, to devices and to others. Wrongs tells of some of them, each once.
 	Wrong  uint64   `json:"wrongAnswers"`
 	Wrongs []string `json:"wrongAnswerTexts,omitempty"`
 	// ErrorShare is the share of devices that got no answer, or were asked to come later.
@@ -43,11 +45,14 @@ type Line struct {
 	// Rate is how many were assigned in a second.
 	Rate float64 `json:"rate"`
 	// Latency is that of devices that were assigned, and of those that gave up waiting.
-	Latency Latency           `json:"latency"`
-	Errors  map[string]uint64 `json:"errors,omitempty"`
-	Wrong   uint64            `json:"wrongAnswers"`
-	In      int64             `json:"bytesIn"`
-	Out     int64             `json:"bytesOut"`
+	Latency Latency `json:"latency"`
+	// Errors is devices that got no answer, or were asked to come later; Wrongs is those, and no others, that got one that must
+	// not be, by kind; Wrong is all of them.
+	Errors map[string]uint64 `json:"errors,omitempty"`
+	Wrongs map[string]uint64 `json:"wrongKinds,omitempty"`
+	Wrong  uint64            `json:"wrongAnswers"`
+	In     int64             `json:"bytesIn"`
+	Out    int64             `json:"bytesOut"`
 
 	Histogram *Histogram `json:"-"`
 }
@@ -110,7 +115,13 @@ type ledger struct {
 	unsent atomic.Uint64 // were due, and found no place to the end
 
 	mu     sync.Mutex
-	wrongs []string
+	wrongs []*wrongText
+}
+
+// A wrongText is what was wrong, with whom first, and how often.
+type wrongText struct {
+	text, who string
+	n         int
 }
 
 type line struct {
@@ -119,7 +130,9 @@ type line struct {
 	count    atomic.Uint64
 	assigned atomic.Uint64
 	wrong    atomic.Uint64
+	failed   atomic.Uint64 // sum of errors
 	errors   kinds
+	wrongs   kinds
 }
 
 type hostile struct {
@@ -199,25 +212,37 @@ func (l *ledger) line(protocol, attestation string) *line {
 // registered counts a device that came to an end.
 func (l *ledger) registered(line *line, protocol string, x *expectation, took time.Duration, err error) {
 	line.count.Add(1)
-	wrong := x.wrong
+	wrong, kind, bad := x.wrong, "", false
 	switch {
 	case err != nil:
-		kind, bad := kindOf(err)
+		kind, bad = kindOf(err)
 		if kind == "timeout" {
 			line.latency.Add(took)
 		}
-		if line.errors.add(kind); bad {
+		var refused *device.RefusedError
+		switch {
+		case bad && errors.As(err, &refused):
+			wrong = append(wrong, fmt.Sprintf("%s %s", kind, refused.Message)) // tracking IDs are all different
+		case bad:
 			wrong = append(wrong, err.Error())
 		}
 	case x.status != dps.Assigned:
-		line.errors.add("became " + string(x.status))
+		kind = "became " + string(x.status)
 	default:
 		line.latency.Add(took)
 		line.assigned.Add(1)
 	}
-	if len(wrong) > 0 {
+	switch {
+	case bad || len(wrong) > 0:
+		if kind == "" || !bad && err != nil {
+			kind = "what an answer said"
+		}
 		line.wrong.Add(1)
-		l.tell(fmt.Sprintf("%s over %s: %s", x.id, protocol, strings.Join(wrong, "; ")))
+		line.wrongs.add(kind)
+		l.tell(x.id, "over "+protocol+": "+strings.Join(wrong, "; "))
+	case kind != "":
+		line.failed.Add(1)
+		line.errors.add(kind)
 	}
 }
 
@@ -230,23 +255,42 @@ func (l *ledger) harmed(h *hostile, protocol, wrong string, err error) {
 	}
 	if wrong != "" {
 		h.wrong.Add(1)
-		l.tell(fmt.Sprintf("%s over %s: %s", h.kind, protocol, wrong))
+		l.tell("", fmt.Sprintf("%s over %s: %s", h.kind, protocol, wrong))
 	}
 }
 
-func (l *ledger) tell(text string) {
+// tell keeps what was wrong, once for all that it was wrong with.
+func (l *ledger) tell(who, text string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if len(l.wrongs) < maxWrongs {
-		l.wrongs = append(l.wrongs, text)
+	if i := slices.IndexFunc(l.wrongs, func(w *wrongText) bool { return w.text == text }); i >= 0 {
+		l.wrongs[i].n++
+	} else if len(l.wrongs) < maxWrongs {
+		l.wrongs = append(l.wrongs, &wrongText{text, who, 1})
 	}
+}
+
+func (l *ledger) told() (all []string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, w := range l.wrongs {
+		text := w.text
+		if w.who != "" {
+			text = w.who + " " + text
+		}
+		if w.n > 1 {
+			text = fmt.Sprintf("%d times: %s", w.n, text)
+		}
+		all = append(all, text)
+	}
+	return all
 }
 
 func (l *ledger) progress() (p Progress) {
 	var all Histogram
 	for _, s := range l.lines {
 		p.Done += s.count.Load()
-		p.Errors += s.count.Load() - s.assigned.Load()
+		p.Errors += s.failed.Load()
 		p.Wrong += s.wrong.Load()
 		all.Merge(&s.latency)
 	}
@@ -259,16 +303,17 @@ func (l *ledger) progress() (p Progress) {
 }
 
 func (l *ledger) report(r *run, took time.Duration, watch *Watch) *Report {
-	rep := &Report{Start: r.start.UTC(), Seconds: took.Seconds(), Watch: watch, Wrongs: l.wrongs,
+	rep := &Report{Start: r.start.UTC(), Seconds: took.Seconds(), Watch: watch, Wrongs: l.told(),
 		Client: Client{Cores: runtime.NumCPU(), Late: l.late.brief(), Full: l.full.Load()}}
-	total := Line{Histogram: &Histogram{}, Errors: make(map[string]uint64)}
+	total := Line{Histogram: &Histogram{}, Errors: make(map[string]uint64), Wrongs: make(map[string]uint64)}
+	var failed uint64
 	for _, p := range r.cfg.Protocols {
 		for _, a := range r.cfg.Attestations {
 			s := l.line(p.Name, a.Name)
 			if s.count.Load() == 0 {
 				continue
 			}
-			row := Line{Protocol: p.Name, Attestation: a.Name, Count: s.count.Load(), Assigned: s.assigned.Load(), Errors: s.errors.all(), Wrong: s.wrong.Load(),
+			row := Line{Protocol: p.Name, Attestation: a.Name, Count: s.count.Load(), Assigned: s.assigned.Load(), Errors: s.errors.all(), Wrongs: s.wrongs.all(), Wrong: s.wrong.Load(),
 				In: s.traffic.in.Load(), Out: s.traffic.out.Load(), Latency: s.latency.brief(), Histogram: &s.latency}
 			row.Rate = float64(row.Assigned) / rep.Seconds
 			rep.Lines = append(rep.Lines, row)
@@ -281,6 +326,10 @@ func (l *ledger) report(r *run, took time.Duration, watch *Watch) *Report {
 			for kind, n := range row.Errors {
 				total.Errors[kind] += n
 			}
+			for kind, n := range row.Wrongs {
+				total.Wrongs[kind] += n
+			}
+			failed += s.failed.Load()
 		}
 		for _, name := range phaseNames {
 			if h := l.phases[p.Name][name]; h.Count() > 0 {
@@ -291,11 +340,12 @@ func (l *ledger) report(r *run, took time.Duration, watch *Watch) *Report {
 	if n := l.unsent.Load(); n > 0 {
 		total.Count += n
 		total.Errors["never sent off"] = n
+		failed += n
 	}
 	total.Rate, total.Latency = float64(total.Assigned)/rep.Seconds, total.Histogram.brief()
 	rep.Total, rep.Wrong = total, total.Wrong
 	if total.Count > 0 {
-		rep.ErrorShare = float64(total.Count-total.Assigned) / float64(total.Count)
+		rep.ErrorShare = float64(failed) / float64(total.Count)
 	}
 	for _, h := range l.harms {
 		if n := h.count.Load(); n > 0 {

@@ -336,6 +336,9 @@ func (p *Profile) checkCSR(f *settings.Faults) {
 	}
 }
 
+// sameTPM is what is wrong with a key.store of devices with TPMs that is the same for all.
+const sameTPM = "names the same TPM for every device: put a column of the serial list in it, as {tpm}"
+
 // checkTPM looks at what goes with attestation by a TPM.
 func (p *Profile) checkTPM(f *settings.Faults, group bool) {
 	if group {
@@ -349,7 +352,9 @@ func (p *Profile) checkTPM(f *settings.Faults, group bool) {
 	switch p.store, err = pattern.Parse(p.Key.Store); {
 	case err != nil:
 		f.Key("key.store", "key.store: %v", err)
-	case p.store.Fixed():
+	case p.Key.Store != "" && p.store.Fixed():
+		f.Key("key.store", "key.store %s", sameTPM)
+	case p.Key.Store == "":
 		f.Key("key.store", "key.store is the device's TPM, with columns in braces: \"tpm:?device=tcp:fixture-{head}:2321\"")
 	}
 }
@@ -369,6 +374,8 @@ func (p *Profile) checkStore(f *settings.Faults) {
 		f.Key("key.store", "key.store goes with key.in = \"token\" or \"tpm\" only")
 	} else if p.Key.Store == "" && p.Key.In == keyInTPM {
 		f.Key("key.in", "key.in = \"tpm\" needs key.store: the device's TPM, as the station reaches it")
+	} else if p.Key.Store != "" && p.store.Fixed() && p.Key.In == keyInTPM {
+		f.Key("key.store", "key.store %s", sameTPM)
 	} else if p.Key.Store != "" && p.store.Fixed() {
 		f.Key("key.store", "key.store has no column in braces: name the line's own store in touchmark.toml")
 	}
