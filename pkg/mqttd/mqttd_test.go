@@ -324,7 +324,9 @@ func TestForeignFilter(t *testing.T) {
 func TestConnectUnderLoad(t *testing.T) {
 	f := registrationtest.NewFixture(t, "hub-a.example.net")
 	free := make(chan struct{})
-	d := open(t, f, func(c *mqttd.Config, _ *door.Config) { c.Registrar, c.ResponseDelay = &stuck{f.Service, free}, time.Millisecond })
+	d := open(t, f, func(c *mqttd.Config, _ *door.Config) {
+		c.Registrar, c.ResponseDelay = &stuck{f.Service, free}, time.Millisecond
+	})
 	t.Cleanup(sync.OnceFunc(func() { close(free) })) // before the door is closed
 	var waiting []*conn
 	for i := range 100 {
