@@ -23,8 +23,8 @@ import (
 	"github.com/coder/websocket"
 
 	"github.com/touchmark/touchmark/pkg/attest/attesttest"
-	"github.com/touchmark/touchmark/pkg/door"
 	"github.com/touchmark/touchmark/pkg/device"
+	"github.com/touchmark/touchmark/pkg/door"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/mqttd"
