@@ -35,7 +35,7 @@ func newInit(a *app) *cobra.Command {
 		Short: "Make a line: its CA, its station key, its ledger and its profiles",
 		Long: `init makes the directory of a line: touchmark.toml, a root and an issuing CA, the station key that signs bundles and
 the ledger (public half in station.pem), a recipient key for files that are sealed to the line (recipient.txt), an empty
-ledger, and four profiles to start from.
+ledger, and profiles to start from.
 
 Keys are made where --key-uri says. By default that is a folder of encrypted key files in the line; for a factory it is
 a PKCS#11 token, which keys made there never leave.`,
