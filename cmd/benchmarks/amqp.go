@@ -60,7 +60,7 @@ func amqpUntil[T amqp.Performative](r *bufio.Reader) amqp.Frame {
 
 // amqpExchange is the conversation of device API, section 12, in three round trips: a device may not ask before it has been
 // given credit.
-func amqpExchange(c *tls.Conn, id string) {
+func amqpExchange(c *tls.Conn, id, _ string) {
 	r := bufio.NewReader(c)
 	must(c.Write(amqpOpening(id)))
 	must(amqp.ReadHeader(r))

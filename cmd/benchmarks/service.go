@@ -28,6 +28,8 @@ import (
 	"time"
 
 	"github.com/touchmark/touchmark/pkg/amqpd"
+	"github.com/touchmark/touchmark/pkg/attest"
+	"github.com/touchmark/touchmark/pkg/attest/attesttest"
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/door"
 	"github.com/touchmark/touchmark/pkg/dps"
@@ -68,13 +70,23 @@ func newService(dir string) (*sqlstore.Store, *registration.Service) {
 
 // register: devices of an X.509 group, each on a connection of its own: mutual TLS, register, one status; against mutual
 // TLS and as many echoes of as many octets, by the same clients.
-func (b *bench) register(protocol string) {
+//
+// By key: devices of a symmetric-key group, with tokens that are made beforehand; the limit is TLS that shows a certificate on
+// the server's side alone.
+func (b *bench) register(protocol string, byKey bool) {
 	dir := tempDir()
 	a := newAuthority()
 	store, svc := newService(dir)
 	defer store.Close()
 	group := dps.EnrollmentGroup{EnrollmentGroupID: "group", Enrollment: dps.Enrollment{Attestation: &dps.Attestation{Type: dps.AttestationX509, X509: &dps.X509Attestation{
 		SigningCertificates: &dps.X509Certificates{Primary: &dps.X509Certificate{Certificate: base64.StdEncoding.EncodeToString(a.cert.Raw)}}}}}}
+	groupKey := bytes.Repeat([]byte("k"), 64)
+	name := "register-" + protocol
+	if byKey {
+		name += "-key"
+		group.Attestation = &dps.Attestation{Type: dps.AttestationSymmetricKey, SymmetricKey: &dps.SymmetricKeyAttestation{
+			PrimaryKey: base64.StdEncoding.EncodeToString(groupKey), SecondaryKey: base64.StdEncoding.EncodeToString(groupKey[1:])}}
+	}
 	must(svc.PutEnrollment(context.Background(), registration.Group, "group", must(json.Marshal(group)), ""))
 	server := a.issue("localhost", x509.ExtKeyUsageServerAuth)
 	certificate := func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return &server, nil }
@@ -95,7 +107,7 @@ func (b *bench) register(protocol string) {
 	case "amqp":
 		exchange, limit, echoes = amqpExchange, 420, 3
 		handle := amqpd.New(amqpd.Config{Registrar: svc, ResponseDelay: -1}).Handle
-		doors.Go(func() { check(door.New(door.Config{TLS: door.TLSConfig(certificate)}).Serve(ctx, ours, handle)) })
+		doors.Go(func() { check(door.New(dc).Serve(ctx, ours, handle)) })
 	default:
 		exchange, limit = mqttExchange, 420
 		// Without the pause before each response, which one SDK needs: it is time and not work.
@@ -107,6 +119,9 @@ func (b *bench) register(protocol string) {
 	// Mutual TLS as anybody else would have it: the handshake verifies the chain, which the service does behind it.
 	mutual := door.TLSConfig(certificate)
 	mutual.ClientAuth, mutual.ClientCAs = tls.RequireAndVerifyClientCert, roots
+	if byKey {
+		mutual.ClientAuth = tls.NoClientCert
+	}
 	doors.Go(func() { serveEcho(ctx, tls.NewListener(echo, mutual), limit) })
 
 	n := 400 * b.scale
@@ -117,12 +132,27 @@ func (b *bench) register(protocol string) {
 		devices[i] = a.issue(fmt.Sprintf("dev-%07d", i), x509.ExtKeyUsageClientAuth)
 	})
 	dial := func(address string, i int) *tls.Conn {
-		return must(tls.Dial("tcp", address, &tls.Config{RootCAs: roots, ServerName: "localhost", Certificates: devices[i : i+1]}))
+		cfg := &tls.Config{RootCAs: roots, ServerName: "localhost"}
+		if !byKey {
+			cfg.Certificates = devices[i : i+1]
+		}
+		return must(tls.Dial("tcp", address, cfg))
 	}
-	b.compare("register-"+protocol, "devices/s", func() float64 {
+	tokens := make([]string, n)
+	if byKey {
+		for i := range tokens {
+			id := fmt.Sprintf("dev-%07d", i)
+			tokens[i] = attesttest.Token(attest.DeriveKey(groupKey, id), benchScope, id, time.Now().Add(time.Hour))
+			if protocol == "https" {
+				tokens[i] = "Authorization: " + tokens[i] + "\r\n"
+			}
+		}
+	}
+	token := func(i int) string { return tokens[i] }
+	b.compare(name, "devices/s", func() float64 {
 		return clients(n, func(i int) {
 			c := dial(ours.Addr().String(), i)
-			exchange(c, fmt.Sprintf("dev-%07d", i))
+			exchange(c, fmt.Sprintf("dev-%07d", i), token(i))
 			_ = c.Close()
 		})
 	}, func() float64 {
@@ -177,13 +207,13 @@ func serveEcho(ctx context.Context, l net.Listener, size int) {
 }
 
 // httpsExchange registers and asks once, in hand-written HTTP, so that it is the server that is measured.
-func httpsExchange(c *tls.Conn, id string) {
+func httpsExchange(c *tls.Conn, id, token string) {
 	r := bufio.NewReader(c)
 	body := `{"registrationId":"` + id + `"}`
-	must(fmt.Fprintf(c, "PUT /%s/registrations/%s/register?api-version=2019-03-31 HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", benchScope, id, len(body), body))
+	must(fmt.Fprintf(c, "PUT /%s/registrations/%s/register?api-version=2019-03-31 HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n%sContent-Length: %d\r\n\r\n%s", benchScope, id, token, len(body), body))
 	var st dps.OperationStatus
 	check(json.Unmarshal(readHTTP(r, "202"), &st))
-	must(fmt.Fprintf(c, "GET /%s/registrations/%s/operations/%s?api-version=2019-03-31 HTTP/1.1\r\nHost: localhost\r\n\r\n", benchScope, id, st.OperationID))
+	must(fmt.Fprintf(c, "GET /%s/registrations/%s/operations/%s?api-version=2019-03-31 HTTP/1.1\r\nHost: localhost\r\n%s\r\n", benchScope, id, st.OperationID, token))
 	check(json.Unmarshal(readHTTP(r, "200"), &st))
 	if st.Status != dps.Assigned {
 		check(fmt.Errorf("%s is %s", id, st.Status))
@@ -211,9 +241,9 @@ func readHTTP(r *bufio.Reader, status string) []byte {
 }
 
 // mqttExchange is the conversation of device API, section 11.6, its packets sent as early as a device may.
-func mqttExchange(c *tls.Conn, id string) {
+func mqttExchange(c *tls.Conn, id, token string) {
 	r := bufio.NewReader(c)
-	out := mqtt.AppendConnect(nil, id, benchScope+"/registrations/"+id+"/api-version=2019-03-31", nil, 0)
+	out := mqtt.AppendConnect(nil, id, benchScope+"/registrations/"+id+"/api-version=2019-03-31", []byte(token), 0)
 	out = mqtt.AppendSubscribe(out, 1, "$dps/registrations/res/#", 1)
 	out = mqtt.AppendPublish(out, "$dps/registrations/PUT/iotdps-register/?$rid=1", 1, 2, []byte(`{"registrationId":"`+id+`"}`))
 	must(c.Write(out))
