@@ -247,8 +247,11 @@ var (
 	// secretName is what the names of members that hold a secret are like.
 	secretName = regexp.MustCompile(`(?i)key|secret|passw|passphrase|token|credential|signature|pin$|psk`)
 	// publicNames look like those and hold none.
-	publicNames = map[string]bool{"endorsementKey": true, "storageRootKey": true, "enrollmentGroupId": true, "keyName": true}
+	publicNames = map[string]bool{"endorsementKey": true, "storageRootKey": true, "keyName": true}
 )
+
+// groupName is the one public member below a name that secrets have: symmetricKey.
+const groupName = "enrollmentGroupId"
 
 // word bounds text that comes from a device, and hides what looks like a secret in it.
 func word(s string) string {
@@ -289,7 +292,7 @@ func hide(v any, secret bool) any {
 	case map[string]any:
 		out := make(map[string]any, len(v))
 		for name, member := range v {
-			out[word(name)] = hide(member, !publicNames[name] && (secret || secretName.MatchString(name)))
+			out[word(name)] = hide(member, name != groupName && (secret || secretName.MatchString(name) && !publicNames[name]))
 		}
 		return out
 	case []any:

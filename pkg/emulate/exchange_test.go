@@ -123,7 +123,7 @@ func TestExchangesHoldNoSecrets(t *testing.T) {
 			secret([]byte(sig))
 			enc := base64.StdEncoding.EncodeToString(loose)
 			for _, body := range []string{
-				`{"payload":{"primaryKey":"` + enc + `","nested":[{"sas_token":"` + enc + `","password":["` + enc + `"],"apiKey":{"value":"` + enc + `"}}]}}`,
+				`{"payload":{"primaryKey":"` + enc + `","nested":[{"sas_token":"` + enc + `","password":["` + enc + `"],"apiKey":{"value":"` + enc + `"},"secret":{"keyName":"` + enc + `","endorsementKey":"` + enc + `"}}]}}`,
 				`{"payload":"` + token + `"}`,
 				`{"payload":"HostName=h;SharedAccessKeyName=n;SharedAccessKey=` + enc + `"}`,
 				`{"payload":"-----BEGIN PRIVATE KEY-----` + enc + `"}`,

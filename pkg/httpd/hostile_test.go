@@ -22,6 +22,7 @@ import (
 
 // Whatever stands on the wire, the door answers with a status, or hangs up (0), and never takes it for a registration.
 func TestHostileRequests(t *testing.T) {
+	registrationtest.Goroutines(t)
 	d := newDoor(t, func(c *httpd.Config, _ *door.Config) { c.HeaderTimeout, c.RequestTimeout = time.Second, time.Second })
 	dev := d.Derived("dev-1")
 	path := "/" + registrationtest.Scope + "/registrations/dev-1/register?api-version=2019-03-31"
@@ -126,6 +127,7 @@ func TestHostileRequests(t *testing.T) {
 
 // No header and no token that is not exactly a proof of this device admits it.
 func TestHostileProofs(t *testing.T) {
+	registrationtest.Goroutines(t)
 	d := newDoor(t)
 	dev := d.Derived("dev-1")
 	key := attest.DeriveKey(d.GroupKey, "dev-1")
@@ -213,6 +215,7 @@ func TestHostileProofs(t *testing.T) {
 
 // TLS that is not what the service has ends in the handshake, or right behind it.
 func TestHostileTLS(t *testing.T) {
+	registrationtest.Goroutines(t)
 	d := newDoor(t, func(_ *httpd.Config, c *door.Config) { c.HandshakeTimeout = time.Second })
 	for name, send := range map[string]string{
 		"plain HTTP":                  "GET / HTTP/1.1\r\nHost: h\r\n\r\n",

@@ -35,7 +35,8 @@ func open(t testing.TB, f *registrationtest.Fixture, edit ...func(*httpd.Config,
 	t.Helper()
 	return &service{f, f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
 		cfg := httpd.Config{Registrar: f.Registrar(), Service: f.Service, Hosts: []string{registrationtest.Host}, Now: f.Now}
-		dc := door.Config{TLS: door.TLSConfig(cert, "http/1.1")}
+		cfg.Log = registrationtest.Log(t)
+		dc := door.Config{TLS: door.TLSConfig(cert, "http/1.1"), Log: cfg.Log}
 		for _, e := range edit {
 			e(&cfg, &dc)
 		}

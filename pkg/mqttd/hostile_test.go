@@ -85,6 +85,7 @@ func hungUp(err error) bool {
 
 // Whatever comes before a device is known, the door says what the protocol has for it, and hangs up.
 func TestHostileConnect(t *testing.T) {
+	registrationtest.Goroutines(t)
 	d := newDoor(t, func(c *mqttd.Config, _ *door.Config) { c.Second = 100 * time.Millisecond })
 	dev := d.Derived("dev-1")
 	user := username(dev)
@@ -154,6 +155,7 @@ func TestHostileConnect(t *testing.T) {
 
 // Whatever a device that is connected sends, the door answers what the protocol has for it, or hangs up.
 func TestHostileConversation(t *testing.T) {
+	registrationtest.Goroutines(t)
 	d := newDoor(t, func(c *mqttd.Config, _ *door.Config) { c.Second = 100 * time.Millisecond })
 	ask := func(rest, body string) []byte { return mqtt.AppendPublish(nil, registerTopic+rest, 1, 7, []byte(body)) }
 	bye := frame(0xe0)

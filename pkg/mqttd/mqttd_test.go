@@ -44,7 +44,7 @@ type service struct {
 func open(t testing.TB, f *registrationtest.Fixture, edit ...func(*mqttd.Config, *door.Config)) *service {
 	t.Helper()
 	return &service{Fixture: f, Listener: f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
-		cfg, dc := mqttd.Config{Registrar: f.Registrar(), Now: f.Now, ResponseDelay: -1}, door.Config{TLS: door.TLSConfig(cert)}
+		cfg, dc := mqttd.Config{Registrar: f.Registrar(), Now: f.Now, ResponseDelay: -1}, door.Config{TLS: door.TLSConfig(cert), Log: registrationtest.Log(t)}
 		for _, e := range edit {
 			e(&cfg, &dc)
 		}
