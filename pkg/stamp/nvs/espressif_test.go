@@ -8,6 +8,7 @@ package nvs
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"encoding/base64"
 	"encoding/csv"
 	"encoding/hex"
@@ -20,6 +21,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -213,6 +216,15 @@ func randomEntries(r *rand.Rand, back bool) []Entry {
 	return entries
 }
 
+// sorted leaves out declarations of namespaces, which need not be read back as they were written.
+func sorted(entries []Entry) []Entry {
+	valued := slices.DeleteFunc(slices.Clone(entries), func(e Entry) bool { return e.Value == nil })
+	slices.SortFunc(valued, func(a, b Entry) int {
+		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Key, b.Key))
+	})
+	return valued
+}
+
 func encodingOf(v any) string {
 	switch v.(type) {
 	case string:
@@ -289,7 +301,11 @@ func TestBuildLikeEspressif(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if again := build(t, q.Size, back, keys); !bytes.Equal(again, image) && len(spaces) < 2 { // others may be declared in another order
+		if len(spaces) > 1 { // others may be declared in another order, and then fill the pages otherwise
+			if !reflect.DeepEqual(sorted(back), sorted(entries)) {
+				t.Fatalf("read back are other entries\n%v", q)
+			}
+		} else if again := build(t, q.Size, back, keys); !bytes.Equal(again, image) {
 			t.Fatalf("read back and built again it differs\n%v", q)
 		}
 	}
