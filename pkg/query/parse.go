@@ -7,6 +7,8 @@ import (
 	"strconv"
 	"strings"
 	"unicode/utf8"
+
+	"github.com/touchmark/touchmark/pkg/dps"
 )
 
 // Bounds of a query.
@@ -224,7 +226,7 @@ func (p *parser) startsWith() (expr, error) {
 			return unknown
 		}
 		if f.kind == folded {
-			return is(len(got) >= len(prefix) && strings.EqualFold(got[:len(prefix)], prefix))
+			return is(strings.HasPrefix(dps.Fold(got), dps.Fold(prefix)))
 		}
 		return is(strings.HasPrefix(got, prefix))
 	}, p.want(")")
