@@ -76,35 +76,37 @@ func (d *service) client(t testing.TB, cert *tls.Certificate) *http.Client {
 	return &http.Client{Transport: tr, Timeout: time.Minute}
 }
 
+// ask makes one call of a device's.
+func (d *service) ask(t testing.TB, dev registrationtest.Device, method, path string) string {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, "https://"+registrationtest.Host+"/"+dev.Scope+"/registrations/"+dev.ID+path+"?api-version="+dev.APIVersion, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if dev.Token != "" {
+		req.Header.Set("Authorization", dev.Token)
+	}
+	res, err := d.client(t, dev.Certificate).Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
 // register registers a device and returns what its status is then.
 func (d *service) register(t testing.TB, dev registrationtest.Device) string {
 	t.Helper()
-	c := d.client(t, dev.Certificate)
-	ask := func(method, path string) (b []byte) {
-		req, err := http.NewRequest(method, "https://"+registrationtest.Host+"/"+dev.Scope+"/registrations/"+dev.ID+path+"?api-version="+dev.APIVersion, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if dev.Token != "" {
-			req.Header.Set("Authorization", dev.Token)
-		}
-		res, err := c.Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer res.Body.Close()
-		b, err = io.ReadAll(res.Body)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return b
-	}
 	var op struct{ OperationID string }
-	b := ask("PUT", "/register")
-	if json.Unmarshal(b, &op); op.OperationID == "" {
-		return string(b)
+	s := d.ask(t, dev, "PUT", "/register")
+	if json.Unmarshal([]byte(s), &op) != nil || op.OperationID == "" {
+		return s
 	}
-	return string(ask("GET", "/operations/"+op.OperationID))
+	return d.ask(t, dev, "GET", "/operations/"+op.OperationID)
 }
 
 // operator is a client of the service API, of one host and with one authorization.
