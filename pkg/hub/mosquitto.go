@@ -99,7 +99,7 @@ func (h *mosquitto) Check(ctx context.Context) error {
 	}
 	for _, a := range data.ACLs {
 		if a.Allow && (a.Type == "publishClientSend" || a.Type == "subscribe") {
-			return newError(h.name, "DefaultAccess", false, fmt.Errorf("by default everybody may do %s: have it denied (mosquitto_ctrl … dynsec setDefaultACLAccess %s deny)", a.Type, a.Type))
+			return newError(h.name, "DefaultAccess", false, fmt.Errorf("everybody may do %s there by default: have it false in defaultACLAccess of the plugin's file", a.Type))
 		}
 	}
 	return nil

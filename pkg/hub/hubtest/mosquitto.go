@@ -141,6 +141,18 @@ func (m *Mosquitto) Start(t testing.TB) {
 	}
 }
 
+// Edit changes what the plugin has kept while the broker stands still.
+func (m *Mosquitto) Edit(t testing.TB, edit func(string) string) {
+	t.Helper()
+	m.Kill(t)
+	b, err := os.ReadFile(filepath.Join(m.dir, "dynsec.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.file(t, "dynsec.json", edit(string(b)))
+	m.Start(t)
+}
+
 // Kill kills the broker.
 func (m *Mosquitto) Kill(testing.TB) {
 	if m.proc != nil {
@@ -189,8 +201,9 @@ func (m *Mosquitto) Control(t testing.TB, args ...string) string {
 // A Device is one that is connected to a broker.
 type Device struct {
 	net.Conn
-	r  *bufio.Reader
-	id uint16
+	r    *bufio.Reader
+	id   uint16
+	came []*mqtt.Packet // messages, while something else was awaited
 }
 
 // ErrRefused says that a broker did not let a device connect, subscribe or publish.
@@ -238,6 +251,9 @@ func (d *Device) Await(want mqtt.Type) (*mqtt.Packet, error) {
 		if err != nil || p.Type == want {
 			return p, err
 		}
+		if p.Type == mqtt.Publish {
+			d.came = append(d.came, p)
+		}
 	}
 }
 
@@ -262,9 +278,14 @@ func (d *Device) Publish(topic, payload string) error {
 
 // Next returns the topic and payload of the next message.
 func (d *Device) Next() (string, error) {
-	p, err := d.Await(mqtt.Publish)
-	if err != nil {
-		return "", err
+	var p *mqtt.Packet
+	if len(d.came) > 0 {
+		p, d.came = d.came[0], d.came[1:]
+	} else {
+		var err error
+		if p, err = d.Await(mqtt.Publish); err != nil {
+			return "", err
+		}
 	}
 	if p.QoS == 1 {
 		d.Write(mqtt.AppendPuback(nil, p.ID))
