@@ -50,9 +50,10 @@ WHAT MOVES ON REPROVISIONING, from the former hub to the next
     removal at the former hub     yes                yes           yes                another system's
 
 MOSQUITTO
-  A device with a key is a client of its ID; its password is its primary key, as base64. A device with a certificate is let in by the
-  broker itself: the certificate's chain ends at cafile, its common name is the device ID. So they need two listeners; the broker does
-  not compare thumbprints. Each device has a role of its own, touchmark:ID, by which it may publish, subscribe and receive
+  A device with a key has its ID for user name and MQTT client ID; its password is its primary key, as base64. A device with a
+  certificate is let in by the broker itself: the certificate's chain ends at cafile, its common name is the device ID. So they need
+  two listeners. The broker compares no thumbprints; and who has a certificate with the name of the administrator is the
+  administrator: give clients that are no devices names that no device has, with a / in them. Each device has a role of its own, touchmark:ID, by which it may publish, subscribe and receive
   devices/ID/#, and nothing else; further roles may be given to it. A device that the service does not know is refused, and one with a
   certificate may do nothing. When credentials change or a device is removed, the broker puts it off. IDs have no + # / %.
   There are no twins. To bar one that has a key, disable its client. One that has a certificate is not barred by that alone, until
@@ -83,20 +84,20 @@ MOSQUITTO
   Then, as root:
 
     cd /etc/mosquitto
-    mosquitto_ctrl dynsec init dynamic-security.json admin          # asks for that password
+    mosquitto_ctrl dynsec init dynamic-security.json service/admin  # asks for that password
     chown mosquitto: dynamic-security.json
     systemctl restart mosquitto
     mkdir -m 700 admin                                             # instead of -o, which 2.0.11 does not heed
-    printf '%s\n' '-h localhost' '-p 8883' '--cafile ca.pem' '-u admin' "-P $(cat admin.password)" > admin/mosquitto_ctrl
+    printf '%s\n' '-h localhost' '-p 8883' '--cafile ca.pem' '-u service/admin' "-P $(cat admin.password)" > admin/mosquitto_ctrl
     ctl() { XDG_CONFIG_HOME=admin mosquitto_ctrl dynsec "$@"; }
     ctl createRole provisioning
     for may in publishClientSend publishClientReceive subscribePattern; do
       ctl addRoleACL provisioning $may '$CONTROL/dynamic-security/#' allow
     done
-    ctl createClient dps                                           # asks for its password
-    ctl addClientRole dps provisioning
+    ctl createClient service/dps                                   # asks for its password
+    ctl addClientRole service/dps provisioning
 
-  The connection string: HostName=BROKER;Username=dps;Password=…;CA=$(base64 -w0 ca.pem)
+  The connection string: HostName=BROKER;Username=service/dps;Password=…;CA=$(base64 -w0 ca.pem)
   A device of it:
     mosquitto_pub -h BROKER -p 8883 --cafile ca.pem -i ID -u ID -P KEY -t devices/ID/events -m hello
 

@@ -76,7 +76,7 @@ func TestHubsExample(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "conf.d/touchmark.conf"), []byte(here.Replace(strings.ReplaceAll(conf, "    ", ""))), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.CommandContext(t.Context(), "bash", "-ec", here.Replace(script)+"\nctl getClient dps")
+	cmd := exec.CommandContext(t.Context(), "bash", "-ec", here.Replace(script)+"\nctl getClient service/dps")
 	cmd.Dir = dir
 	t.Cleanup(func() {
 		pid, err := os.ReadFile(filepath.Join(dir, "pid"))
@@ -89,7 +89,7 @@ func TestHubsExample(t *testing.T) {
 		t.Fatalf("%v: %s", err, out)
 	}
 	h, err := hub.Open(hub.Config{Hub: registration.LinkedHub{Name: "localhost", Kind: registration.HubMosquitto,
-		ConnectionString: fmt.Sprintf("HostName=localhost;Port=%s;Username=dps;Password=of-the-service;CA=%s", ports[0], base64.StdEncoding.EncodeToString(ca))}})
+		ConnectionString: fmt.Sprintf("HostName=localhost;Port=%s;Username=service/dps;Password=of-the-service;CA=%s", ports[0], base64.StdEncoding.EncodeToString(ca))}})
 	if err != nil {
 		t.Fatal(err)
 	}
