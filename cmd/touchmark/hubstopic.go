@@ -22,7 +22,7 @@ device hears of its hub. Devices are told the hub's name; how the service reache
 
 CONNECTION STRINGS
   Members are in any order, their names in any letter case; a value has no ";" and no white space. Further members:
-    Port=      unless it is 443, or 8883 for mosquitto
+    Port=      unless it is 443, or 8883 for mosquitto; or HostName=HOST:PORT
     CA=        base64 of the PEM certificates that the hub's is judged by, instead of those of the system: base64 -w0 ca.pem
     Plain=true mosquitto without TLS (port 1883), a webhook by http: to loopback addresses, and nowhere else
   Certificate and Key are base64 of PEM too. No member is the path of a file: who may link a hub may not for that read this
