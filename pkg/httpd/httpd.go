@@ -39,6 +39,8 @@ type Config struct {
 	// Calls are more of touchmark's own: each by the name that follows touchmark/ in its path, for those who may write
 	// enrollments.
 	Calls map[string]Call
+	// Hub answers under /devices, /twins and /statistics, as an IoT hub's registry; nil leaves it out.
+	Hub http.Handler
 	// Recipient is whom secrets for the service are sealed to.
 	Recipient string
 	// Door takes connections in.
@@ -159,6 +161,13 @@ func (s *Server) handler(ctx context.Context) http.Handler {
 				return
 			}
 			segments[i] = decoded
+		}
+		if s.cfg.Hub != nil {
+			switch strings.ToLower(segments[0]) {
+			case "devices", "twins", "statistics":
+				s.cfg.Hub.ServeHTTP(w, r)
+				return
+			}
 		}
 		if s.cfg.Service != nil {
 			switch strings.ToLower(segments[0]) {
