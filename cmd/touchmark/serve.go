@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/emulate"
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/registration"
@@ -19,7 +20,7 @@ import (
 )
 
 type serveOptions struct {
-	data            string
+	data, name      string
 	hubs, hostnames []string
 	idScope         string
 	owners          []string
@@ -30,6 +31,7 @@ type serveOptions struct {
 	front  frontOptions
 	limits limitOptions
 	issue  issueOptions
+	hubOptions
 	emulatorOptions
 }
 
@@ -70,8 +72,9 @@ register in are there already, and faults happen on demand. touchmark help emula
 	f := c.Flags()
 	f.StringVar(&o.data, "data", "", "directory that the service keeps everything in")
 	o.doorOptions.flags(c)
-	f.StringArrayVar(&o.hubs, "hub", nil, "host name of a hub that devices may be assigned to; again for more")
+	f.StringArrayVar(&o.hubs, "hub", nil, "host name of a hub that devices may be assigned to, or builtin for a small one in this process (touchmark help builtin-hub); again for more")
 	f.StringArrayVar(&o.hostnames, "hostname", nil, "name that the service is reached by, for its certificate and tokens; again for more (default: localhost)")
+	f.StringVar(&o.name, "name", "", "name of the first provisioning service among those that this one serves (default: touchmark-ID_SCOPE)")
 	f.StringVar(&o.idScope, "id-scope", "", "ID scope that a first start takes, instead of a random one")
 	f.StringArrayVar(&o.owners, "owner", nil, "PEM file with the public key of an owner whose production orders count, from now on; again for more")
 	f.BoolVar(&o.requireOrders, "require-orders", false, "refuse every bundle that was not made on a production order of an owner's")
@@ -80,6 +83,7 @@ register in are there already, and faults happen on demand. touchmark help emula
 	o.front.flags(c)
 	o.limits.flags(c)
 	o.issue.flags(c)
+	o.hubOptions.flags(c)
 	o.bind(c)
 	_ = c.MarkFlagDirname("data")
 	return c
@@ -99,6 +103,9 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	}
 	if len(o.hostnames) == 0 {
 		o.hostnames = []string{"localhost"}
+	}
+	if err := o.checkHub(); err != nil {
+		return err
 	}
 	d := &serviceData{}
 	if o.ephemeral {
@@ -133,9 +140,6 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	if len(o.hubs) == 0 {
-		a.note("no --hub is named: devices will register and fail with 400208, no hub could be chosen")
-	}
 	owners, err := d.owners(o.owners)
 	if err != nil {
 		return err
@@ -147,18 +151,35 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	cfg := registration.Config{Store: store, Scope: d.scope, Hubs: o.hubs, Owners: owners, RequireOrders: o.requireOrders, Intermediates: intermediates, Log: log}
-	closeIssuers, err := a.openIssuers(ctx, &o.issue, &cfg)
+	if linked, err := o.linkHubs(ctx, store, d); err != nil {
+		return err
+	} else if linked == 0 {
+		a.note("no hub is linked: devices will register and fail with 400208, no hub could be chosen; name one with --hub")
+	}
+	// What the start names is the first scope's: another tenant's devices have nothing to do with these owners and issuers.
+	own := registration.Config{Owners: owners, RequireOrders: o.requireOrders, Intermediates: intermediates}
+	closeIssuers, err := a.openIssuers(ctx, &o.issue, &own)
 	defer func() { err = errors.Join(err, closeIssuers()) }()
 	if err != nil {
 		return err
 	}
-	svc := registration.New(cfg)
+	scopes := registration.NewScopes(registration.ScopesConfig{
+		Config: registration.Config{Store: store, Log: log, AtOnce: own.AtOnce},
+		Own: func(sc *registration.Scope, cfg *registration.Config) error {
+			if dps.Fold(sc.ID) == dps.Fold(d.scope) {
+				cfg.Owners, cfg.RequireOrders, cfg.Intermediates, cfg.Issuers = own.Owners, own.RequireOrders, own.Intermediates, own.Issuers
+			}
+			return nil
+		}})
+	svc, err := scopes.Service(ctx, d.scope)
+	if err != nil {
+		return fmt.Errorf("opening ID scope %s: %w", d.scope, err)
+	}
 	front, err := d.front(ctx, o, store, log)
 	if err != nil {
 		return err
 	}
-	emulated := &emulator{o: o, d: d, svc: svc, issuers: slices.Collect(maps.Keys(cfg.Issuers))}
+	emulated := &emulator{o: o, d: d, svc: svc, issuers: slices.Collect(maps.Keys(own.Issuers))}
 	if o.ephemeral {
 		if err := emulated.enroll(ctx); err != nil {
 			return err
@@ -170,6 +191,11 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, closeExchanges()) }()
+	hub, closeHub, err := a.openHub(ctx, o, d, told, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, closeHub()) }()
 
 	open, err := a.listenAll(o)
 	if err != nil {
@@ -177,7 +203,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	}
 	eg, ctx := errgroup.WithContext(ctx)
 	eg.Go(func() error { return front.watch(ctx) })
-	limited := o.limits.wrap(svc, log)
+	limited := o.limits.wrap(scopes, log)
 	var registrar registration.Registrar = limited
 	if o.ephemeral || exchanges != nil {
 		registrar = emulate.New(emulate.Config{Registrar: limited, Faults: faults, Exchanges: exchanges, Stop: ctx.Done()})
@@ -204,7 +230,12 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	o.serveDoors(ctx, eg, open, front, registrar, limited.Overloaded, https)
+	if hub != nil {
+		if err := hub.describe(ready, &https, address); err != nil {
+			return err
+		}
+	}
+	o.serveDoors(ctx, eg, open, front, registrar, limited.Overloaded, hub.door(), https)
 	if o.ephemeral {
 		emulated.tell(a)
 	}
@@ -227,7 +258,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 // printReady leaves out what is secret.
 func (a *app) printReady(ready map[string]any) {
 	rows := [][]string{{"Registration service", "ready"}, {"  ID scope", fmt.Sprint(ready["idScope"])}}
-	for _, r := range [][2]string{{"https", "HTTPS"}, {"mqtt", "MQTT"}, {"amqp", "AMQP"}, {"caFile", "CA for devices"}, {"connectionStringFile", "owner's connection"}, {"recipient", "recipient"}} {
+	for _, r := range [][2]string{{"https", "HTTPS"}, {"mqtt", "MQTT"}, {"amqp", "AMQP"}, {"caFile", "CA for devices"}, {"connectionStringFile", "owner's connection"}, {"hub", "built-in hub"}, {"hubConnectionStringFile", "hub's connection"}, {"recipient", "recipient"}} {
 		if v, ok := ready[r[0]]; ok && v != "" {
 			rows = append(rows, []string{"  " + r[1], fmt.Sprint(v)})
 		}

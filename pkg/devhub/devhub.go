@@ -31,6 +31,8 @@ import (
 type Config struct {
 	// Name is the hub's host name, as devices are told it: without a port.
 	Name string
+	// Hosts are further names that tokens may be for.
+	Hosts []string
 	// Secret is what the keys of the hub's policies are derived from: 16 octets at least.
 	Secret []byte
 	// Path is the SQLite file that devices are kept in; it is made when it is not there. Empty keeps them in memory.

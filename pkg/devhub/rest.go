@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -33,7 +34,7 @@ func (h *Hub) forResource(t *attest.Token, path string, exactly bool) bool {
 			host = host[:at]
 		}
 	}
-	if !strings.EqualFold(host, h.cfg.Name) {
+	if !strings.EqualFold(host, h.cfg.Name) && !slices.ContainsFunc(h.cfg.Hosts, func(name string) bool { return strings.EqualFold(strings.Trim(host, "[]"), name) }) {
 		return false
 	}
 	rest = strings.TrimSuffix("/"+rest, "/")

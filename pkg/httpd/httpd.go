@@ -39,8 +39,9 @@ type Config struct {
 	// Calls are more of touchmark's own: each by the name that follows touchmark/ in its path, for those who may write
 	// enrollments.
 	Calls map[string]Call
-	// Hub answers under /devices, /twins and /statistics, as an IoT hub's registry; nil leaves it out.
-	Hub http.Handler
+	// Handlers answer what is not an API of devices or of enrollments, by the folded first segment of the path. They authorize
+	// callers by themselves.
+	Handlers map[string]http.Handler
 	// Recipient is whom secrets for the service are sealed to.
 	Recipient string
 	// Door takes connections in.
@@ -162,12 +163,9 @@ func (s *Server) handler(ctx context.Context) http.Handler {
 			}
 			segments[i] = decoded
 		}
-		if s.cfg.Hub != nil {
-			switch strings.ToLower(segments[0]) {
-			case "devices", "twins", "statistics":
-				s.cfg.Hub.ServeHTTP(w, r)
-				return
-			}
+		if h := s.cfg.Handlers[strings.ToLower(segments[0])]; h != nil {
+			h.ServeHTTP(w, r)
+			return
 		}
 		if s.cfg.Service != nil {
 			switch strings.ToLower(segments[0]) {
