@@ -7,6 +7,7 @@ const fs = require('fs');
 const path = require('path');
 const { ProvisioningDeviceClient } = require('azure-iot-provisioning-device');
 const provisioning = require('azure-iot-provisioning-device-mqtt');
+const { MqttBase } = require('azure-iot-mqtt-base');
 const { NoRetry } = require('azure-iot-common');
 const { Client, Message } = require('azure-iot-device');
 const { MqttWs } = require('azure-iot-device-mqtt');
@@ -28,8 +29,9 @@ function register() {
     const { SymmetricKeySecurityClient } = require('azure-iot-security-symmetric-key');
     security = new SymmetricKeySecurityClient(stamp.registrationId, stamp.symmetricKey);
   }
-  const transport = webSocket ? new provisioning.MqttWs() : new provisioning.Mqtt();
-  if (webSocket) transport.setTransportOptions({ webSocketAgent });
+  const base = new MqttBase();
+  base.setOptions({ mqtt: { webSocketAgent } });
+  const transport = webSocket ? new provisioning.MqttWs(base) : new provisioning.Mqtt(base);
   return ProvisioningDeviceClient.create(!webSocket && mqttPort ? `${host}:${mqttPort}` : host, stamp.idScope, transport, security).register();
 }
 
