@@ -16,7 +16,8 @@ START
   its hub.
 
 MANAGE IT
-  Its connection string (policy iothubowner) is in hub.connection in the data directory, or on the ready line as hubConnectionString:
+  Its connection string (policy iothubowner) is in hub.connection in the data directory, or where --hub-connection-out says; without
+  either it is on the ready line as hubConnectionString:
     const { Registry, Client } = require('azure-iothub')
     Registry.fromConnectionString(text)            devices, twins, queries, bulk
     Client.fromConnectionString(text)              invokeDeviceMethod

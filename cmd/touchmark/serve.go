@@ -151,6 +151,12 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	told := make(chan struct{})
+	hub, closeHub, err := a.openHub(ctx, o, d, told, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, closeHub()) }()
 	if linked, err := o.linkHubs(ctx, store, d); err != nil {
 		return err
 	} else if linked == 0 {
@@ -185,17 +191,11 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 			return err
 		}
 	}
-	told := make(chan struct{})
 	exchanges, closeExchanges, err := a.openExchanges(o.exchanges, told, log)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, closeExchanges()) }()
-	hub, closeHub, err := a.openHub(ctx, o, d, told, log)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, closeHub()) }()
 
 	open, err := a.listenAll(o)
 	if err != nil {

@@ -21,7 +21,7 @@ import (
 
 // hubOptions are what serve takes for the hub in its own process.
 type hubOptions struct {
-	hubMessages string
+	hubMessages, hubConnectionOut string
 
 	builtin bool // asked for
 }
@@ -38,15 +38,17 @@ const (
 )
 
 func (o *hubOptions) flags(c *cobra.Command) {
-	c.Flags().StringVar(&o.hubMessages, "hub-messages", "", "with --hub builtin: file that every message from a device is appended to as a line of JSON; - is standard output")
+	f := c.Flags()
+	f.StringVar(&o.hubMessages, "hub-messages", "", "with --hub builtin: file that every message from a device is appended to as a line of JSON; - is standard output")
+	f.StringVar(&o.hubConnectionOut, "hub-connection-out", "", "with --hub builtin: file for the hub's connection string, written anew (default: hub.connection in the data directory)")
 }
 
 // checkHub finds the built-in hub among the hubs, and gives it its name there.
 func (o *serveOptions) checkHub() error {
 	i := slices.Index(o.hubs, builtinHub)
 	if o.builtin = i >= 0; !o.builtin {
-		if o.hubMessages != "" {
-			return usageError{errors.New("--hub-messages is for --hub builtin")}
+		if o.hubMessages != "" || o.hubConnectionOut != "" {
+			return usageError{errors.New("--hub-messages and --hub-connection-out are for --hub builtin")}
 		}
 		return nil
 	}
@@ -60,7 +62,7 @@ func (o *serveOptions) checkHub() error {
 // runningHub is the built-in hub of a service.
 type runningHub struct {
 	*devhub.Hub
-	d *serviceData
+	connectionFile string // empty: the ready line has it
 }
 
 // openHub opens the hub, where one is asked for; it is nil else. Nothing is written to standard output before ready is closed.
@@ -97,7 +99,11 @@ func (a *app) openHub(ctx context.Context, o *serveOptions, d *serviceData, read
 		}
 		return nil, nil, err
 	}
-	return &runningHub{h, d}, func() error {
+	r := &runningHub{h, o.hubConnectionOut}
+	if r.connectionFile == "" && d.dir != "" {
+		r.connectionFile = d.path(hubConnectionFile)
+	}
+	return r, func() error {
 		err := h.Close()
 		if lines != nil {
 			err = errors.Join(err, lines.Close())
@@ -128,10 +134,10 @@ func (r *runningHub) describe(ready map[string]any, https *httpd.Config, address
 		return nil
 	}
 	text := r.ConnectionString(address, hubPolicy)
-	if r.d.dir == "" {
+	if r.connectionFile == "" {
 		ready["hubConnectionString"] = text
 		return nil
 	}
-	ready["hubConnectionStringFile"] = r.d.path(hubConnectionFile)
-	return writeFile(r.d.path(hubConnectionFile), []byte(text+"\n"), 0o600, true)
+	ready["hubConnectionStringFile"] = r.connectionFile
+	return writeFile(r.connectionFile, []byte(text+"\n"), 0o600, true)
 }

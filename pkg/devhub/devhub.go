@@ -87,7 +87,7 @@ type device struct {
 const (
 	maxDevices  = 10_000
 	maxInbox    = 100       // messages kept of one device
-	maxKept     = 64 << 20  // octets kept of all
+	maxKept     = 64 << 20  // octets kept of all, and octets that wait for all
 	maxDeviceTo = 256 << 10 // octets of a message from a device
 	maxToDevice = 64 << 10  // and of one to it
 	maxQueue    = 50        // messages that wait for one device

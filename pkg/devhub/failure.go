@@ -62,8 +62,10 @@ func tooLarge(n int) *failure {
 }
 
 func queueFull() *failure {
-	return &failure{name: "DeviceMaximumQueueDepthExceeded", number: 403004, message: fmt.Sprintf("%d messages wait for the device already", maxQueue)}
+	return &failure{name: "DeviceMaximumQueueDepthExceeded", number: 403004, message: fmt.Sprintf("%d messages wait for the device already, or too many for all", maxQueue)}
 }
+
+const internalError = 500001
 
 // asFailure returns err as a failure. What is none is ours to answer for, and its text stays here.
 func asFailure(err error) *failure {
@@ -71,7 +73,7 @@ func asFailure(err error) *failure {
 	if errors.As(err, &f) {
 		return f
 	}
-	return &failure{name: "ServerError", number: 500001, message: "An internal error occurred"}
+	return &failure{name: "ServerError", number: internalError, message: "An internal error occurred"}
 }
 
 // body is the failure's document. The message has no semicolon: SDKs take it apart there.

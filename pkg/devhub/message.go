@@ -123,12 +123,22 @@ func (h *Hub) Send(m *Message) error {
 		return notFound(m.DeviceID)
 	}
 	h.expire(d)
-	if len(d.queue) >= maxQueue {
+	if len(d.queue) >= maxQueue || h.waiting() > maxKept {
 		return queueFull()
 	}
 	d.queue = append(d.queue, &queued{m: &c})
 	h.deliver(d)
 	return nil
+}
+
+// waiting is how many octets wait for all devices. The caller holds mu.
+func (h *Hub) waiting() (n int) {
+	for _, d := range h.devices {
+		for _, q := range d.queue {
+			n += q.m.size()
+		}
+	}
+	return n
 }
 
 // expire gives up messages that are too old or were sent too often.

@@ -3,7 +3,6 @@ package devhub
 import (
 	"context"
 	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"io"
 	"net/http"
@@ -76,21 +75,19 @@ func answer(w http.ResponseWriter, status int, b []byte) {
 // of our own: POST /devices/{id}/messages/devicebound sends the body to a device, GET /devices/{id}/messages/events shows what came of it.
 func (h *Hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	v, err := h.route(w, r)
+	code := http.StatusOK
 	var partly *bulkResult
+	if errors.As(err, &partly) { // it is the answer, too
+		v, err, code = partly, nil, http.StatusBadRequest
+	}
+	var b []byte
+	if err == nil && v != nil {
+		b, err = dps.Marshal(v)
+	}
 	switch {
-	case errors.As(err, &partly):
-		v, err = partly, nil
-		b, merr := dps.Marshal(v)
-		if merr == nil {
-			w.Header().Set("Iothub-Errorcode", "BulkRegistryOperationFailure")
-			answer(w, http.StatusBadRequest, b)
-			return
-		}
-		err = merr
-		fallthrough
 	case err != nil:
 		f := asFailure(err)
-		if f.status() >= 500 && !f.structured {
+		if f.number == internalError {
 			h.cfg.Log.Error("hub's registry", "path", r.URL.Path, "cause", err)
 		}
 		f.write(w, h.now())
@@ -98,12 +95,7 @@ func (h *Hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("X-Ms-Request-Id", dps.NewUUID())
 		w.WriteHeader(http.StatusNoContent)
 	default:
-		b, err := dps.Marshal(v)
-		if err != nil {
-			asFailure(err).write(w, h.now())
-			return
-		}
-		answer(w, http.StatusOK, b)
+		answer(w, code, b)
 	}
 }
 
@@ -506,8 +498,8 @@ func (h *Hub) bulk(b []byte) (*bulkResult, error) {
 	for _, o := range items {
 		if err := h.one(o); err != nil {
 			f := asFailure(err)
-			if f.status() >= 500 {
-				h.cfg.Log.Error("hub's registry", "cause", err)
+			if f.number == internalError {
+				h.cfg.Log.Error("hub's registry", "deviceId", o["id"], "cause", err)
 			}
 			result.IsSuccessful = false
 			result.Errors = append(result.Errors, bulkError{o["id"].(string), f.number, f.message})
@@ -578,6 +570,3 @@ func (h *Hub) one(o object) error {
 	_, err = h.writeTwin(id, p, false, "")
 	return err
 }
-
-var _ http.Handler = (*Hub)(nil)
-var _ json.Marshaler = (*Message)(nil)
