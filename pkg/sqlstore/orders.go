@@ -33,7 +33,7 @@ func (t *tx) PutDevice(scope string, d *registration.Device) error {
 	_, err := t.exec(t.st.putDevice, scope, d.ID, d.Group, d.Serial, d.KeyHash, d.Revision, d.Ended, string(d.State), d.Station, d.Order(), d.Grant,
 		bit(d.Moved), bit(d.Seen), bit(d.Disabled))
 	var se *sqlite.Error
-	if errors.As(err, &se) && se.Code() == sqlite3.SQLITE_CONSTRAINT_UNIQUE {
+	if errors.As(err, &se) && se.Code() == sqlite3.SQLITE_CONSTRAINT_UNIQUE || duplicate(err) {
 		return registration.ErrConflict
 	}
 	return err
