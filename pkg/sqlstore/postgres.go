@@ -90,7 +90,7 @@ func (s *Store) openPostgres(ctx context.Context, cfg *Config) error {
 		return db
 	}
 	s.writers, s.batch = cfg.Connections/2, pgBatch
-	s.write, s.read = pool(s.writers), pool(cfg.Connections-s.writers)
+	s.write, s.read, s.side = pool(s.writers), pool(cfg.Connections-s.writers), pool(1)
 	s.serializable = &sql.TxOptions{Isolation: sql.LevelSerializable}
 	// A snapshot, which no writer waits for or fails on.
 	s.snapshot = &sql.TxOptions{Isolation: sql.LevelRepeatableRead, ReadOnly: true}
@@ -144,7 +144,7 @@ func (s *Store) migratePostgres(ctx context.Context) error {
 			case <-stop:
 				return
 			case <-tick.C:
-				_, _ = s.read.ExecContext(ctx, take, holder, int64(claimTime/time.Second))
+				_, _ = s.side.ExecContext(ctx, take, holder, int64(claimTime/time.Second))
 			}
 		}
 	}()
@@ -257,7 +257,7 @@ func (s *Store) settle(ctx context.Context, token []byte) (committed bool, err e
 
 // forgetTokens removes old tokens now and then, until the store is closed.
 func (s *Store) forgetTokens() {
-	defer s.stopped.Done()
+	defer s.others.Done()
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	for {
@@ -270,7 +270,7 @@ func (s *Store) forgetTokens() {
 		}
 		// Without a transaction of its own that others could get into the way of. What fails is removed the next time.
 		for more := true; more; {
-			res, err := s.read.ExecContext(ctx, `DELETE FROM commits WHERE token IN (SELECT token FROM commits WHERE at < $1 LIMIT 5000)`, time.Now().Add(-tokenTime).Unix())
+			res, err := s.side.ExecContext(ctx, `DELETE FROM commits WHERE token IN (SELECT token FROM commits WHERE at < $1 LIMIT 5000)`, time.Now().Add(-tokenTime).Unix())
 			if more = err == nil; more {
 				n, _ := res.RowsAffected()
 				more = n == 5000

@@ -13,14 +13,15 @@
 // than one after the other is run again, as is what a lost connection cut off. A transaction whose COMMIT was not answered is
 // looked for before anything is repeated, so that every update happens once.
 //
-// Symmetric keys, policies' keys, secrets and what TPMs are challenged with are encrypted with AES-256-GCM under the data key; scope, kind and ID are authenticated
-// with them, so that a ciphertext serves in its own row only.
+// Symmetric keys, policies' keys, secrets, settings of scopes and what TPMs are challenged with are sealed with AES-256-GCM under
+// a data key; scope, kind and ID are authenticated with them, so that a ciphertext serves in its own row only. Data keys are in
+// the store, wrapped under a [WrappingKey] that is not. What is sealed names its data key, so that the data key can be changed
+// while the service runs ([Store.Rotate]).
 package sqlstore
 
 import (
 	"cmp"
 	"context"
-	"crypto/aes"
 	"crypto/cipher"
 	"database/sql"
 	"database/sql/driver"
@@ -28,6 +29,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"sync"
@@ -60,8 +62,12 @@ type Config struct {
 	StatementTimeout time.Duration
 	// Patience is for how long a transaction is tried again that the database did not take (20 s if zero).
 	Patience time.Duration
-	// DataKey encrypts secrets at rest: 32 octets.
-	DataKey []byte
+	// DataKey is the key, 32 octets, that the store's data keys are wrapped under where Wrapping is nil. A store from before
+	// there were data keys has its secrets under this one, and needs it once more to be opened.
+	DataKey  []byte
+	Wrapping *WrappingKey
+	// Log is told of what fails in the background; nil for nobody.
+	Log *slog.Logger
 }
 
 const (
@@ -73,7 +79,9 @@ const (
 type Store struct {
 	write *sql.DB
 	read  *sql.DB
-	aead  cipher.AEAD
+	side  *sql.DB // one connection for what cannot wait for the others
+	keys  dataKeys
+	log   *slog.Logger
 	w     *statements
 	r     *statements
 
@@ -88,8 +96,11 @@ type Store struct {
 
 	updates chan *update
 	stop    chan struct{}
-	once    sync.Once
-	stopped sync.WaitGroup
+	// Data keys are to be changed, or there is something to seal anew.
+	rotations, resealing chan struct{}
+	once                 sync.Once
+	writing              sync.WaitGroup // the writers
+	others               sync.WaitGroup // goroutines that may wait for a writer
 }
 
 var _ registration.Store = (*Store)(nil)
@@ -99,17 +110,19 @@ type update struct {
 	f    func(registration.Tx) error
 	err  error // what f said the last time that it ran
 	done chan error
+	// alone has it share no transaction: what it writes is for others to see when it is committed.
+	alone bool
 }
 
 // Open opens a store and brings its tables up to date.
 func Open(ctx context.Context, cfg Config) (*Store, error) {
-	block, err := aes.NewCipher(cfg.DataKey)
-	if err != nil || len(cfg.DataKey) != 32 {
-		return nil, errors.New("the store's data key must have 32 octets")
-	}
-	s := &Store{updates: make(chan *update, maxBatch), stop: make(chan struct{}), patience: cmp.Or(cfg.Patience, defaultPatience)}
-	if s.aead, err = cipher.NewGCMWithRandomNonce(block); err != nil {
-		return nil, err
+	s := &Store{updates: make(chan *update, maxBatch), stop: make(chan struct{}), rotations: make(chan struct{}, 1), resealing: make(chan struct{}, 1),
+		patience: cmp.Or(cfg.Patience, defaultPatience), log: cfg.Log, keys: dataKeys{wrapping: cfg.Wrapping, aead: make(map[int64]cipher.AEAD)}}
+	var err error
+	if s.keys.wrapping == nil {
+		if s.keys.wrapping, err = KeyFile(cfg.DataKey); err != nil {
+			return nil, err
+		}
 	}
 	fail := func(err error) (*Store, error) {
 		return nil, errors.Join(fmt.Errorf("opening store %s: %w", cmp.Or(cfg.Path, "in the database"), full(err)), s.closeDatabases())
@@ -129,13 +142,18 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		return fail(err)
 	}
 	for range s.writers {
-		s.stopped.Add(1)
+		s.writing.Add(1)
 		go s.writer()
 	}
 	if s.pg {
-		s.stopped.Add(1)
+		s.others.Add(1)
 		go s.forgetTokens()
 	}
+	if err := s.openKeys(ctx, cfg.DataKey); err != nil {
+		return nil, errors.Join(fmt.Errorf("opening store %s: %w", cmp.Or(cfg.Path, "in the database"), err), s.Close())
+	}
+	s.others.Add(1)
+	go s.resealer()
 	return s, nil
 }
 
@@ -167,19 +185,25 @@ func (s *Store) openSQLite(ctx context.Context, path string) (err error) {
 	}
 	s.read.SetMaxOpenConns(readers)
 	s.read.SetMaxIdleConns(readers)
+	if s.side, err = sql.Open("sqlite", name+"&_pragma=query_only(1)"); err != nil {
+		return err
+	}
+	s.side.SetMaxOpenConns(1)
+	s.side.SetMaxIdleConns(0) // hardly ever needed
 	return nil
 }
 
 // Close waits for the updates under way and closes the store.
 func (s *Store) Close() error {
 	s.once.Do(func() { close(s.stop) })
-	s.stopped.Wait()
+	s.others.Wait()
+	s.writing.Wait()
 	return s.closeDatabases()
 }
 
 func (s *Store) closeDatabases() error {
 	var errs []error
-	for _, db := range []*sql.DB{s.read, s.write} {
+	for _, db := range []*sql.DB{s.side, s.read, s.write} {
 		if db != nil {
 			errs = append(errs, db.Close())
 		}
@@ -240,20 +264,23 @@ var errClosed = errors.New("store is closed")
 
 // Update implements [registration.Store].
 func (s *Store) Update(ctx context.Context, f func(registration.Tx) error) error {
-	u := &update{ctx: ctx, f: f, done: make(chan error, 1)}
+	return s.update(&update{ctx: ctx, f: f, done: make(chan error, 1)})
+}
+
+func (s *Store) update(u *update) error {
 	select {
 	case s.updates <- u:
 	case <-s.stop:
 		return errClosed
-	case <-ctx.Done():
-		return ctx.Err()
+	case <-u.ctx.Done():
+		return u.ctx.Err()
 	}
 	// Once it is taken the answer is waited for: whether it was committed must not be left open.
 	select {
 	case err := <-u.done:
 		return err
 	case <-s.stop:
-		s.stopped.Wait() // the writer answers what it had taken before it ends
+		s.writing.Wait() // the writer answers what it had taken before it ends
 		select {
 		case err := <-u.done:
 			return err
@@ -265,7 +292,7 @@ func (s *Store) Update(ctx context.Context, f func(registration.Tx) error) error
 
 // writer commits what waits, batch by batch.
 func (s *Store) writer() {
-	defer s.stopped.Done()
+	defer s.writing.Done()
 	var batch []*update
 	for {
 		select {
@@ -275,9 +302,13 @@ func (s *Store) writer() {
 			return
 		}
 	more:
-		for len(batch) < s.batch {
+		for len(batch) < s.batch && !batch[0].alone {
 			select {
 			case u := <-s.updates:
+				if u.alone {
+					s.commit(batch)
+					batch = batch[:0]
+				}
 				batch = append(batch, u)
 			default:
 				break more
@@ -396,6 +427,7 @@ type statements struct {
 	planned, putIssued, keyTaken, keyIssued                                  *sql.Stmt
 	challenge, putChallenge, forgetChallenges                                *sql.Stmt
 	scopeStatements
+	keyStatements
 }
 
 const (
@@ -410,7 +442,7 @@ type statement struct {
 }
 
 func (st *statements) all() []statement {
-	return append(st.scopeStatements.all(), []statement{
+	return slices.Concat(st.scopeStatements.all(), st.keyStatements.all(), []statement{
 		{&st.revision, `SELECT groups_revision FROM scopes WHERE scope = $1`},
 		{&st.bumpRevision, `INSERT INTO scopes (scope, groups_revision) VALUES ($1, 1) ON CONFLICT (scope) DO UPDATE SET groups_revision = scopes.groups_revision + 1`},
 		{&st.record, recordColumns + `WHERE scope = $1 AND kind = $2 AND id = $3`},
@@ -481,7 +513,7 @@ func (st *statements) all() []statement {
 		{&st.putChallenge, `INSERT INTO challenges (scope, id, body, expires) VALUES ($1, $2, $3, $4)
 			ON CONFLICT (scope, id) DO UPDATE SET body = excluded.body, expires = excluded.expires`},
 		{&st.forgetChallenges, `DELETE FROM challenges WHERE scope = $1 AND id IN (SELECT id FROM challenges WHERE scope = $1 AND expires < $2 ORDER BY expires LIMIT $3)`},
-	}...)
+	})
 }
 
 func prepare(ctx context.Context, db *sql.DB) (*statements, error) {
@@ -505,6 +537,10 @@ type tx struct {
 	writable bool
 	dirty    bool  // something was written
 	failed   error // the first statement that did, whatever became of its error
+	broken   error // what has the next statement fail
+
+	sealer   cipher.AEAD // the newest data key, once it was asked for
+	sealerID int64
 }
 
 // said remembers what the database says that is no answer.
@@ -531,6 +567,9 @@ func (t *tx) exec(st *sql.Stmt, args ...any) (int64, error) {
 	if !t.writable {
 		return 0, errors.New("a View cannot write")
 	}
+	if t.broken != nil {
+		return 0, t.said(t.broken)
+	}
 	t.dirty = true
 	res, err := t.tx.StmtContext(t.ctx, st).ExecContext(t.ctx, args...)
 	if t.said(err) != nil {
@@ -544,18 +583,6 @@ func absent(err error) error {
 		return registration.ErrNotFound
 	}
 	return err
-}
-
-func (t *tx) seal(plain []byte, labels ...string) []byte {
-	return t.s.aead.Seal(nil, nil, plain, []byte(strings.Join(labels, "\x00")))
-}
-
-func (t *tx) unseal(sealed []byte, labels ...string) ([]byte, error) {
-	b, err := t.s.aead.Open(nil, nil, sealed, []byte(strings.Join(labels, "\x00")))
-	if err != nil {
-		return nil, fmt.Errorf("secret of %s in the store does not decrypt: it is damaged, or the data key is another one", strings.Join(labels, " "))
-	}
-	return b, nil
 }
 
 func (t *tx) Revision(scope string) (int64, error) {
