@@ -16,7 +16,6 @@ import (
 	"github.com/touchmark/touchmark/pkg/emulate"
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/registration"
-	"github.com/touchmark/touchmark/pkg/sqlstore"
 )
 
 type serveOptions struct {
@@ -31,6 +30,7 @@ type serveOptions struct {
 	front  frontOptions
 	limits limitOptions
 	issue  issueOptions
+	store  storeOptions
 	emulatorOptions
 }
 
@@ -82,6 +82,7 @@ register in are there already, and faults happen on demand. touchmark help emula
 	o.front.flags(c)
 	o.limits.flags(c)
 	o.issue.flags(c)
+	o.store.flags(c)
 	o.bind(c)
 	_ = c.MarkFlagDirname("data")
 	return c
@@ -118,19 +119,19 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := d.load(o); err != nil {
-		return err
-	}
 	level := slog.LevelInfo
 	if a.quiet {
 		level = slog.LevelWarn
 	}
 	log := slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: level}))
-	store, err := sqlstore.Open(ctx, sqlstore.Config{Path: d.store(), DataKey: d.dataKey})
+	store, closeStore, err := o.store.open(ctx, a, d, log)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, store.Close()) }()
+	defer func() { err = errors.Join(err, closeStore()) }()
+	if err := d.load(o); err != nil {
+		return err
+	}
 	owner, err := d.owner(ctx, store)
 	if err != nil {
 		return err

@@ -31,7 +31,6 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -163,7 +162,7 @@ func (s *Store) openSQLite(ctx context.Context, path string) (err error) {
 	// Every connection keeps 2,000 KiB of pages, SQLite's default. That memory is outside of Go's heap, and a page of 4 KiB takes 8
 	// there: 20 MiB in all. The inner pages of the indexes fit, and the system caches the rest. More would fill as the store
 	// grows, for months, and makes neither registering nor importing faster.
-	name := "file:" + strings.NewReplacer("%", "%25", "?", "%3f", "#", "%23").Replace(path) + "?_pragma=busy_timeout(10000)"
+	name := sqliteName(path)
 	if path == "" {
 		// SQLite's memdb: connections share what has the same name and begins with a slash, as long as one of them is open.
 		name = "file:/" + dps.NewUUID() + "?vfs=memdb&_pragma=temp_store(MEMORY)"
