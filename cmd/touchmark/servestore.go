@@ -30,7 +30,7 @@ func (o *storeOptions) flags(c *cobra.Command) {
 	f := c.Flags()
 	f.StringVar(&o.address, "store", "", "address of a PostgreSQL database to keep the store in, postgres://USER@HOST/DATABASE, without a password (default: a file in --data; also $TOUCHMARK_STORE)")
 	f.StringVar(&o.addressFile, "store-file", "", "file that holds the address, which may have a password in it (also $TOUCHMARK_STORE_FILE)")
-	f.IntVar(&o.connections, "store-connections", 16, "connections to the database at most")
+	f.IntVar(&o.connections, "store-connections", 8, "connections to the database at most")
 	f.StringVar(&o.dataKey, "data-key", "", "key URI of the key in a token, TPM or key-file store that the store's data key is wrapped under: AES-256 or HMAC-SHA256 (default: a file)")
 	f.StringVar(&o.dataKeyFile, "data-key-file", "", "file of 32 octets that the store's data key is wrapped under; replicas share it (default: data.key in --data, made at the first start)")
 	c.MarkFlagsMutuallyExclusive("store", "store-file")

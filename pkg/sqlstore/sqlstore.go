@@ -55,7 +55,7 @@ type Config struct {
 	// DSN is the address of a PostgreSQL database, postgres://…, and takes Path's place. The environment (PGPASSFILE, PGPASSWORD
 	// and their like) fills in what it leaves out, as libpq has it. It may hold a password, and is never shown.
 	DSN string
-	// Connections bounds those to the database (16 if zero), half of which write; StatementTimeout is how long it may take over a
+	// Connections bounds those to the database (8 if zero), half of which write; StatementTimeout is how long it may take over a
 	// statement (30 s if zero). They are for a DSN alone, as is Patience.
 	Connections      int
 	StatementTimeout time.Duration
@@ -98,6 +98,7 @@ type Store struct {
 	// Data keys are to be changed, or there is something to seal anew.
 	rotations, resealing chan struct{}
 	once                 sync.Once
+	turn                 sync.Mutex     // held by the one transaction that runs again after a conflict
 	writing              sync.WaitGroup // the writers
 	others               sync.WaitGroup // goroutines that may wait for a writer
 }
@@ -321,9 +322,17 @@ func (s *Store) writer() {
 // only then is anyone told: what was acknowledged survives the process and the power. Those that failed without writing are told
 // then too, for what they had read counts only if it was committed with the rest.
 func (s *Store) commit(batch []*update) {
-	begun := time.Now()
+	begun, late := time.Now(), false
 	for attempt := 0; len(batch) > 0; attempt++ {
+		// Those whom others were in the way of take turns: they would be in each other's way again.
+		if late {
+			s.turn.Lock()
+		}
 		failed, err := s.try(batch)
+		if late {
+			s.turn.Unlock()
+		}
+		late = conflict(err)
 		switch {
 		case failed != nil: // it wrote and then failed: the transaction was rolled back, the others run again
 			failed.done <- err
