@@ -17,7 +17,6 @@ import (
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/registration"
 	"github.com/touchmark/touchmark/pkg/serviceapi"
-	"github.com/touchmark/touchmark/pkg/sqlstore"
 )
 
 type serveOptions struct {
@@ -34,6 +33,7 @@ type serveOptions struct {
 	issue  issueOptions
 	accessOptions
 	hubOptions
+	store storeOptions
 	emulatorOptions
 }
 
@@ -87,6 +87,7 @@ register in are there already, and faults happen on demand. touchmark help emula
 	o.issue.flags(c)
 	o.accessOptions.flags(c)
 	o.hubOptions.flags(c)
+	o.store.flags(c)
 	o.bind(c)
 	_ = c.MarkFlagDirname("data")
 	return c
@@ -126,19 +127,19 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := d.load(o); err != nil {
-		return err
-	}
 	level := slog.LevelInfo
 	if a.quiet {
 		level = slog.LevelWarn
 	}
 	log := slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: level}))
-	store, err := sqlstore.Open(ctx, sqlstore.Config{Path: d.store(), DataKey: d.dataKey})
+	store, closeStore, err := o.store.open(ctx, a, d, log)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, store.Close()) }()
+	defer func() { err = errors.Join(err, closeStore()) }()
+	if err := d.load(o); err != nil {
+		return err
+	}
 	owner, err := d.owner(ctx, store)
 	if err != nil {
 		return err
