@@ -16,6 +16,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/emulate"
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/registration"
+	"github.com/touchmark/touchmark/pkg/serviceapi"
 	"github.com/touchmark/touchmark/pkg/sqlstore"
 )
 
@@ -31,6 +32,7 @@ type serveOptions struct {
 	front  frontOptions
 	limits limitOptions
 	issue  issueOptions
+	accessOptions
 	hubOptions
 	emulatorOptions
 }
@@ -83,6 +85,7 @@ register in are there already, and faults happen on demand. touchmark help emula
 	o.front.flags(c)
 	o.limits.flags(c)
 	o.issue.flags(c)
+	o.accessOptions.flags(c)
 	o.hubOptions.flags(c)
 	o.bind(c)
 	_ = c.MarkFlagDirname("data")
@@ -93,7 +96,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if o.https == "off" && o.mqtt == "off" && o.amqp == "off" {
 		return usageError{errors.New("all doors are off")}
 	}
-	if err := errors.Join(o.front.check(), o.limits.check()); err != nil {
+	if err := errors.Join(o.front.check(), o.limits.check(), o.accessOptions.check()); err != nil {
 		return err
 	}
 	for _, h := range append(o.hubs, o.hostnames...) {
@@ -169,8 +172,14 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	shared := registration.Config{Store: store, Log: log, AtOnce: own.AtOnce}
+	o.enrollable(&shared)
+	bearer, err := d.bearer(&o.accessOptions)
+	if err != nil {
+		return err
+	}
 	scopes := registration.NewScopes(registration.ScopesConfig{
-		Config: registration.Config{Store: store, Log: log, AtOnce: own.AtOnce},
+		Config: shared,
 		Own: func(sc *registration.Scope, cfg *registration.Config) error {
 			if dps.Fold(sc.ID) == dps.Fold(d.scope) {
 				cfg.Owners, cfg.RequireOrders, cfg.Intermediates, cfg.Issuers = own.Owners, own.RequireOrders, own.Intermediates, own.Issuers
@@ -212,16 +221,15 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	for name, l := range open {
 		ready[name] = reachable(l, o.hostnames[0])
 	}
-	https := httpd.Config{
-		Calls: make(map[string]httpd.Call), Service: svc, Hosts: append(o.hostnames, "localhost", "127.0.0.1", "::1"), Recipient: d.recipient, Log: log,
-		Import: func(ctx context.Context, r httpd.ImportRequest) (registration.ImportResult, error) {
-			return d.importBundle(ctx, svc, r)
-		},
+	d.described(ready)
+	api := serviceapi.Config{
+		Scopes: scopes, First: d.scope, Hosts: o.hostnames, Domain: o.domain, Bearer: bearer, StrictQuery: o.strictQuery,
+		Calls: make(map[string]serviceapi.Call), Import: d.importBundle, Recipient: d.recipient, Log: log,
 	}
 	address, _ := ready["https"].(string)
 	switch {
 	case o.ephemeral:
-		https.Calls["faults"] = faultCalls(faults)
+		api.Calls["faults"] = faultCalls(faults)
 		err = emulated.describe(ready, owner, address)
 	case address != "":
 		err = d.writeConnection(owner, address)
@@ -230,6 +238,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	https := httpd.Config{Log: log, Handlers: serviceapi.New(api).Handlers()}
 	if hub != nil {
 		if err := hub.describe(ready, &https, address); err != nil {
 			return err
