@@ -16,6 +16,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/touchmark/touchmark/pkg/amqpd"
 	"github.com/touchmark/touchmark/pkg/devhub"
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/mqttd"
@@ -118,8 +119,14 @@ func (a *app) openHub(ctx context.Context, o *serveOptions, d *serviceData, read
 	}, nil
 }
 
-// door is what the MQTT doors hand devices over to.
-func (r *runningHub) door() mqttd.Hub {
+// hubDoors is what the doors hand devices and services over to.
+type hubDoors interface {
+	mqttd.Hub
+	amqpd.Hub
+}
+
+// door returns the hub for the doors, or nil.
+func (r *runningHub) door() hubDoors {
 	if r == nil {
 		return nil
 	}
