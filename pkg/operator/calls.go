@@ -246,8 +246,15 @@ type Info struct {
 func (c *Client) Info(ctx context.Context) (*Info, error) {
 	info := &Info{}
 	_, err := c.do(ctx, request{method: http.MethodGet, path: "/touchmark/info", again: true}, info)
-	if err == nil && info.IDScope == "" {
-		err = ErrUnsupported
+	switch {
+	case err == nil && info.IDScope == "":
+		return nil, ErrUnsupported
+	case errors.Is(err, ErrUnauthorized):
+		// Somebody else's service may refuse a path that it does not know, and take the same token elsewhere.
+		_, other := c.do(ctx, request{method: http.MethodPost, path: "/enrollments/query", body: []byte(`{"query":"SELECT *"}`), header: http.Header{"X-Ms-Max-Item-Count": {"1"}}, again: true}, nil)
+		if other == nil {
+			return nil, ErrUnsupported
+		}
 	}
 	return info, unsupported(err)
 }
