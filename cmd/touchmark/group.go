@@ -48,7 +48,7 @@ line's token.`,
 		_ = key.MarkFlagRequired(name)
 	}
 	verbs := append(enrollmentVerbs(a, operator.Group), newEnrollmentImport(a, operator.Group), newEnrollmentExport(a, operator.Group))
-	return parent("group", "Enrollment groups", append(verbs, key, newGroupClose(a, true), newGroupClose(a, false))...)
+	return parent("group", "Enrollment groups", append(verbs, key, newGroupClose(a, true), newGroupClose(a, false), newGroupRoll(a, false), newGroupRoll(a, true))...)
 }
 
 func newGroupClose(a *app, closed bool) *cobra.Command {
