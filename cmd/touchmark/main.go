@@ -102,7 +102,7 @@ The journey:  init → mint → (bundle) → serve → import → register`,
 	})
 	root.AddGroup(&cobra.Group{ID: "journey", Title: "The journey:"}, &cobra.Group{ID: "tools", Title: "The toolkit:"})
 	journey := []*cobra.Command{newInit(a), newMint(a), newStation(a), newServe(a), newImport(a), newRegister(a)}
-	tools := []*cobra.Command{newKey(a), newToken(a), newTPM(a), newCert(a), newData(a), newCA(a), newOrder(a), newUnit(a), newOperator(a), newLabel(a), newStamp(a), newLedger(a), newBundle(a), newEnrollment(a), newGroup(a), newRegistration(a), newExport(a), newDiagnose(a), newFault(a), newReconcile(a), newLoad(a)}
+	tools := []*cobra.Command{newKey(a), newToken(a), newTPM(a), newCert(a), newData(a), newCA(a), newOrder(a), newUnit(a), newOperator(a), newLabel(a), newStamp(a), newLedger(a), newBundle(a), newEnrollment(a), newGroup(a), newRegistration(a), newExport(a), newDiagnose(a), newUsage(a), newScope(a), newHub(a), newPolicy(a), newCertificate(a), newFault(a), newReconcile(a), newLoad(a)}
 	for _, c := range journey {
 		c.GroupID = "journey"
 		root.AddCommand(c)
