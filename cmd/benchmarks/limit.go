@@ -146,7 +146,7 @@ func (b *bench) limitFairness() {
 	defer store.Close()
 	all := scopes{by: make(map[string]*registration.Service)}
 	for _, name := range []string{"a", "b"} {
-		svc := registration.New(registration.Config{Store: store, Scope: name, Hubs: []string{"hub-a.example.net"}})
+		svc := registration.New(registration.Config{Store: store, Scope: name, Settings: registration.Settings{Hubs: registration.Records("hub-a.example.net")}})
 		putKeyGroup(svc)
 		all.by[name] = svc
 	}

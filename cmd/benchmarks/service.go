@@ -65,7 +65,7 @@ func (a *authority) issue(cn string, usage x509.ExtKeyUsage) tls.Certificate {
 
 func newService(dir string) (*sqlstore.Store, *registration.Service) {
 	store := must(sqlstore.Open(context.Background(), sqlstore.Config{Path: filepath.Join(dir, "service.db"), DataKey: make([]byte, 32)}))
-	return store, registration.New(registration.Config{Store: store, Scope: benchScope, Hubs: []string{"hub-a.example.net"}})
+	return store, registration.New(registration.Config{Store: store, Scope: benchScope, Settings: registration.Settings{Hubs: registration.Records("hub-a.example.net")}})
 }
 
 // register: devices of an X.509 group, each on a connection of its own: mutual TLS, register, one status; against mutual

@@ -225,7 +225,7 @@ func TestNodeAtOnce(t *testing.T) {
 		atOnce   []string
 		statuses int32
 	}{{"asked", nil, 1}, {"at once", []string{"azure-iot-provisioning-device/*"}, 0}} {
-		svc := registration.New(registration.Config{Store: store, Scope: d.scope, Hubs: []string{"hub-a.example.net"}, AtOnce: x.atOnce})
+		svc := registration.New(registration.Config{Store: store, Scope: d.scope, Settings: registration.Settings{Hubs: registration.Records("hub-a.example.net")}, AtOnce: x.atOnce})
 		if x.atOnce == nil {
 			doc, err := json.Marshal(dps.EnrollmentGroup{EnrollmentGroupID: "keys", Enrollment: dps.Enrollment{Attestation: &dps.Attestation{Type: dps.AttestationSymmetricKey,
 				SymmetricKey: &dps.SymmetricKeyAttestation{PrimaryKey: base64.StdEncoding.EncodeToString(group)}}}})

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/emulate"
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/registration"
@@ -19,7 +20,7 @@ import (
 )
 
 type serveOptions struct {
-	data            string
+	data, name      string
 	hubs, hostnames []string
 	idScope         string
 	owners          []string
@@ -72,6 +73,7 @@ register in are there already, and faults happen on demand. touchmark help emula
 	o.doorOptions.flags(c)
 	f.StringArrayVar(&o.hubs, "hub", nil, "host name of a hub that devices may be assigned to; again for more")
 	f.StringArrayVar(&o.hostnames, "hostname", nil, "name that the service is reached by, for its certificate and tokens; again for more (default: localhost)")
+	f.StringVar(&o.name, "name", "", "name of the first provisioning service among those that this one serves (default: touchmark-ID_SCOPE)")
 	f.StringVar(&o.idScope, "id-scope", "", "ID scope that a first start takes, instead of a random one")
 	f.StringArrayVar(&o.owners, "owner", nil, "PEM file with the public key of an owner whose production orders count, from now on; again for more")
 	f.BoolVar(&o.requireOrders, "require-orders", false, "refuse every bundle that was not made on a production order of an owner's")
@@ -133,9 +135,6 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	if len(o.hubs) == 0 {
-		a.note("no --hub is named: devices will register and fail with 400208, no hub could be chosen")
-	}
 	owners, err := d.owners(o.owners)
 	if err != nil {
 		return err
@@ -147,18 +146,35 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	cfg := registration.Config{Store: store, Scope: d.scope, Hubs: o.hubs, Owners: owners, RequireOrders: o.requireOrders, Intermediates: intermediates, Log: log}
-	closeIssuers, err := a.openIssuers(ctx, &o.issue, &cfg)
+	if linked, err := o.linkHubs(ctx, store, d); err != nil {
+		return err
+	} else if linked == 0 {
+		a.note("no hub is linked: devices will register and fail with 400208, no hub could be chosen; name one with --hub")
+	}
+	// What the start names is the first scope's: another tenant's devices have nothing to do with these owners and issuers.
+	own := registration.Config{Owners: owners, RequireOrders: o.requireOrders, Intermediates: intermediates}
+	closeIssuers, err := a.openIssuers(ctx, &o.issue, &own)
 	defer func() { err = errors.Join(err, closeIssuers()) }()
 	if err != nil {
 		return err
 	}
-	svc := registration.New(cfg)
+	scopes := registration.NewScopes(registration.ScopesConfig{
+		Config: registration.Config{Store: store, Log: log, AtOnce: own.AtOnce},
+		Own: func(sc *registration.Scope, cfg *registration.Config) error {
+			if dps.Fold(sc.ID) == dps.Fold(d.scope) {
+				cfg.Owners, cfg.RequireOrders, cfg.Intermediates, cfg.Issuers = own.Owners, own.RequireOrders, own.Intermediates, own.Issuers
+			}
+			return nil
+		}})
+	svc, err := scopes.Service(ctx, d.scope)
+	if err != nil {
+		return fmt.Errorf("opening ID scope %s: %w", d.scope, err)
+	}
 	front, err := d.front(ctx, o, store, log)
 	if err != nil {
 		return err
 	}
-	emulated := &emulator{o: o, d: d, svc: svc, issuers: slices.Collect(maps.Keys(cfg.Issuers))}
+	emulated := &emulator{o: o, d: d, svc: svc, issuers: slices.Collect(maps.Keys(own.Issuers))}
 	if o.ephemeral {
 		if err := emulated.enroll(ctx); err != nil {
 			return err
@@ -177,7 +193,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	}
 	eg, ctx := errgroup.WithContext(ctx)
 	eg.Go(func() error { return front.watch(ctx) })
-	limited := o.limits.wrap(svc, log)
+	limited := o.limits.wrap(scopes, log)
 	var registrar registration.Registrar = limited
 	if o.ephemeral || exchanges != nil {
 		registrar = emulate.New(emulate.Config{Registrar: limited, Faults: faults, Exchanges: exchanges, Stop: ctx.Done()})

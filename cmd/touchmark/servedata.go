@@ -351,7 +351,7 @@ func (d *serviceData) takeBundle(ctx context.Context, svc *registration.Service,
 	var none registration.ImportResult
 	var err error
 	cfg := bundle.OpenConfig{Identities: []age.Identity{d.identity}}
-	if cfg.Trusted, err = d.trusted(in.Trust); err != nil {
+	if cfg.Trusted, err = d.trusted(svc.Scope(), in.Trust); err != nil {
 		return none, err
 	}
 	if in.Residency != "" {
@@ -363,8 +363,8 @@ func (d *serviceData) takeBundle(ctx context.Context, svc *registration.Service,
 	if err != nil {
 		return none, bundleError(err)
 	}
-	if dps.Fold(sum.IDScope) != dps.Fold(d.scope) {
-		return none, dps.NewError(dps.CodeBundleScope, fmt.Sprintf("The bundle is for ID scope %s, this is %s", sum.IDScope, d.scope), nil)
+	if dps.Fold(sum.IDScope) != dps.Fold(svc.Scope()) {
+		return none, dps.NewError(dps.CodeBundleScope, fmt.Sprintf("The bundle is for ID scope %s, this is %s", sum.IDScope, svc.Scope()), nil)
 	}
 	if _, err := f.Seek(0, io.SeekStart); err != nil {
 		return none, err
@@ -405,10 +405,14 @@ func bundleError(err error) error {
 }
 
 // trusted returns whom an import trusts: the stations in the trust folder or named at the start, and the one that the caller
-// vouches for.
-func (d *serviceData) trusted(station []byte) ([]crypto.PublicKey, error) {
-	keys, err := d.keys(trustDir)
-	keys = append(keys, d.stations...)
+// vouches for. Other scopes than the first have trust folders of their own, below scopes/ and their folded ID.
+func (d *serviceData) trusted(scope string, station []byte) (keys []crypto.PublicKey, err error) {
+	if dps.Fold(scope) == dps.Fold(d.scope) {
+		keys, err = d.keys(trustDir)
+		keys = append(keys, d.stations...)
+	} else {
+		keys, err = d.keys(filepath.Join("scopes", dps.Fold(scope), trustDir))
+	}
 	if err != nil || station == nil {
 		return keys, err
 	}

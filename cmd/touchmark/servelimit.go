@@ -6,7 +6,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/limit"
 	"github.com/touchmark/touchmark/pkg/registration"
 )
@@ -37,14 +36,13 @@ func (o *limitOptions) check() error {
 	return nil
 }
 
-func (o *limitOptions) wrap(svc *registration.Service, log *slog.Logger) *limit.Limiter {
+func (o *limitOptions) wrap(scopes *registration.Scopes, log *slog.Logger) *limit.Limiter {
 	none := func(r float64) float64 {
 		if r == 0 {
 			return -1
 		}
 		return r
 	}
-	scope := dps.Fold(svc.Scope())
-	return limit.New(limit.Config{Registrar: svc, Scopes: func(s string) bool { return s == scope }, Off: o.off, Log: log,
+	return limit.New(limit.Config{Registrar: scopes, Scopes: scopes.Known, Off: o.off, Log: log,
 		PerDevice: none(o.perDevice), PerAddress: none(o.perAddress), PerScope: none(o.perScope)})
 }

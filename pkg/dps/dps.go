@@ -18,6 +18,9 @@ const (
 	MaxCommonName     = 64
 )
 
+// MaxIDScope is the longest ID scope, in characters.
+const MaxIDScope = 32
+
 // CheckRegistrationID says what keeps id from being a registration ID: 1 to 128 letters, digits and "-._:", the last of them
 // a letter, a digit or "-". It returns nil for a good one.
 func CheckRegistrationID(id string) error { return checkID("registration ID", id) }
@@ -66,8 +69,8 @@ func Fold(id string) string {
 
 // CheckIDScope says what keeps scope from being an ID scope: 1 to 32 letters and digits.
 func CheckIDScope(scope string) error {
-	if scope == "" || len(scope) > 32 {
-		return fmt.Errorf("ID scope %q: want 1 to 32 characters", scope)
+	if scope == "" || len(scope) > MaxIDScope {
+		return fmt.Errorf("ID scope %.100q: want 1 to %d characters", scope, MaxIDScope)
 	}
 	for i := 0; i < len(scope); i++ {
 		c := scope[i]
@@ -76,8 +79,28 @@ func CheckIDScope(scope string) error {
 		}
 	}
 	switch Fold(scope) {
-	case "enrollments", "enrollmentgroups", "registrations", "touchmark":
-		return fmt.Errorf("ID scope %q is a word of the service API", scope)
+	case "enrollments", "enrollmentgroups", "registrations", "touchmark", "subscriptions", "providers", "devices", "twins", "statistics", "metrics", "healthz", "readyz":
+		return fmt.Errorf("ID scope %q is a word of the APIs", scope)
+	}
+	return nil
+}
+
+// CheckServiceName says what keeps name from being a provisioning service's: 3 to 50 letters, digits and hyphens, not digits
+// alone, and no hyphen first or last (service API, section 3.1).
+func CheckServiceName(name string) error {
+	if len(name) < 3 || len(name) > 50 {
+		return fmt.Errorf("service name %.100q: want 3 to 50 characters", name)
+	}
+	digits := true
+	for i := 0; i < len(name); i++ {
+		c := name[i]
+		digit := '0' <= c && c <= '9'
+		if digits = digits && digit; !digit && !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || c == '-') {
+			return fmt.Errorf("service name %q: character %d is not a letter, a digit or a hyphen", name, i+1)
+		}
+	}
+	if digits || name[0] == '-' || name[len(name)-1] == '-' {
+		return fmt.Errorf("service name %q: want a letter in it, and no hyphen first or last", name)
 	}
 	return nil
 }

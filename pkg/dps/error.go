@@ -2,6 +2,7 @@ package dps
 
 import (
 	"crypto/rand"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -25,6 +26,7 @@ const (
 	CodeMethodNotAllowed Code = 405000
 	CodeEnrollmentExists Code = 409201
 	CodeGroupExists      Code = 409202
+	CodeServiceExists    Code = 409203
 	CodeETagMismatch     Code = 412001
 	CodeTooLarge         Code = 413000
 	CodeUnsupportedMedia Code = 415000
@@ -97,5 +99,20 @@ func NewUUID() string {
 	_, _ = rand.Read(b[:]) // crypto/rand.Read never fails
 	b[6] = b[6]&0x0f | 0x40
 	b[8] = b[8]&0x3f | 0x80
+	return uuid(b)
+}
+
+func uuid(b [16]byte) string {
 	return fmt.Sprintf("%x-%x-%x-%x-%x", b[0:4], b[4:6], b[6:8], b[8:10], b[10:])
+}
+
+// NewOrderedID returns a UUID that is greater, as text, than those of earlier times (RFC 9562, version 7, with the microseconds
+// in rand_a).
+func NewOrderedID(at time.Time) string {
+	var b [16]byte
+	_, _ = rand.Read(b[:])
+	micro := uint64(at.UnixMicro())
+	binary.BigEndian.PutUint64(b[:8], micro/1000<<16|7<<12|micro%1000<<2|uint64(b[7]&3))
+	b[8] = b[8]&0x3f | 0x80
+	return uuid(b)
 }

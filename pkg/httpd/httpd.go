@@ -39,6 +39,9 @@ type Config struct {
 	// Calls are more of touchmark's own: each by the name that follows touchmark/ in its path, for those who may write
 	// enrollments.
 	Calls map[string]Call
+	// Handlers answer what is not an API of devices or of enrollments, by the folded first segment of the path. They authorize
+	// callers by themselves.
+	Handlers map[string]http.Handler
 	// Recipient is whom secrets for the service are sealed to.
 	Recipient string
 	// Door takes connections in.
@@ -159,6 +162,10 @@ func (s *Server) handler(ctx context.Context) http.Handler {
 				return
 			}
 			segments[i] = decoded
+		}
+		if h := s.cfg.Handlers[strings.ToLower(segments[0])]; h != nil {
+			h.ServeHTTP(w, r)
+			return
 		}
 		if s.cfg.Service != nil {
 			switch strings.ToLower(segments[0]) {

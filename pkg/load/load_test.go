@@ -48,7 +48,7 @@ func start(t *testing.T, wrap func(registration.Registrar) registration.Registra
 	if err != nil {
 		t.Fatal(err)
 	}
-	svc := registration.New(registration.Config{Store: store, Scope: registrationtest.Scope, Hubs: []string{hub, "hub-b.example.net"}})
+	svc := registration.New(registration.Config{Store: store, Scope: registrationtest.Scope, Settings: registration.Settings{Hubs: registration.Records(hub, "hub-b.example.net")}})
 	key := bytes.Repeat([]byte("g"), 64)
 	root := attesttest.CA(t, nil, "factory root", today)
 	put := func(id string, a dps.Attestation) {

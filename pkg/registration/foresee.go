@@ -21,7 +21,7 @@ var errUnforeseen = errors.New("not the ordinary case")
 
 // groupReader is what finding a device's group reads.
 type groupReader interface {
-	GroupsRevision(scope string) (int64, error)
+	Revision(scope string) (int64, error)
 	ChangedGroups(scope string, after int64) ([]*Record, []string, error)
 	SymmetricGroups(scope string) ([]*Record, error)
 	GroupsByCA(scope string, subject [32]byte, keyID []byte, limit int) ([]*Record, error)
@@ -32,7 +32,7 @@ type groupReader interface {
 // recall is a groupReader of what is remembered.
 type recall struct{ s *Service }
 
-func (r recall) GroupsRevision(string) (int64, error) { return r.s.groups.revision.Load(), nil }
+func (r recall) Revision(string) (int64, error) { return r.s.groups.revision.Load(), nil }
 
 func (recall) ChangedGroups(string, int64) ([]*Record, []string, error) {
 	return nil, nil, errUnforeseen
@@ -60,9 +60,11 @@ func (s *Service) foresee(req *Request) *verdict {
 		return nil
 	}
 	v, err := s.groupOf(recall{s}, req, token)
-	if err != nil {
+	set := s.settings.Load()
+	if err != nil || set == nil || set.revision != v.revision {
 		return nil
 	}
+	v.settings = set.Settings
 	return v
 }
 
@@ -75,7 +77,7 @@ func (s *Service) registerForeseen(ctx context.Context, req *Request, body *dps.
 		if r, err := found(tx.Record(s.scope, Individual, id)); err != nil || r != nil {
 			return errors.Join(err, errUnforeseen)
 		}
-		if revision, err := tx.GroupsRevision(s.scope); err != nil || revision != v.revision {
+		if revision, err := tx.Revision(s.scope); err != nil || revision != v.revision {
 			return errors.Join(err, errUnforeseen)
 		}
 		before, err := found(tx.Registration(s.scope, id))

@@ -102,7 +102,7 @@ func cacheGroup(r *Record) (*cachedGroup, error) {
 // groupsAt brings the cache to the revision that the transaction sees, or finds it beyond, and returns that revision: what is
 // judged by a newer cache than the transaction's does not hold when it comes to writing, and is judged again.
 func (s *Service) groupsAt(tx groupReader) (int64, error) {
-	rev, err := tx.GroupsRevision(s.scope)
+	rev, err := tx.Revision(s.scope)
 	c := &s.groups
 	if err != nil || c.revision.Load() >= rev {
 		return rev, err

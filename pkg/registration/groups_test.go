@@ -84,7 +84,7 @@ func TestCertificates(t *testing.T) {
 	f.Put(t, registration.Group, "off", disabled(registrationtest.Signers(off, nil)))
 	elsewhere := attesttest.CA(t, nil, "elsewhere")
 	f.Put(t, registration.Group, "elsewhere", registrationtest.Signers(elsewhere, nil))
-	stored := registration.New(registration.Config{Store: f.Store, Scope: registrationtest.Scope, Hubs: []string{"a.example"}, Now: f.Now,
+	stored := registration.New(registration.Config{Store: f.Store, Scope: registrationtest.Scope, Settings: registration.Settings{Hubs: registration.Records("a.example")}, Now: f.Now,
 		Intermediates: []*x509.Certificate{f.Mid.Certificate, low.Certificate, f.Own.Certificate}})
 
 	for name, x := range map[string]struct {
@@ -122,7 +122,7 @@ func TestCertificates(t *testing.T) {
 	mine := attesttest.Leaf(t, f.Root, "mine")
 	f.Put(t, registration.Individual, "names-mine", clients(mine, nil))
 	s := registration.New(registration.Config{Store: &hook{f.Store, func() { f.Put(t, registration.Individual, "names-mine", disabled(clients(mine, nil))) }},
-		Scope: registrationtest.Scope, Hubs: []string{"a.example"}, Now: f.Now})
+		Scope: registrationtest.Scope, Settings: registration.Settings{Hubs: registration.Records("a.example")}, Now: f.Now})
 	if got := outcome(t, s, byChain(mine)); got != "401002" {
 		t.Errorf("disabled meanwhile: %s", got)
 	}
@@ -270,7 +270,7 @@ func (t countedTx) SymmetricGroups(scope string) ([]*registration.Record, error)
 // watch returns a service on a fixture's store, and what tells how many views and reads of groups a call took.
 func watch(f *registrationtest.Fixture) (*registration.Service, func(func()) (views, groups int64)) {
 	w := &counted{Store: f.Store}
-	s := registration.New(registration.Config{Store: w, Scope: registrationtest.Scope, Hubs: []string{"a.example"}, Now: f.Now})
+	s := registration.New(registration.Config{Store: w, Scope: registrationtest.Scope, Settings: registration.Settings{Hubs: registration.Records("a.example")}, Now: f.Now})
 	return s, func(f func()) (int64, int64) {
 		w.views.Store(0)
 		w.groups.Store(0)

@@ -108,6 +108,8 @@ type LinkedHub struct {
 	Weight int `json:"weight,omitempty"`
 	// Reserved keeps it out of allocation unless an enrollment names it (applyAllocationPolicy false).
 	Reserved bool `json:"reserved,omitempty"`
+	// FromStart says that the start of the service named it: a start that does not name it unlinks it.
+	FromStart bool `json:"fromStart,omitempty"`
 }
 
 // String hides the connection string.
@@ -115,4 +117,3 @@ func (h LinkedHub) String() string { return h.Name }
 
 // GoString hides the connection string.
 func (h LinkedHub) GoString() string { return h.Name }
-

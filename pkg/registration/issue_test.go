@@ -338,7 +338,7 @@ func TestIssuerOfEnrollment(t *testing.T) {
 	}
 	// No hub: nothing is signed for who gets none.
 	signed := len(w.serials)
-	f.Issues(t, map[string]registration.Issuer{"ops": w}, "ops", func(c *registration.Config) { c.Hubs = nil })
+	f.Issues(t, map[string]registration.Issuer{"ops": w}, "ops", func(c *registration.Config) { c.Settings.Hubs = nil })
 	if _, st, err := ask(t, f, csrRequest(f, "dev-3", csr("dev-3", elliptic.P384()))); err != nil || st.ErrorCode != int(dps.CodeNoHub) || len(w.serials) != signed {
 		t.Errorf("%+v, %v", st, err)
 	}

@@ -26,10 +26,11 @@ type verdict struct {
 	x509       bool
 	closed     bool // the group admits only devices that a bundle named
 
-	// What it stands on: the individual enrollment of the device as it was, nil where there was none; and for a group the
-	// revision of the scope's groups.
+	// What it stands on: the individual enrollment of the device as it was, nil where there was none; and the revision of the
+	// scope and its groups.
 	document []byte
 	revision int64
+	settings *Settings       // of the scope, at that revision
 	device   *Device         // what bundles said of it, nil for nothing
 	key      string          // hex SHA-256 of the public key that it proved itself with, empty without
 	leaf     [32]byte        // SHA-256 of the certificate, for a group by certificate
@@ -150,8 +151,11 @@ func (s *Service) judgeIndividual(tx Tx, r *Record, req *Request, token *attest.
 	if err := json.Unmarshal(r.Document, &e); err != nil {
 		return nil, fmt.Errorf("enrollment %q in the store: %w", r.ID, err)
 	}
-	v := &verdict{enrollment: &e.Enrollment, deviceID: e.DeviceID, disabled: e.ProvisioningStatus == dps.EnrollmentDisabled, x509: token == nil, document: r.Document}
-	var err error
+	revision, err := tx.Revision(s.scope)
+	if err != nil {
+		return nil, err
+	}
+	v := &verdict{revision: revision, enrollment: &e.Enrollment, deviceID: e.DeviceID, disabled: e.ProvisioningStatus == dps.EnrollmentDisabled, x509: token == nil, document: r.Document}
 	if token != nil && e.Attestation.Type == dps.AttestationTPM {
 		err = s.proveTPM(tx, v, &e, req, token)
 	} else {
@@ -218,14 +222,11 @@ func (s *Service) stillHolds(tx Tx, id string, v *verdict) error {
 			return errors.Join(err, ErrConflict)
 		}
 	}
-	if r != nil && v.group == "" {
-		return nil
-	}
-	revision, err := tx.GroupsRevision(s.scope)
+	revision, err := tx.Revision(s.scope)
 	if err == nil && revision != v.revision {
 		err = ErrConflict
 	}
-	if err == nil && v.x509 {
+	if err == nil && v.x509 && v.group != "" {
 		err = s.blocked(tx, v)
 	}
 	return err

@@ -76,7 +76,7 @@ func newFactory(t testing.TB) *factory {
 }
 
 func (f *factory) serve(requireOrders bool) *registration.Service {
-	return registration.New(registration.Config{Store: f.Store, Scope: registrationtest.Scope, Hubs: []string{"a.example"}, Now: f.Now,
+	return registration.New(registration.Config{Store: f.Store, Scope: registrationtest.Scope, Settings: registration.Settings{Hubs: registration.Records("a.example")}, Now: f.Now,
 		Owners: []crypto.PublicKey{f.owner.key.Public()}, RequireOrders: requireOrders})
 }
 

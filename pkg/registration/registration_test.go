@@ -203,7 +203,7 @@ func TestOperatorWins(t *testing.T) {
 			if name == "individual ended" {
 				d = f.ByKey("brought", bytes.Repeat([]byte{'1'}, 32))
 			}
-			s := registration.New(registration.Config{Store: &hook{f.Store, func() { act(t, f) }}, Scope: registrationtest.Scope, Hubs: []string{"a.example"}, Now: f.Now})
+			s := registration.New(registration.Config{Store: &hook{f.Store, func() { act(t, f) }}, Scope: registrationtest.Scope, Settings: registration.Settings{Hubs: registration.Records("a.example")}, Now: f.Now})
 			op, err := s.Register(t.Context(), request(d))
 			if err != nil {
 				if dps.AsError(err).Code != dps.CodeUnauthorized {
@@ -235,7 +235,7 @@ func TestOperatorWins(t *testing.T) {
 func TestHangUp(t *testing.T) {
 	f := registrationtest.NewFixture(t, "a.example")
 	waiting, goOn := make(chan struct{}), make(chan struct{})
-	s := registration.New(registration.Config{Store: &hook{f.Store, func() { close(waiting); <-goOn }}, Scope: registrationtest.Scope, Hubs: []string{"a.example"}, Now: f.Now})
+	s := registration.New(registration.Config{Store: &hook{f.Store, func() { close(waiting); <-goOn }}, Scope: registrationtest.Scope, Settings: registration.Settings{Hubs: registration.Records("a.example")}, Now: f.Now})
 	d := f.Derived("dev-1")
 	ctx, hangUp := context.WithCancel(t.Context())
 	var wg sync.WaitGroup

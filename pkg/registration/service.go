@@ -31,6 +31,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/touchmark/touchmark/pkg/attest"
@@ -42,8 +43,8 @@ type Config struct {
 	Store Store
 	// Scope is the ID scope that the service answers for.
 	Scope string
-	// Hubs are the names of the linked hubs.
-	Hubs []string
+	// Settings are what the scope goes by as long as the store has none of it.
+	Settings Settings
 	// Owners are the public keys of those whose production orders count.
 	Owners []crypto.PublicKey
 	// RequireOrders refuses bundles that were not made on an order.
@@ -86,6 +87,7 @@ type Service struct {
 	searcher      *searcher
 	intermediates *attest.Pool
 	recent        recent
+	settings      atomic.Pointer[knownSettings]
 }
 
 // A flight is a register call that others of the same device and proof wait for.
@@ -192,7 +194,9 @@ func (s *Service) register(ctx context.Context, req *Request, body *dps.Register
 			if begun = before.operation(req.Operation); s.began(begun, proof) {
 				return nil
 			}
-			v, err = s.judge(tx, req)
+			if v, err = s.judge(tx, req); err == nil {
+				v.settings, err = s.settingsAt(tx, v.revision)
+			}
 			return err
 		})
 		if err != nil {
@@ -336,7 +340,7 @@ func (s *Service) decide(req *Request, body *dps.RegisterRequest, v *verdict, be
 	case v.group != "":
 		st.SymmetricKey = &dps.SymmetricKeyState{EnrollmentGroupID: v.group}
 	}
-	switch hub, err := s.allocate(req, v.enrollment, before); {
+	switch hub, err := allocate(req, v, before); {
 	case v.disabled:
 		st.Status = dps.Disabled
 	case want == nil && asksCertificate(body):
@@ -373,7 +377,8 @@ func substatus(before *Registration, st *dps.RegistrationState, p *dps.Reprovisi
 }
 
 // allocate chooses a hub among those that the enrollment allows.
-func (s *Service) allocate(req *Request, e *dps.Enrollment, before *Registration) (string, error) {
+func allocate(req *Request, v *verdict, before *Registration) (string, error) {
+	e := v.enrollment
 	if was, _ := before.assignment(); was != "" {
 		sticky := e.ReprovisionPolicy != nil && !e.ReprovisionPolicy.UpdateHubAssignment ||
 			e.ReprovisionPolicy == nil && req.APIVersion <= "2018-04-01"
@@ -386,9 +391,10 @@ func (s *Service) allocate(req *Request, e *dps.Enrollment, before *Registration
 		allowed = []string{e.IoTHubHostName}
 	}
 	var hubs []string
-	for _, h := range s.cfg.Hubs {
-		if len(allowed) == 0 || slices.ContainsFunc(allowed, func(a string) bool { return strings.EqualFold(a, h) }) {
-			hubs = append(hubs, h)
+	for _, h := range v.settings.Hubs {
+		named := slices.ContainsFunc(allowed, func(a string) bool { return strings.EqualFold(a, h.Name) })
+		if named || len(allowed) == 0 && !h.Reserved {
+			hubs = append(hubs, h.Name)
 		}
 	}
 	if len(hubs) == 0 {

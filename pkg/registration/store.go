@@ -39,8 +39,24 @@ type Store interface {
 
 // A Tx reads and, in an Update, writes. What it returns belongs to the caller.
 type Tx interface {
-	// GroupsRevision returns a number that changes with every write to the scope's enrollment groups.
-	GroupsRevision(scope string) (int64, error)
+	// Revision returns a number that rises with every write to the scope itself and to its enrollment groups. It never comes back
+	// to an old value, not even when the scope is deleted.
+	Revision(scope string) (int64, error)
+
+	// Scope returns a scope, and ScopeByName the one of a name in any case, or ErrNotFound. PutScope writes one whose Version is
+	// the one that was read (0: there was none), and raises it. ErrConflict: somebody else wrote it meanwhile, or another has its
+	// name. Scopes returns up to limit scopes whose ID is greater than after, in order.
+	Scope(id string) (*Scope, error)
+	ScopeByName(name string) (*Scope, error)
+	PutScope(sc *Scope) error
+	Scopes(after string, limit int) ([]*Scope, error)
+	// EraseScope removes up to limit rows of everything that is kept of a scope, and reports whether that was all. The scope's own
+	// row stays without a name, deleted for good, so that its ID is never anybody else's.
+	EraseScope(id string, limit int) (done bool, err error)
+
+	// PutAudit appends to the audit record of a scope. Audits returns up to limit entries whose ID is greater than after, in order.
+	PutAudit(scope string, a *Audit) error
+	Audits(scope, after string, limit int) ([]*Audit, error)
 
 	// Record returns an enrollment or a group, or ErrNotFound.
 	Record(scope string, kind Kind, id string) (*Record, error)
@@ -117,8 +133,11 @@ type Tx interface {
 	KeyIssued(scope, keyHash, id string) (bool, error)
 
 	// Policy returns a shared access policy of the service API, or ErrNotFound; PutPolicy writes one.
+	// Policies returns all, by name; DeletePolicy removes one, or says ErrNotFound.
 	Policy(scope, name string) (*Policy, error)
 	PutPolicy(scope string, p *Policy) error
+	Policies(scope string) ([]*Policy, error)
+	DeletePolicy(scope, name string) error
 
 	// Secret returns what all replicas of the service share under a name, or ErrNotFound; PutSecret writes it. The store encrypts
 	// it.

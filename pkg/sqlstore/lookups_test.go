@@ -14,6 +14,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/registration"
 	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
+	"github.com/touchmark/touchmark/pkg/sqlstore"
 )
 
 // A store from before CAs were indexed by key finds them all at its next start, also two that share a key, which were taken
@@ -22,7 +23,7 @@ func TestIndexOfOlderStores(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s.db")
 	s := open(t, path)
 	service := func() *registration.Service {
-		return registration.New(registration.Config{Store: s, Scope: registrationtest.Scope, Hubs: []string{"a.example"}, Now: func() time.Time { return attesttest.Now }})
+		return registration.New(registration.Config{Store: s, Scope: registrationtest.Scope, Settings: registration.Settings{Hubs: registration.Records("a.example")}, Now: func() time.Time { return attesttest.Now }})
 	}
 	put := func(id, match string, e dps.Enrollment) {
 		t.Helper()
@@ -58,8 +59,9 @@ func TestIndexOfOlderStores(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	back(`DROP TABLE authorities`, `DROP TABLE deleted_groups`, `DROP INDEX records_revision`, `ALTER TABLE records DROP COLUMN revision`,
-		`DROP TABLE issued`, `DROP INDEX devices_key`, `DELETE FROM goose_db_version WHERE version_id >= 5`)
+	if err := sqlstore.Down(t.Context(), path, 4); err != nil {
+		t.Fatal(err)
+	}
 
 	s = open(t, path)
 	svc := service()

@@ -309,6 +309,7 @@ type statements struct {
 	secret, putSecret                                                        *sql.Stmt
 	planned, putIssued, keyTaken, keyIssued                                  *sql.Stmt
 	challenge, putChallenge, forgetChallenges                                *sql.Stmt
+	scopeStatements
 }
 
 const (
@@ -323,7 +324,7 @@ type statement struct {
 }
 
 func (st *statements) all() []statement {
-	return []statement{
+	return append(st.scopeStatements.all(), []statement{
 		{&st.revision, `SELECT groups_revision FROM scopes WHERE scope = $1`},
 		{&st.bumpRevision, `INSERT INTO scopes (scope, groups_revision) VALUES ($1, 1) ON CONFLICT (scope) DO UPDATE SET groups_revision = scopes.groups_revision + 1`},
 		{&st.record, recordColumns + `WHERE scope = $1 AND kind = $2 AND id = $3`},
@@ -394,7 +395,7 @@ func (st *statements) all() []statement {
 		{&st.putChallenge, `INSERT INTO challenges (scope, id, body, expires) VALUES ($1, $2, $3, $4)
 			ON CONFLICT (scope, id) DO UPDATE SET body = excluded.body, expires = excluded.expires`},
 		{&st.forgetChallenges, `DELETE FROM challenges WHERE scope = $1 AND id IN (SELECT id FROM challenges WHERE scope = $1 AND expires < $2 ORDER BY expires LIMIT $3)`},
-	}
+	}...)
 }
 
 func prepare(ctx context.Context, db *sql.DB) (*statements, error) {
@@ -454,7 +455,7 @@ func (t *tx) unseal(sealed []byte, labels ...string) ([]byte, error) {
 	return b, nil
 }
 
-func (t *tx) GroupsRevision(scope string) (int64, error) {
+func (t *tx) Revision(scope string) (int64, error) {
 	var rev int64
 	err := t.row(t.st.revision, scope).Scan(&rev)
 	if errors.Is(err, sql.ErrNoRows) {
@@ -652,16 +653,20 @@ func (t *tx) Registrations(scope, group, after string, limit int) ([]*registrati
 }
 
 func (t *tx) Policy(scope, name string) (*registration.Policy, error) {
+	return t.scanPolicy(scope, t.row(t.st.policy, scope, name))
+}
+
+func (t *tx) scanPolicy(scope string, row scanner) (*registration.Policy, error) {
 	p := &registration.Policy{}
 	var first, second []byte
-	if err := t.row(t.st.policy, scope, name).Scan(&p.Name, &p.Rights, &first, &second); err != nil {
+	if err := row.Scan(&p.Name, &p.Rights, &first, &second); err != nil {
 		return nil, absent(err)
 	}
 	var err error
-	if p.Primary, err = t.unseal(first, scope, "policy", name, "primary"); err != nil {
+	if p.Primary, err = t.unseal(first, scope, "policy", p.Name, "primary"); err != nil {
 		return nil, err
 	}
-	p.Secondary, err = t.unseal(second, scope, "policy", name, "secondary")
+	p.Secondary, err = t.unseal(second, scope, "policy", p.Name, "secondary")
 	return p, err
 }
 

@@ -87,7 +87,7 @@ func NewFixture(t testing.TB, hubs ...string) *Fixture {
 
 // Replica returns another service on the same store.
 func (f *Fixture) Replica(hubs ...string) *registration.Service {
-	return registration.New(registration.Config{Store: f.Store, Scope: Scope, Hubs: hubs, Now: f.Now})
+	return registration.New(registration.Config{Store: f.Store, Scope: Scope, Settings: registration.Settings{Hubs: registration.Records(hubs...)}, Now: f.Now})
 }
 
 // Policy makes, or replaces, a shared access policy with these keys.

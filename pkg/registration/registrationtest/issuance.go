@@ -86,7 +86,7 @@ func (f *Fixture) Issuer(t testing.TB, a *Authority, keys ...hsm.Algorithm) *ca.
 // Issues starts the service anew with issuers, and has the groups name one of them: "keys", and the devices below "line".
 func (f *Fixture) Issues(t testing.TB, issuers map[string]registration.Issuer, name string, edit ...func(*registration.Config)) {
 	t.Helper()
-	cfg := registration.Config{Store: f.Store, Scope: Scope, Hubs: []string{hub}, Now: f.Now, Issuers: issuers}
+	cfg := registration.Config{Store: f.Store, Scope: Scope, Settings: registration.Settings{Hubs: registration.Records(hub)}, Now: f.Now, Issuers: issuers}
 	for _, e := range edit {
 		e(&cfg)
 	}

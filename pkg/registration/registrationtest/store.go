@@ -22,7 +22,7 @@ import (
 // Run runs the suite on a store that open returns; each call gives an empty one.
 func Run(t *testing.T, open func(t *testing.T) registration.Store) {
 	for name, f := range map[string]func(*testing.T, registration.Store){
-		"records": records, "certificates": certificates, "registrations": registrations, "scopes": scopes, "updates": updates, "devices": devices, "orders": orders, "endings": endings, "authorities": authorities, "changes": changes, "issued": issuedCertificates, "challenges": challenges,
+		"records": records, "certificates": certificates, "registrations": registrations, "scopes": scopes, "tenants": tenants, "updates": updates, "devices": devices, "orders": orders, "endings": endings, "authorities": authorities, "changes": changes, "issued": issuedCertificates, "challenges": challenges,
 	} {
 		t.Run(name, func(t *testing.T) { f(t, open(t)) })
 	}
@@ -58,7 +58,7 @@ func records(t *testing.T, s registration.Store) {
 		return tx.PutRecord("scope", group("G"))
 	})
 	view(t, s, func(tx registration.Tx) (err error) {
-		rev, err = tx.GroupsRevision("scope")
+		rev, err = tx.Revision("scope")
 		return err
 	})
 	view(t, s, func(tx registration.Tx) error {
@@ -84,7 +84,7 @@ func records(t *testing.T, s registration.Store) {
 	})
 	update(t, s, func(tx registration.Tx) error { return tx.DeleteRecord("scope", registration.Group, "g") })
 	view(t, s, func(tx registration.Tx) error {
-		if now, err := tx.GroupsRevision("scope"); err != nil || now == rev {
+		if now, err := tx.Revision("scope"); err != nil || now == rev {
 			t.Errorf("the groups' revision did not change: %d, %v", now, err)
 		}
 		return nil
@@ -228,7 +228,7 @@ func changes(t *testing.T, s registration.Store) {
 			for _, g := range written {
 				known[strings.ToLower(g.ID)] = string(g.Keys)
 			}
-			if at, err = tx.GroupsRevision("scope"); err != nil {
+			if at, err = tx.Revision("scope"); err != nil {
 				return err
 			}
 			all, err := tx.Records("scope", registration.Group, "", 100)

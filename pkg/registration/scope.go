@@ -1,0 +1,205 @@
+package registration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/touchmark/touchmark/pkg/dps"
+)
+
+// A Scope is one provisioning service, and a tenant: everything that is kept belongs to one. Devices name it by its ID,
+// operators by the name of its service host. The store encrypts all but ID and name.
+type Scope struct {
+	ID   string `json:"id"`   // as it was given; folded wherever it is a key
+	Name string `json:"name"` // of the provisioning service; unique in any case
+	// Where it stands among the resources of the management API.
+	Subscription  string            `json:"subscription,omitempty"`
+	ResourceGroup string            `json:"resourceGroup,omitempty"`
+	Location      string            `json:"location,omitempty"`
+	Tags          map[string]string `json:"tags,omitempty"`
+	ETag          string            `json:"etag"`
+	Created       time.Time         `json:"created"`
+	// Deleting says that nobody is let in any more, and that what it has is being removed.
+	Deleting bool `json:"deleting,omitempty"`
+	Settings
+	// Version is the one that was read (0: there was none); every write raises it.
+	Version int64 `json:"-"`
+}
+
+// Settings are what a scope goes by.
+type Settings struct {
+	Hubs []LinkedHub `json:"hubs,omitempty"`
+	// AllocationPolicy is for enrollments that have none; empty is hashed. Custom is not for a scope.
+	AllocationPolicy dps.AllocationPolicy `json:"allocationPolicy,omitempty"`
+	// IPFilter rules are tried in order; the first that matches decides. Without a match the caller is let in.
+	IPFilter []IPRule `json:"ipFilterRules,omitempty"`
+	// PublicAccessDisabled closes both APIs to all but loopback and the networks of the operator's own.
+	PublicAccessDisabled bool `json:"publicAccessDisabled,omitempty"`
+	EnableDataResidency  bool `json:"enableDataResidency,omitempty"` // kept and shown; data stays where the store is in any case
+	// Quotas names a profile of limits: "" and "none" are none, "azure" those of DPS (service API, section 4.11).
+	Quotas string `json:"quotas,omitempty"`
+	// StrictRoots has a group's intermediate count only where its chain goes on to a verified certificate of the scope (service
+	// API, section 4.3). Without it a group's signing certificate is trusted by itself.
+	StrictRoots bool `json:"strictRoots,omitempty"`
+}
+
+// An IPRule lets a network in, or keeps it out (service API, section 3.3).
+type IPRule struct {
+	Name   string `json:"filterName"`
+	Accept bool   `json:"accept"`
+	Mask   string `json:"ipMask"` // CIDR, IPv4 or IPv6
+	Target string `json:"target"` // "all", "serviceApi" or "deviceApi"
+}
+
+// Records returns hubs of kind record by their names.
+func Records(names ...string) (hubs []LinkedHub) {
+	for _, n := range names {
+		hubs = append(hubs, LinkedHub{Name: n, Kind: HubRecord})
+	}
+	return hubs
+}
+
+// Hub returns the linked hub of that name in any case, or nil.
+func (s *Settings) Hub(name string) *LinkedHub {
+	i := slices.IndexFunc(s.Hubs, func(h LinkedHub) bool { return strings.EqualFold(h.Name, name) })
+	if i < 0 {
+		return nil
+	}
+	return &s.Hubs[i]
+}
+
+// knownSettings are the settings that the scope had at a revision.
+type knownSettings struct {
+	revision int64
+	*Settings
+}
+
+// settingsAt returns the settings at a revision that the transaction saw. It remembers them, so the transaction must be a
+// View: an Update may read what is never committed.
+func (s *Service) settingsAt(view Tx, revision int64) (*Settings, error) {
+	if known := s.settings.Load(); known != nil && known.revision == revision {
+		return known.Settings, nil
+	}
+	sc, err := found(view.Scope(s.scope))
+	switch {
+	case err != nil:
+		return nil, err
+	case sc == nil:
+		sc = &Scope{Settings: s.cfg.Settings}
+	case sc.Deleting:
+		return nil, refuse(errors.New("the scope is being deleted"))
+	}
+	s.settings.Store(&knownSettings{revision, &sc.Settings})
+	return &sc.Settings, nil
+}
+
+// Settings returns what the scope goes by.
+func (s *Service) Settings(ctx context.Context) (set *Settings, err error) {
+	err = s.cfg.Store.View(ctx, func(tx Tx) error {
+		revision, err := tx.Revision(s.scope)
+		if err == nil {
+			set, err = s.settingsAt(tx, revision)
+		}
+		return err
+	})
+	return set, err
+}
+
+// CheckScope says what keeps a scope from being taken.
+func CheckScope(sc *Scope) error {
+	if err := dps.CheckIDScope(sc.ID); err != nil {
+		return invalid("%v", err)
+	}
+	if err := dps.CheckServiceName(sc.Name); err != nil {
+		return invalid("%v", err)
+	}
+	if sc.AllocationPolicy == dps.AllocationCustom {
+		return invalid("A service's allocation policy cannot be custom: an enrollment's can")
+	}
+	seen := make(map[string]bool)
+	for _, h := range sc.Hubs {
+		if seen[strings.ToLower(h.Name)] {
+			return invalid("Hub %s is linked twice", h.Name)
+		}
+		if seen[strings.ToLower(h.Name)] = true; h.Name == "" || h.Weight < 0 || h.Weight > 1000 {
+			return invalid("A linked hub needs a name, and a weight from 1 to 1000")
+		}
+	}
+	return nil
+}
+
+// EditScope changes a scope in one transaction and returns what it was and what it is; nil was nothing. edit gets a copy that
+// it changes, or nil where there is none and then returns a new one; it may run more than once. The change is in the audit
+// record under that action.
+func EditScope(ctx context.Context, store Store, id string, by Actor, action string, now time.Time, edit func(*Scope) (*Scope, error)) (was, is *Scope, err error) {
+	err = store.Update(ctx, func(tx Tx) error {
+		if was, err = found(tx.Scope(dps.Fold(id))); err != nil {
+			return err
+		}
+		var in *Scope
+		if was != nil {
+			c := *was
+			c.Hubs, c.IPFilter = slices.Clone(was.Hubs), slices.Clone(was.IPFilter)
+			in = &c
+		}
+		if is, err = edit(in); err != nil {
+			return err
+		}
+		if err := CheckScope(is); err != nil {
+			return err
+		}
+		is.ETag = newETag()
+		if was == nil {
+			is.Created = now
+		} else {
+			is.Version = was.Version
+		}
+		if err := tx.PutScope(is); err != nil {
+			return err
+		}
+		return tx.PutAudit(dps.Fold(id), NewAudit(by, action, "scope/"+is.Name, was, is, now))
+	})
+	if errors.Is(err, ErrConflict) {
+		err = dps.NewError(dps.CodeServiceExists, "There is a provisioning service of that name", err)
+	}
+	return was, is, err
+}
+
+// allowed refuses a host name that is not a linked hub's.
+func (s *Settings) allowed(name string) error {
+	if s.Hub(name) == nil {
+		return invalid("Hub %s is not linked to this service", fmt.Sprintf("%.100q", name))
+	}
+	return nil
+}
+
+// eraseAtOnce is how many rows of a deleted scope one transaction removes.
+const eraseAtOnce = 2000
+
+// DeleteScope deletes a scope with everything that is kept of it: nobody is let in from its first write on, and the rest goes
+// in small transactions. One that was interrupted goes on when it is called again. ErrNotFound: there is none of that ID.
+func DeleteScope(ctx context.Context, store Store, id string, by Actor, now time.Time) error {
+	err := store.Update(ctx, func(tx Tx) error {
+		was, err := tx.Scope(dps.Fold(id))
+		if err != nil || was.Deleting {
+			return err
+		}
+		is := *was
+		is.Deleting, is.Settings, is.Tags, is.ETag = true, Settings{}, nil, newETag()
+		if err := tx.PutScope(&is); err != nil {
+			return err
+		}
+		return tx.PutAudit(dps.Fold(id), NewAudit(by, "delete", "scope/"+is.Name, was, nil, now))
+	})
+	for done := false; !done && err == nil; {
+		err = store.Update(ctx, func(tx Tx) (err error) {
+			done, err = tx.EraseScope(dps.Fold(id), eraseAtOnce)
+			return err
+		})
+	}
+	return err
+}
