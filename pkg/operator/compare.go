@@ -142,9 +142,12 @@ func plain(d *Document) (map[string]any, error) {
 	}
 	if len(e.IoTHubs) > 0 {
 		hubs := make([]any, len(e.IoTHubs))
+		for i, h := range e.IoTHubs {
+			e.IoTHubs[i] = dps.Fold(h)
+		}
 		slices.Sort(e.IoTHubs)
 		for i, h := range e.IoTHubs {
-			hubs[i] = dps.Fold(h)
+			hubs[i] = h
 		}
 		m["iotHubs"] = hubs
 	}

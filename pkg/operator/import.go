@@ -142,7 +142,6 @@ func (im *importer) batches(rows Source) iter.Seq2[*batch, error] {
 			if len(b.rows) == 0 {
 				return true
 			}
-			b.digest = rows.Digest()
 			full := b
 			b = &batch{done: make(chan struct{})}
 			return yield(full, nil)
@@ -188,7 +187,11 @@ func (im *importer) batches(rows Source) iter.Seq2[*batch, error] {
 					}
 				}
 			}
-			if b.rows = append(b.rows, row); len(b.rows) >= maxBatch && !flush() {
+			b.rows = append(b.rows, row)
+			if im.cfg.Journal != nil {
+				b.digest = rows.Digest()
+			}
+			if len(b.rows) >= maxBatch && !flush() {
 				return
 			}
 		}
