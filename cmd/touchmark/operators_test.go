@@ -2,19 +2,19 @@ package main
 
 import (
 	"bytes"
-	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"filippo.io/age"
+
+	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/operator"
@@ -161,9 +161,71 @@ func filter(t *testing.T, path, text string) []byte {
 	return out
 }
 
-var _ = fmt.Sprint
-var _ = context.Background
-var _ = json.Marshal
-var _ = errors.New
-var _ io.Reader
-var _ *exec.Cmd
+// azure DIR: starts a service that behaves like Azure's, throttled, and writes its connections into the directory.
+func azureCmd(t *testing.T) func(*testscript.TestScript, bool, []string) {
+	return func(ts *testscript.TestScript, _ bool, args []string) {
+		s := azuretest.Start(t, azuretest.Config{Limit: 100, Window: time.Second, RetryAfter: 1})
+		s.Files(t, ts.MkAbs(args[0]))
+		s.Management(t, ts.MkAbs(args[0]))
+	}
+}
+
+// An import that is killed in the middle is finished by the same command: nothing is there twice, nothing is missing, and little is done
+// again.
+func TestImportKilled(t *testing.T) {
+	dir := t.TempDir()
+	const rows = 6000
+	var want atomic.Int64
+	reached := make(chan struct{}, 1)
+	var stub *azuretest.Server
+	stub = azuretest.Start(t, azuretest.Config{Lose: func(*http.Request) bool {
+		if int64(stub.Len()) >= want.Load() {
+			select {
+			case reached <- struct{}{}:
+			default:
+			}
+		}
+		return false
+	}})
+	azure := stub.Files(t, filepath.Join(dir, "azure"))
+	var text bytes.Buffer
+	for i := range rows {
+		fmt.Fprintf(&text, `{"registrationId":"dev-%d","attestation":{"type":"symmetricKey"},"initialTwin":{"tags":{"n":%d}}}`+"\n", i, i)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "all.jsonl"), text.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"enrollment", "import", "all.jsonl", "--service", azure, "--json"}
+	journal := filepath.Join(dir, "all.jsonl.journal")
+	kills := 0
+	for n := rows / 4; n < rows; n += rows / 4 {
+		want.Store(int64(n))
+		cmd := exec.Command(program(t), args...)
+		cmd.Dir = dir
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case <-reached:
+		case <-time.After(time.Minute):
+			t.Errorf("%d rows of %d are there after a minute", stub.Len(), n)
+		}
+		_ = cmd.Process.Kill()
+		if err := cmd.Wait(); err != nil {
+			kills++
+		}
+	}
+	if kills == 0 || stub.Len() == 0 {
+		t.Fatalf("killed %d times, %d rows are there", kills, stub.Len())
+	}
+	resumed := exists(journal)
+	was, _ := stub.Calls()
+	out := touchmark(t, dir, args...)
+	now, _ := stub.Calls()
+	if stub.Len() != rows || exists(journal) || !strings.Contains(out, fmt.Sprintf(`"rows":%d,`, rows)) || strings.Contains(out, `"outcome":"conflict"`) {
+		t.Errorf("%d rows of %d are there, journal %t\n%.300s", stub.Len(), rows, exists(journal), out[max(0, len(out)-300):])
+	}
+	if made := now["POST enrollments"] - was["POST enrollments"]; resumed && made > rows/10-20 {
+		t.Errorf("after %d kills the rest took %d calls, as many as the whole", kills, made)
+	}
+}

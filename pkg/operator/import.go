@@ -214,7 +214,7 @@ func (im *importer) send(ctx context.Context, b *batch) (*batch, error) {
 		v.Line = row.Line
 		switch {
 		case row.Err != nil:
-			v.Outcome, v.Reason = OutcomeInvalid, row.Err.Error()
+			v.ID, v.Outcome, v.Reason = row.ID, OutcomeInvalid, row.Err.Error()
 		case row.Document == nil:
 			v.ID, v.Outcome, v.Reason = row.ID, OutcomeLeftOut, row.Note
 		default:

@@ -22,13 +22,12 @@ import (
 	"github.com/touchmark/touchmark/pkg/dps"
 )
 
-// A Row is one enrollment of a file: a Document, or what is wrong with this row alone, or the ID of something that is no enrollment and
-// a note why that is.
+// A Row is one enrollment of a file: a Document, or what is wrong with this row alone, or a note why it is no enrollment.
 type Row struct {
 	Line     int // where it begins, from 1
 	Document *Document
 	Err      error
-	ID       string
+	ID       string // as far as it is known; untrusted
 	Note     string // for whoever reads verdicts; with a document too
 }
 
@@ -147,6 +146,7 @@ func (r *Rows) json(array bool, yield func(Row, error) bool) error {
 		}
 		row := Row{Line: at}
 		if row.Document, row.Err = ParseDocument(text); row.Err == nil {
+			row.ID = clipID(row.Document.ID)
 			row.Err = r.accept(row.Document)
 		}
 		if err := r.give(row, text, yield); err != nil {
@@ -193,6 +193,9 @@ func (r *Rows) object() ([]byte, error) {
 		}
 	}
 }
+
+// clipID bounds what is shown of an ID that may be anything.
+func clipID(s string) string { return s[:min(len(s), dps.MaxRegistrationID)] }
 
 // give yields a row and adds it to the digest.
 func (r *Rows) give(row Row, text []byte, yield func(Row, error) bool) error {
@@ -346,6 +349,7 @@ func (r *Rows) csv(yield func(Row, error) bool) error {
 			for i, c := range columns {
 				cells[c] = strings.TrimSpace(record[i])
 			}
+			row.ID = clipID(cells[r.cfg.Kind.Member()])
 			if row.Document, row.Err = r.fromCells(cells); row.Err == nil {
 				row.Err = r.accept(row.Document)
 			}
