@@ -299,16 +299,16 @@ func describeCertificate(c *dps.X509Certificate) string {
 // putOptions are the members of an enrollment that flags name, as az iot dps enrollment does.
 type putOptions struct {
 	serviceOptions
-	attestation, endorsementKey            string
-	certificate, secondary                 string
-	removePrimary, removeSecondary         bool
-	caName, secondaryCA                    string
-	primaryKey, secondaryKey               string // files
-	deviceID, tags, desired, info          string
-	status, reprovision, allocation        string
-	hubs                                   []string
-	webhook, webhookVersion, etag, version string
-	edge, showKeys                         bool
+	attestation, endorsementKey     string
+	certificate, secondary          string
+	removePrimary, removeSecondary  bool
+	caName, secondaryCA             string
+	primaryKey, secondaryKey        string // files
+	deviceID, tags, desired, info   string
+	status, reprovision, allocation string
+	hubs                            []string
+	webhook, webhookVersion, etag   string
+	edge, showKeys                  bool
 }
 
 func newEnrollmentPut(a *app, k operator.Kind, create bool) *cobra.Command {

@@ -25,6 +25,7 @@ type rowsOptions struct {
 	certificates       string
 	hubs               []string
 	parallel           int
+	kind               operator.Kind // of the rows that are wanted; empty for both
 }
 
 func (o *rowsOptions) flags(c *cobra.Command) {
@@ -51,7 +52,7 @@ func (o *rowsOptions) rename() (map[string]string, error) {
 
 // mode names what an import does with what exists, for its journal.
 func (o *rowsOptions) mode() string {
-	return fmt.Sprintf("update=%t skip=%t hubs=%s", o.update, o.skip, strings.Join(o.hubs, ","))
+	return fmt.Sprintf("kind=%s update=%t skip=%t hubs=%s", o.kind, o.update, o.skip, strings.Join(o.hubs, ","))
 }
 
 func newEnrollmentImport(a *app, k operator.Kind) *cobra.Command {
@@ -103,6 +104,7 @@ func columnsText(k operator.Kind) string {
 
 // importRows sends the rows of a file to a service; of either kind, with k empty.
 func (a *app) importRows(ctx context.Context, svc *service, path string, k operator.Kind, o *rowsOptions, dryRun bool) error {
+	o.kind = k
 	cfg := operator.RowsConfig{Kind: k}
 	var err error
 	if cfg.Hubs, err = o.rename(); err != nil {

@@ -90,6 +90,9 @@ func (a *app) runImport(ctx context.Context, o *importOptions) error {
 	if err != nil {
 		return importError(err)
 	}
+	if o.update || o.skip || o.stop || o.identity != "" || len(o.hubs) > 0 {
+		return usageError{errors.New("--update, --skip-existing, --stop-on-error, --rename-hub and --identity are for services that take no bundles: this one does")}
+	}
 	header := http.Header{"Content-Type": {"application/x-tar"}}
 	residency, err := parseResidency(o.residency)
 	if err != nil {

@@ -231,12 +231,6 @@ func (d *Document) ETag() (tag string) {
 	return tag
 }
 
-// attestation returns how the enrollment attests, by parts, for edits that keep what they do not know.
-func (d *Document) attestation() (map[string]json.RawMessage, error) {
-	a := make(map[string]json.RawMessage)
-	return a, d.Get("attestation", &a)
-}
-
 // clone shares the members' texts, which nobody changes in place.
 func (d *Document) clone() *Document {
 	c := &Document{Kind: d.Kind, ID: d.ID, members: make(map[string]json.RawMessage, len(d.members))}

@@ -363,13 +363,11 @@ func (im *importer) report(b *batch) error {
 			}
 		}
 	}
-	if im.cfg.Journal != nil && !im.cfg.DryRun {
-		if err := im.cfg.Journal.save(im.counts, b.digest); err != nil {
-			return err
-		}
-	}
-	if bad && im.cfg.StopOnError {
-		return errStopped
+	switch {
+	case bad && im.cfg.StopOnError:
+		return errStopped // not remembered: these rows are looked at again
+	case im.cfg.Journal != nil && !im.cfg.DryRun:
+		return im.cfg.Journal.save(im.counts, b.digest)
 	}
 	return nil
 }

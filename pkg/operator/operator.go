@@ -4,8 +4,8 @@
 // A [Connection] says where a service is and holds the right to manage it. A [Client] makes its calls. An enrollment, individual
 // or group ([Kind]), is a [Document]: the JSON object of the wire with every member kept as it came, those too that this package
 // does not know; its typed form is package dps's. [Compare] says what differs between two. On these stand the longer works:
-// [Client.Import] and [Rows], [Exporter], [Client.RollKey] and [Client.RollCA], [Client.Diagnose] with [Explain], and [Management], the
-// client of the management API.
+// [Client.Import] of [Rows], [Client.Export], [Client.RollKey] and [Client.RollCA], [Client.Diagnose] with [Explain], and [Management],
+// the client of the management API.
 //
 // A Client serves many goroutines. It makes SAS tokens of its own, bounds every answer, waits for as long as a service asks with
 // Retry-After, and goes slower after that ([Limiter]). It repeats a call whose answer was lost only where that does no harm; a
