@@ -72,7 +72,7 @@ func launch(t *testing.T, dir, name string, env []string, args ...string) (*repl
 	if r.service, err = a.openService(filepath.Join(dir, name, connectionFile), filepath.Join(dir, name, caFile)); err != nil {
 		return nil, err
 	}
-	r.devices = &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: r.service.roots}}}
+	r.devices = &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: r.service.cfg.Roots}}}
 	return r, nil
 }
 
