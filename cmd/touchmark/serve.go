@@ -17,7 +17,6 @@ import (
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/registration"
 	"github.com/touchmark/touchmark/pkg/serviceapi"
-	"github.com/touchmark/touchmark/pkg/sqlstore"
 )
 
 type serveOptions struct {
@@ -33,6 +32,8 @@ type serveOptions struct {
 	limits limitOptions
 	issue  issueOptions
 	accessOptions
+	hubOptions
+	store storeOptions
 	emulatorOptions
 }
 
@@ -73,7 +74,7 @@ register in are there already, and faults happen on demand. touchmark help emula
 	f := c.Flags()
 	f.StringVar(&o.data, "data", "", "directory that the service keeps everything in")
 	o.doorOptions.flags(c)
-	f.StringArrayVar(&o.hubs, "hub", nil, "host name of a hub that devices may be assigned to; again for more")
+	f.StringArrayVar(&o.hubs, "hub", nil, "host name of a hub that devices may be assigned to, or builtin for a small one in this process (touchmark help builtin-hub); again for more")
 	f.StringArrayVar(&o.hostnames, "hostname", nil, "name that the service is reached by, for its certificate and tokens; again for more (default: localhost)")
 	f.StringVar(&o.name, "name", "", "name of the first provisioning service among those that this one serves (default: touchmark-ID_SCOPE)")
 	f.StringVar(&o.idScope, "id-scope", "", "ID scope that a first start takes, instead of a random one")
@@ -85,6 +86,8 @@ register in are there already, and faults happen on demand. touchmark help emula
 	o.limits.flags(c)
 	o.issue.flags(c)
 	o.accessOptions.flags(c)
+	o.hubOptions.flags(c)
+	o.store.flags(c)
 	o.bind(c)
 	_ = c.MarkFlagDirname("data")
 	return c
@@ -105,6 +108,9 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if len(o.hostnames) == 0 {
 		o.hostnames = []string{"localhost"}
 	}
+	if err := o.checkHub(); err != nil {
+		return err
+	}
 	d := &serviceData{}
 	if o.ephemeral {
 		err = o.inMemory(d)
@@ -121,19 +127,19 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := d.load(o); err != nil {
-		return err
-	}
 	level := slog.LevelInfo
 	if a.quiet {
 		level = slog.LevelWarn
 	}
 	log := slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: level}))
-	store, err := sqlstore.Open(ctx, sqlstore.Config{Path: d.store(), DataKey: d.dataKey})
+	store, closeStore, err := o.store.open(ctx, a, d, log)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, store.Close()) }()
+	defer func() { err = errors.Join(err, closeStore()) }()
+	if err := d.load(o); err != nil {
+		return err
+	}
 	owner, err := d.owner(ctx, store)
 	if err != nil {
 		return err
@@ -149,6 +155,12 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	told := make(chan struct{})
+	hub, closeHub, err := a.openHub(ctx, o, d, told, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, closeHub()) }()
 	if linked, err := o.linkHubs(ctx, store, d); err != nil {
 		return err
 	} else if linked == 0 {
@@ -189,7 +201,6 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 			return err
 		}
 	}
-	told := make(chan struct{})
 	exchanges, closeExchanges, err := a.openExchanges(o.exchanges, told, log)
 	if err != nil {
 		return err
@@ -228,7 +239,13 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	o.serveDoors(ctx, eg, open, front, registrar, limited.Overloaded, httpd.Config{Log: log, Handlers: serviceapi.New(api).Handlers()})
+	https := httpd.Config{Log: log, Handlers: serviceapi.New(api).Handlers()}
+	if hub != nil {
+		if err := hub.describe(ready, &https, address); err != nil {
+			return err
+		}
+	}
+	o.serveDoors(ctx, eg, open, front, registrar, limited.Overloaded, hub.door(), https)
 	if o.ephemeral {
 		emulated.tell(a)
 	}
@@ -251,7 +268,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 // printReady leaves out what is secret.
 func (a *app) printReady(ready map[string]any) {
 	rows := [][]string{{"Registration service", "ready"}, {"  ID scope", fmt.Sprint(ready["idScope"])}}
-	for _, r := range [][2]string{{"https", "HTTPS"}, {"mqtt", "MQTT"}, {"amqp", "AMQP"}, {"caFile", "CA for devices"}, {"connectionStringFile", "owner's connection"}, {"recipient", "recipient"}} {
+	for _, r := range [][2]string{{"https", "HTTPS"}, {"mqtt", "MQTT"}, {"amqp", "AMQP"}, {"caFile", "CA for devices"}, {"connectionStringFile", "owner's connection"}, {"hub", "built-in hub"}, {"hubConnectionStringFile", "hub's connection"}, {"recipient", "recipient"}} {
 		if v, ok := ready[r[0]]; ok && v != "" {
 			rows = append(rows, []string{"  " + r[1], fmt.Sprint(v)})
 		}

@@ -20,7 +20,9 @@ var startActor = registration.Actor{Name: "the start of the service"}
 func (o *serveOptions) linkHubs(ctx context.Context, store registration.Store, d *serviceData) (linked int, err error) {
 	fromStart := registration.Records(o.hubs...)
 	for i := range fromStart {
-		fromStart[i].FromStart = true
+		if fromStart[i].FromStart = true; o.builtin && fromStart[i].Name == o.hostnames[0] {
+			fromStart[i].Kind = registration.HubBuiltin
+		}
 	}
 	edit := func(sc *registration.Scope) (*registration.Scope, error) {
 		if sc == nil {
