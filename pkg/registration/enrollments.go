@@ -115,6 +115,9 @@ func (s *Service) PutEnrollment(ctx context.Context, kind Kind, id string, body 
 		attestation := *base.Attestation
 		base.Attestation = &attestation
 		base.CreatedDateTimeUTC, base.LastUpdatedDateTimeUTC, base.ETag = &now, &now, newETag()
+		if err := s.checkParent(tx, &d); err != nil {
+			return err
+		}
 		old, err := tx.Record(s.scope, kind, dps.Fold(id))
 		var before *document
 		switch {
@@ -226,7 +229,9 @@ func (s *Service) check(d *document) error {
 	}
 	switch {
 	case e.AllocationPolicy == dps.AllocationCustom:
-		return invalid("Custom allocation is not supported")
+		if err := s.checkWebhook(e.CustomAllocationDefinition); err != nil {
+			return err
+		}
 	case len(e.IoTHubs) > 0 && e.AllocationPolicy == "":
 		return invalid("Enrollment allocationPolicy must be specified when iotHubs are specified.")
 	case e.AllocationPolicy == dps.AllocationStatic && len(e.IoTHubs) > 1:
