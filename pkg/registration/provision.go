@@ -431,7 +431,7 @@ func (s *Service) advance(ctx context.Context, t *Task) error {
 		return waits
 	}
 	old := s.cfg.Now().Sub(t.Begun)
-	if waits != nil && (t.Goal == nil && old < cleanupTime || t.Goal != nil && isTemporary(waits) && old < s.giveUp()/4) {
+	if waits != nil && (t.Goal == nil && old < cleanupTime || t.Goal != nil && !t.Goal.Stay && isTemporary(waits) && old < s.giveUp()/4) {
 		if len(left) > 0 {
 			if err := s.write(t, func(tx Tx, w *Task) error { return s.leave(tx, w, left, errUnlinked) }); err != nil {
 				return err
@@ -669,7 +669,7 @@ func (s *Service) putOff(t *Task, cause error) error {
 	t.LastError = fmt.Sprintf("%.300s", cause.Error())
 	var h *HubError
 	isHub := errors.As(cause, &h)
-	if g := t.Goal; g != nil && !g.Done && (isHub && !h.Temporary || now.Sub(t.Begun) >= s.giveUp()) {
+	if g := t.Goal; g != nil && !g.Done && (isHub && !h.Temporary && !errors.Is(cause, ErrNotFound) || now.Sub(t.Begun) >= s.giveUp()) {
 		return s.fail(t, cause)
 	}
 	most := maxPause
