@@ -31,6 +31,7 @@ type serveOptions struct {
 	front  frontOptions
 	limits limitOptions
 	issue  issueOptions
+	provisionOptions
 	emulatorOptions
 }
 
@@ -82,6 +83,7 @@ register in are there already, and faults happen on demand. touchmark help emula
 	o.front.flags(c)
 	o.limits.flags(c)
 	o.issue.flags(c)
+	o.provisionOptions.flags(c)
 	o.bind(c)
 	_ = c.MarkFlagDirname("data")
 	return c
@@ -158,14 +160,21 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	shared := registration.Config{Store: store, Log: log, AtOnce: own.AtOnce}
+	hubs, err := o.provisioning(&shared)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, hubs.Close()) }()
 	scopes := registration.NewScopes(registration.ScopesConfig{
-		Config: registration.Config{Store: store, Log: log, AtOnce: own.AtOnce},
+		Config: shared,
 		Own: func(sc *registration.Scope, cfg *registration.Config) error {
 			if dps.Fold(sc.ID) == dps.Fold(d.scope) {
 				cfg.Owners, cfg.RequireOrders, cfg.Intermediates, cfg.Issuers = own.Owners, own.RequireOrders, own.Intermediates, own.Issuers
 			}
 			return nil
 		}})
+	defer startProvisioning(scopes)()
 	svc, err := scopes.Service(ctx, d.scope)
 	if err != nil {
 		return fmt.Errorf("opening ID scope %s: %w", d.scope, err)
