@@ -166,4 +166,10 @@ func TestLineage(t *testing.T) {
 	if st := below("child-7"); st.Status != dps.Assigned {
 		t.Errorf("one of the hundred comes again: %+v", st)
 	}
+	if err := s.service(scopes).DeleteRegistration(t.Context(), "child-7", ""); err != nil {
+		t.Fatal(err)
+	}
+	if st := below("child-100"); st.Status != dps.Assigned {
+		t.Errorf("when there is room: %+v", st)
+	}
 }

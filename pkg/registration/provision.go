@@ -38,6 +38,9 @@ const (
 	askAgain = 15 * time.Minute
 )
 
+// toldOnce is for Registration.Told when a hub knows the device, and it is open what it knows of it.
+const toldOnce = "once"
+
 // DefaultGiveUp is for how long a device waits for its hub before its registration fails.
 const DefaultGiveUp = 2 * time.Minute
 
@@ -209,7 +212,7 @@ func (s *Service) tell(tx Tx, req *Request, v *verdict, before, after *Registrat
 			return nil, false, nil
 		}
 		if g.Stay {
-			after.Told = "" // who knows
+			after.Told = toldOnce
 		}
 		cur.aim(nil, nil)
 		for i := range after.Operations {
@@ -705,7 +708,7 @@ func (s *Service) fail(t *Task, cause error) error {
 			return s.unlinked(tx, w.ID, cause)
 		}
 		if reg.Outbox = len(w.Away) > 0; g.Stay {
-			reg.Told = "" // who knows
+			reg.Told = toldOnce
 		}
 		st := reg.State
 		st.Status, st.ErrorCode, st.ErrorMessage = dps.Failed, int(dps.CodeHubRefused), hubMessage(g.Hub, cause)

@@ -3,6 +3,7 @@ package registration_test
 import (
 	"bytes"
 	"context"
+	"crypto/elliptic"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/base64"
@@ -536,6 +537,42 @@ func TestGiveUp(t *testing.T) {
 	}
 }
 
+// A hub that would not be told of a new key still has the device, which is taken from it when it goes elsewhere.
+func TestRefusedInPlace(t *testing.T) {
+	for name, change := range map[string]func(*dps.IndividualEnrollment){
+		"refused":    func(e *dps.IndividualEnrollment) { static("a.example")(e) },
+		"overtaken":  func(e *dps.IndividualEnrollment) { static("a.example")(e) },
+		"taken away": func(e *dps.IndividualEnrollment) { static("c.example")(e) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newSite(t, registration.HubAzure, "a.example", "b.example", "c.example")
+			s.own(static("a.example"))
+			s.assign(s.start(), s.device())
+			s.p.fault = func(_ int, step string) fault {
+				switch {
+				case name == "refused" && step == "admit a.example":
+					return full
+				case step == "admit a.example" || step == "admit c.example":
+					return fails
+				}
+				return none
+			}
+			s.own(change)
+			s.try(s.start(), s.device())
+			if name == "overtaken" {
+				s.own(func(e *dps.IndividualEnrollment) { change(e); e.ProvisioningStatus = dps.EnrollmentDisabled })
+				s.try(s.start(), s.device())
+			}
+			s.own(static("b.example"))
+			s.assign(s.start(), s.device())
+			s.heal()
+			if err := s.whole("own-key"); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
 // A former hub that does not answer keeps no device waiting for long: it is asked for days to forget the device, in everybody's
 // sight, and then the device is an orphan there. One that is unlinked keeps it at once.
 func TestFormerHub(t *testing.T) {
@@ -795,6 +832,57 @@ func TestTold(t *testing.T) {
 	for _, id := range []string{"Dev-1", "Dev-2", "press-7", "own-key"} {
 		if err := s.whole(id); err != nil {
 			t.Errorf("%s: %v", id, err)
+		}
+	}
+}
+
+// What hubs are told of devices whose keys the service makes: a TPM's, and the operational certificates of an issuer's.
+func TestToldMade(t *testing.T) {
+	s := newSite(t, registration.HubAzure, "a.example")
+	a := s.NewAuthority(t, 100*24*time.Hour)
+	scopes := s.start(func(c *registration.Config) { c.Issuers = map[string]registration.Issuer{"ops": s.Issuer(t, a)} })
+	s.Service = s.service(scopes)
+	d := newTPMDevice(t, s.Fixture, "tpm-1", nil)
+	s.Put(t, registration.Individual, d.id, d.enrollment(""))
+	for range 2 { // each time with a key of its own
+		st := d.state(s.Service, d.request(d.prove(s.Service), false))
+		if st.Status != dps.Assigned || st.TPM == nil {
+			t.Fatalf("%+v", st)
+		}
+		if err := d.Activate(t.Context(), st.TPM.AuthenticationKey); err != nil {
+			t.Fatal(err)
+		}
+		k := s.p.device("a.example", "tpm-1")
+		key, err := base64.StdEncoding.DecodeString(k.Keys.PrimaryKey)
+		if err != nil || !d.has(key) || k.Keys.SecondaryKey != k.Keys.PrimaryKey {
+			t.Errorf("the hub has another key than the TPM: %v", err)
+		}
+	}
+	for name, e := range map[string]dps.Enrollment{"keys": registrationtest.Symmetric(s.GroupKey, nil), "line": registrationtest.Signers(s.Root, nil)} {
+		e.ClientCertificateIssuancePolicy = &dps.ClientCertificateIssuancePolicy{CertificateAuthorityName: "ops"}
+		s.Put(t, registration.Group, name, e)
+	}
+	leaf := newLeaf(t, s.Root, "press-7")
+	for _, proof := range []struct {
+		id string
+		attest.Proof
+	}{{"dev-1", attest.Proof{Token: s.Derived("dev-1").Token}}, {"press-7", attest.Proof{Certificates: leaf}}} {
+		req := &registration.Request{IDScope: registrationtest.Scope, RegistrationID: proof.id, APIVersion: "2025-07-01-preview", Proof: proof.Proof,
+			Body: []byte(registrationtest.CSRBody(proof.id, registrationtest.CSR(t, registrationtest.ECKey(t, elliptic.P256()), proof.id)))}
+		op := must(scopes.Register(t.Context(), req))
+		st := must(scopes.Status(t.Context(), req, op.OperationID)).RegistrationState
+		if st.Status != dps.Assigned || len(st.IssuedCertificateChain) == 0 {
+			t.Fatalf("%s: %+v", proof.id, st)
+		}
+		want := []string{fmt.Sprintf("%X", sha256.Sum256(st.IssuedCertificateChain[0]))}
+		if proof.Certificates != nil {
+			want = append([]string{fmt.Sprintf("%X", sha256.Sum256(leaf[0].Raw))}, want...)
+		}
+		if k := s.p.device("a.example", proof.id); !slices.Equal(k.Thumbprints, want) || k.Keys != nil {
+			t.Errorf("%s is known by %v, want %v", proof.id, k.Thumbprints, want)
+		}
+		if st := must(s.Service.GetRegistration(t.Context(), proof.id)); st.IssuedCertificateChain != nil {
+			t.Error("the record shows a chain")
 		}
 	}
 }

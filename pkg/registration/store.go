@@ -83,7 +83,7 @@ type Tx interface {
 	// PutRegistration writes a registration whose Version is the one that was read (0: there was none), and raises it.
 	// ErrConflict: somebody else wrote it meanwhile.
 	PutRegistration(scope string, r *Registration) error
-	// DeleteRegistration removes a registration, or says ErrNotFound.
+	// DeleteRegistration removes a registration and what the device is below ([Kin]), or says ErrNotFound.
 	DeleteRegistration(scope, id string) error
 	// Registrations returns up to limit registrations that came in by a group, IDs greater than after, in order.
 	Registrations(scope, group, after string, limit int) ([]*Registration, error)
@@ -197,7 +197,8 @@ type Registration struct {
 	// Hub and DeviceID are those of the last assignment, whatever became of the registration since.
 	Hub      string `json:"hub,omitempty"`
 	DeviceID string `json:"deviceId,omitempty"`
-	// Told is the hex SHA-256 of what that hub was told of the device; empty where it is told nothing, or may not know it any more.
+	// Told is the hex SHA-256 of what that hub was told of the device, or another word where that is not certain; empty where it is told
+	// nothing.
 	Told string `json:"told,omitempty"`
 	// Outbox says that there is a [Task] of the device's, or was a moment ago.
 	Outbox bool `json:"outbox,omitempty"`

@@ -639,6 +639,9 @@ func (t *tx) DeleteRegistration(scope, id string) error {
 	if err == nil && n == 0 {
 		return registration.ErrNotFound
 	}
+	if err == nil {
+		err = t.DeleteKin(scope, id)
+	}
 	return err
 }
 
