@@ -23,6 +23,8 @@ const (
 	CodeNotFound         Code = 404000
 	CodeNoEnrollment     Code = 404201
 	CodeNoGroup          Code = 404202
+	CodeNoCertificate    Code = 404203
+	CodeNoService        Code = 404204
 	CodeMethodNotAllowed Code = 405000
 	CodeEnrollmentExists Code = 409201
 	CodeGroupExists      Code = 409202

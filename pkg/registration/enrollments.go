@@ -148,6 +148,12 @@ func (s *Service) PutEnrollment(ctx context.Context, kind Kind, id string, body 
 			}
 			attestation.SymmetricKey, r.Symmetric = nil, kind == Group
 		case dps.AttestationX509:
+			if attestation.X509.CAReferences != nil {
+				if err := s.resolve(tx, r, &attestation, before); err != nil {
+					return err
+				}
+				break
+			}
 			var was *dps.X509Certificates
 			if before != nil {
 				was = before.x509()
@@ -216,8 +222,10 @@ func (s *Service) check(d *document) error {
 	switch a := e.Attestation; {
 	case a.Type == dps.AttestationTPM && d.kind == Group:
 		return invalid("A TPM is one device's: TPM attestation takes an individual enrollment")
-	case a.X509 != nil && a.X509.CAReferences != nil:
-		return invalid("References to uploaded CA certificates are not supported")
+	case a.X509 != nil && a.X509.CAReferences != nil && d.kind == Group:
+		if err := checkReferences(a.X509.CAReferences); err != nil {
+			return err
+		}
 	case a.X509 != nil && d.x509() == nil:
 		return invalid("An individual enrollment takes clientCertificates, a group signingCertificates")
 	}
@@ -369,6 +377,9 @@ func (s *Service) show(ctx context.Context, kind Kind, id string, withState bool
 
 // hide takes out what answers do not show.
 func hide(d *document) {
+	if len(d.references()) > 0 {
+		d.base().Attestation.X509.SigningCertificates = nil // what they stand for
+	}
 	if certs := d.x509(); certs != nil {
 		for _, c := range []*dps.X509Certificate{certs.Primary, certs.Secondary} {
 			if c != nil {
@@ -573,6 +584,7 @@ func (s *Service) Policy(ctx context.Context, name string) (p *Policy, err error
 
 // putAgain writes a record that was read, whose document is d.
 func putAgain(tx Tx, scope string, r *Record, d *document) (err error) {
+	r.CAReferences = d.references()
 	if certs := d.x509(); certs != nil {
 		if _, r.Certificates, err = completeCertificates(r.Kind, certs, nil); err != nil {
 			return err

@@ -28,6 +28,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -54,6 +55,8 @@ type Config struct {
 	Intermediates []*x509.Certificate
 	// Issuers sign operational certificates for devices whose enrollment names them. Without one a CSR makes a registration fail.
 	Issuers map[string]Issuer
+	// PrivateNetworks, and loopback, are where callers of a scope come from that is closed to the public.
+	PrivateNetworks []netip.Prefix
 	// AtOnce are patterns of client versions, in which * stands for any text. Who says to be such a client is told the end of a
 	// registration in the answer to register. Azure's SDKs for Node ("azure-iot-provisioning-device/*"), Python
 	// ("azure-iot-device-provisioning-py/*") and C take it; those for C# and the IoT identity service do not (device API, section

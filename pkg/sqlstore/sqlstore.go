@@ -310,6 +310,7 @@ type statements struct {
 	planned, putIssued, keyTaken, keyIssued                                  *sql.Stmt
 	challenge, putChallenge, forgetChallenges                                *sql.Stmt
 	scopeStatements
+	caStatements
 }
 
 const (
@@ -324,7 +325,7 @@ type statement struct {
 }
 
 func (st *statements) all() []statement {
-	return append(st.scopeStatements.all(), []statement{
+	return append(append(st.scopeStatements.all(), st.caStatements.all()...), []statement{
 		{&st.revision, `SELECT groups_revision FROM scopes WHERE scope = $1`},
 		{&st.bumpRevision, `INSERT INTO scopes (scope, groups_revision) VALUES ($1, 1) ON CONFLICT (scope) DO UPDATE SET groups_revision = scopes.groups_revision + 1`},
 		{&st.record, recordColumns + `WHERE scope = $1 AND kind = $2 AND id = $3`},
@@ -530,6 +531,9 @@ func (t *tx) PutRecord(scope string, r *registration.Record) error {
 		if err := t.putAuthorities(scope, id, r.Certificates); err != nil {
 			return err
 		}
+		if err := t.putReferences(scope, id, r.CAReferences); err != nil {
+			return err
+		}
 	}
 	_, err := t.exec(t.st.putRecord, scope, string(r.Kind), id, r.ID, r.Document, keys, bit(r.Symmetric), r.Content, bit(r.Closed))
 	return err
@@ -565,6 +569,9 @@ func (t *tx) DeleteRecord(scope string, kind registration.Kind, id string) error
 		return err
 	}
 	if err := t.changeGroup(scope, id, t.st.putDeletedGroup); err != nil {
+		return err
+	}
+	if err := t.putReferences(scope, id, nil); err != nil {
 		return err
 	}
 	return t.putAuthorities(scope, id, nil)
