@@ -31,6 +31,7 @@ type serveOptions struct {
 	front  frontOptions
 	limits limitOptions
 	issue  issueOptions
+	manage managementOptions
 	emulatorOptions
 }
 
@@ -82,6 +83,7 @@ register in are there already, and faults happen on demand. touchmark help emula
 	o.front.flags(c)
 	o.limits.flags(c)
 	o.issue.flags(c)
+	o.manage.flags(c)
 	o.bind(c)
 	_ = c.MarkFlagDirname("data")
 	return c
@@ -91,7 +93,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if o.https == "off" && o.mqtt == "off" && o.amqp == "off" {
 		return usageError{errors.New("all doors are off")}
 	}
-	if err := errors.Join(o.front.check(), o.limits.check()); err != nil {
+	if err := errors.Join(o.front.check(), o.limits.check(), o.manage.check()); err != nil {
 		return err
 	}
 	for _, h := range append(o.hubs, o.hostnames...) {
@@ -159,7 +161,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 		return err
 	}
 	scopes := registration.NewScopes(registration.ScopesConfig{
-		Config: registration.Config{Store: store, Log: log, AtOnce: own.AtOnce},
+		Config: registration.Config{Store: store, Log: log, AtOnce: own.AtOnce, PrivateNetworks: o.manage.private},
 		Own: func(sc *registration.Scope, cfg *registration.Config) error {
 			if dps.Fold(sc.ID) == dps.Fold(d.scope) {
 				cfg.Owners, cfg.RequireOrders, cfg.Intermediates, cfg.Issuers = own.Owners, own.RequireOrders, own.Intermediates, own.Issuers
@@ -220,6 +222,11 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	management, err := o.management(ctx, d, scopes, ready, log)
+	if err != nil {
+		return err
+	}
+	https.Handlers = managed(management)
 	o.serveDoors(ctx, eg, open, front, registrar, limited.Overloaded, https)
 	if o.ephemeral {
 		emulated.tell(a)
@@ -233,6 +240,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	}
 	close(told)
 	err = eg.Wait()
+	management.Wait()
 	if ctx.Err() != nil && (err == nil || errors.Is(err, context.Canceled)) {
 		a.note("stopped; everybody who was there has been answered")
 		return nil
@@ -243,7 +251,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 // printReady leaves out what is secret.
 func (a *app) printReady(ready map[string]any) {
 	rows := [][]string{{"Registration service", "ready"}, {"  ID scope", fmt.Sprint(ready["idScope"])}}
-	for _, r := range [][2]string{{"https", "HTTPS"}, {"mqtt", "MQTT"}, {"amqp", "AMQP"}, {"caFile", "CA for devices"}, {"connectionStringFile", "owner's connection"}, {"recipient", "recipient"}} {
+	for _, r := range [][2]string{{"https", "HTTPS"}, {"mqtt", "MQTT"}, {"amqp", "AMQP"}, {"caFile", "CA for devices"}, {"connectionStringFile", "owner's connection"}, {"managementConnectionFile", "management"}, {"recipient", "recipient"}} {
 		if v, ok := ready[r[0]]; ok && v != "" {
 			rows = append(rows, []string{"  " + r[1], fmt.Sprint(v)})
 		}

@@ -19,6 +19,7 @@ const (
 	CodeBadCSR           Code = 400012
 	CodeNoHub            Code = 400208
 	CodeHubRefused       Code = 400209
+	CodeHubUnreachable   Code = 401001
 	CodeUnauthorized     Code = 401002
 	CodeNotFound         Code = 404000
 	CodeNoEnrollment     Code = 404201

@@ -151,6 +151,10 @@ func (s *Server) handler(ctx context.Context) http.Handler {
 		// EscapedPath, split before it is decoded: an encoded slash is part of an ID and not a separator.
 		path := strings.TrimSuffix(strings.TrimPrefix(r.URL.EscapedPath(), "/"), "/")
 		segments := strings.Split(path, "/")
+		if h := s.cfg.Handlers[strings.ToLower(segments[0])]; h != nil {
+			h.ServeHTTP(w, r)
+			return
+		}
 		if len(segments) > 6 {
 			s.fail(w, r, notFound())
 			return
@@ -162,10 +166,6 @@ func (s *Server) handler(ctx context.Context) http.Handler {
 				return
 			}
 			segments[i] = decoded
-		}
-		if h := s.cfg.Handlers[strings.ToLower(segments[0])]; h != nil {
-			h.ServeHTTP(w, r)
-			return
 		}
 		if s.cfg.Service != nil {
 			switch strings.ToLower(segments[0]) {

@@ -223,7 +223,19 @@ const eraseAtOnce = 2000
 // DeleteScope deletes a scope with everything that is kept of it: nobody is let in from its first write on, and the rest goes
 // in small transactions. One that was interrupted goes on when it is called again. ErrNotFound: there is none of that ID.
 func DeleteScope(ctx context.Context, store Store, id string, by Actor, now time.Time) error {
-	err := store.Update(ctx, func(tx Tx) error {
+	err := CloseScope(ctx, store, id, by, now)
+	for done := false; !done && err == nil; {
+		err = store.Update(ctx, func(tx Tx) (err error) {
+			done, err = tx.EraseScope(dps.Fold(id), eraseAtOnce)
+			return err
+		})
+	}
+	return err
+}
+
+// CloseScope is the first step of DeleteScope, after which nobody is let in and there is no way back.
+func CloseScope(ctx context.Context, store Store, id string, by Actor, now time.Time) error {
+	return store.Update(ctx, func(tx Tx) error {
 		was, err := tx.Scope(dps.Fold(id))
 		if err != nil || was.Deleting {
 			return err
@@ -235,11 +247,4 @@ func DeleteScope(ctx context.Context, store Store, id string, by Actor, now time
 		}
 		return tx.PutAudit(dps.Fold(id), NewAudit(by, "delete", "scope/"+is.Name, was, nil, now))
 	})
-	for done := false; !done && err == nil; {
-		err = store.Update(ctx, func(tx Tx) (err error) {
-			done, err = tx.EraseScope(dps.Fold(id), eraseAtOnce)
-			return err
-		})
-	}
-	return err
 }
