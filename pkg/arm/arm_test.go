@@ -254,7 +254,6 @@ type reply struct {
 
 // call is a request without a client's help. A path with a "?" has its own query.
 func (b *bench) call(method, path, body string, header ...string) reply {
-	b.t.Helper()
 	if !strings.Contains(path, "?") {
 		path += "?api-version=2022-02-05"
 	}
@@ -284,7 +283,6 @@ func (b *bench) call(method, path, body string, header ...string) reply {
 
 // scope returns the stored scope of a name.
 func (b *bench) scope(name string) (sc *registration.Scope) {
-	b.t.Helper()
 	if err := b.store.View(context.Background(), func(tx registration.Tx) (err error) { sc, err = tx.ScopeByName(name); return err }); err != nil {
 		b.t.Fatal(err)
 	}

@@ -474,6 +474,9 @@ func (c *call) apply(sc *registration.Scope, p *properties) error {
 			return bad("allocationPolicy: %v", err)
 		}
 	}
+	if allocation == dps.AllocationHashed { // which a scope has without one
+		allocation = ""
+	}
 	sc.AllocationPolicy, sc.EnableDataResidency = allocation, p.EnableDataResidency
 	if t := p.Touchmark; t != nil {
 		if t.StrictRoots != nil {

@@ -230,7 +230,15 @@ func DeleteScope(ctx context.Context, store Store, id string, by Actor, now time
 			return err
 		})
 	}
+	if s, ok := store.(Scrubber); ok && err == nil {
+		err = s.Scrub(ctx)
+	}
 	return err
+}
+
+// A Scrubber is a store that can have what was erased leave its files, too.
+type Scrubber interface {
+	Scrub(ctx context.Context) error
 }
 
 // CloseScope is the first step of DeleteScope, after which nobody is let in and there is no way back.

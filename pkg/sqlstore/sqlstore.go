@@ -59,6 +59,7 @@ type Store struct {
 	aead  cipher.AEAD
 	w     *statements
 	r     *statements
+	path  string // of the SQLite file; empty for none
 
 	// guard has readers and the writer take turns where the store is in memory: there is no write-ahead log there that lets
 	// them work beside each other. On a file it is nil.
@@ -84,7 +85,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if err != nil || len(cfg.DataKey) != 32 {
 		return nil, errors.New("the store's data key must have 32 octets")
 	}
-	s := &Store{updates: make(chan *update, maxBatch), stop: make(chan struct{})}
+	s := &Store{updates: make(chan *update, maxBatch), stop: make(chan struct{}), path: cfg.Path}
 	if s.aead, err = cipher.NewGCMWithRandomNonce(block); err != nil {
 		return nil, err
 	}
@@ -97,7 +98,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		name = "file:/" + dps.NewUUID() + "?vfs=memdb&_pragma=temp_store(MEMORY)"
 		s.guard = new(sync.RWMutex)
 	}
-	if s.write, err = sql.Open("sqlite", name+"&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_txlock=immediate"); err != nil {
+	if s.write, err = sql.Open("sqlite", name+"&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=secure_delete(1)&_txlock=immediate"); err != nil {
 		return nil, err
 	}
 	s.write.SetMaxOpenConns(1)
