@@ -121,7 +121,7 @@ func hubsOf(e *dps.Enrollment) []string {
 }
 
 func statusOf(e *dps.Enrollment) string {
-	if e.ProvisioningStatus == "" {
+	if e.ProvisioningStatus == "" || e.ProvisioningStatus == dps.EnrollmentStatusNull {
 		return string(dps.EnrollmentEnabled)
 	}
 	return string(e.ProvisioningStatus)
