@@ -17,7 +17,6 @@ import (
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/registration"
 	"github.com/touchmark/touchmark/pkg/serviceapi"
-	"github.com/touchmark/touchmark/pkg/sqlstore"
 )
 
 type serveOptions struct {
@@ -34,6 +33,8 @@ type serveOptions struct {
 	issue  issueOptions
 	accessOptions
 	hubOptions
+	store storeOptions
+	provisionOptions
 	emulatorOptions
 }
 
@@ -87,6 +88,8 @@ register in are there already, and faults happen on demand. touchmark help emula
 	o.issue.flags(c)
 	o.accessOptions.flags(c)
 	o.hubOptions.flags(c)
+	o.store.flags(c)
+	o.provisionOptions.flags(c)
 	o.bind(c)
 	_ = c.MarkFlagDirname("data")
 	return c
@@ -126,19 +129,19 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := d.load(o); err != nil {
-		return err
-	}
 	level := slog.LevelInfo
 	if a.quiet {
 		level = slog.LevelWarn
 	}
 	log := slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: level}))
-	store, err := sqlstore.Open(ctx, sqlstore.Config{Path: d.store(), DataKey: d.dataKey})
+	store, closeStore, err := o.store.open(ctx, a, d, log)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, store.Close()) }()
+	defer func() { err = errors.Join(err, closeStore()) }()
+	if err := d.load(o); err != nil {
+		return err
+	}
 	owner, err := d.owner(ctx, store)
 	if err != nil {
 		return err
@@ -178,6 +181,12 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	hubs, err := o.provisioning(&shared)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, hubs.Close()) }()
+	shared.OpenHub = hub.openedBy(dps.Fold(d.scope), hubs.Hub)
 	scopes := registration.NewScopes(registration.ScopesConfig{
 		Config: shared,
 		Own: func(sc *registration.Scope, cfg *registration.Config) error {
@@ -186,6 +195,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 			}
 			return nil
 		}})
+	defer startProvisioning(scopes)()
 	svc, err := scopes.Service(ctx, d.scope)
 	if err != nil {
 		return fmt.Errorf("opening ID scope %s: %w", d.scope, err)

@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto/hkdf"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -18,6 +20,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/devhub"
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/mqttd"
+	"github.com/touchmark/touchmark/pkg/registration"
 )
 
 // hubOptions are what serve takes for the hub in its own process.
@@ -76,7 +79,11 @@ func (a *app) openHub(ctx context.Context, o *serveOptions, d *serviceData, read
 	if err != nil {
 		return nil, nil, fmt.Errorf("key of the built-in hub: %w", err)
 	}
-	cfg := devhub.Config{Name: o.hostnames[0], Hosts: []string{"localhost", "127.0.0.1", "::1"}, Secret: secret, DataKey: d.dataKey, Log: log}
+	dataKey, err := hkdf.Expand(sha256.New, secret, "data at rest", 32)
+	if err != nil {
+		return nil, nil, fmt.Errorf("key of the built-in hub: %w", err)
+	}
+	cfg := devhub.Config{Name: o.hostnames[0], Hosts: []string{"localhost", "127.0.0.1", "::1"}, Secret: secret, DataKey: dataKey, Log: log}
 	if d.dir != "" {
 		cfg.Path = d.path(hubFile)
 	}
