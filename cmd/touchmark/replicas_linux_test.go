@@ -26,6 +26,7 @@ import (
 
 	"github.com/touchmark/touchmark/pkg/attest/attesttest"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/operator"
 	"github.com/touchmark/touchmark/pkg/sqlstore/sqlstoretest"
 )
 
@@ -98,9 +99,9 @@ func (r *replica) device(method, path, token string, body any) (status int, answ
 }
 
 func code(err error) dps.Code {
-	var e *serviceError
+	var e *operator.Error
 	if errors.As(err, &e) {
-		return e.code
+		return e.Code
 	}
 	return 0
 }
