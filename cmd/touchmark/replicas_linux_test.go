@@ -259,7 +259,7 @@ func TestReplicas(t *testing.T) {
 		}
 	})
 	t.Run("TLS sessions", func(t *testing.T) {
-		cfg := &tls.Config{RootCAs: replicas[0].service.roots, ServerName: "127.0.0.1", ClientSessionCache: tls.NewLRUClientSessionCache(1)}
+		cfg := &tls.Config{RootCAs: replicas[0].service.cfg.Roots, ServerName: "127.0.0.1", ClientSessionCache: tls.NewLRUClientSessionCache(1)}
 		for i := range 4 {
 			c, err := tls.Dial("tcp", replicas[i%3].ready["https"].(string), cfg)
 			if err != nil {
