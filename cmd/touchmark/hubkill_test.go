@@ -94,7 +94,7 @@ func TestHubKill(t *testing.T) {
 			InitialTwin:       &dps.InitialTwin{Tags: json.RawMessage(`{"site":"A7"}`)},
 			ReprovisionPolicy: &dps.ReprovisionPolicy{UpdateHubAssignment: true, MigrateDeviceData: true}}})
 		if err == nil {
-			_, err = registration.New(registration.Config{Store: store, Scope: idScope}).PutEnrollment(t.Context(), registration.Group, "line", group, "")
+			_, err = registration.New(registration.Config{Store: store, Scope: idScope}).PutEnrollment(t.Context(), registration.Actor{}, registration.Group, "line", group, "")
 		}
 		return err
 	})
@@ -184,7 +184,10 @@ func TestHubKill(t *testing.T) {
 			id := fmt.Sprintf("dev-%d", i)
 			total += told[id]
 			var r *registration.Registration
-			_ = store.View(t.Context(), func(tx registration.Tx) (err error) { r, err = tx.Registration(strings.ToLower(idScope), id); return err })
+			_ = store.View(t.Context(), func(tx registration.Tx) (err error) {
+				r, err = tx.Registration(strings.ToLower(idScope), id)
+				return err
+			})
 			switch {
 			case r == nil || r.Hub == "":
 				if told[id] > 0 || len(known[id]) > 0 {

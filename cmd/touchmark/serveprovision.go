@@ -41,7 +41,7 @@ func (o *provisionOptions) provisioning(cfg *registration.Config) (*hub.Pool, er
 		}
 	}
 	pool := hub.NewPool(hub.PoolConfig{})
-	cfg.OpenHub, cfg.Webhook, cfg.GiveUp = pool.Hub, hub.NewWebhook(hub.WebhookConfig{}), o.giveUp
+	cfg.Webhook, cfg.GiveUp = hub.NewWebhook(hub.WebhookConfig{LoopbackHTTP: cfg.HTTPWebhooks}), o.giveUp
 	return pool, nil
 }
 

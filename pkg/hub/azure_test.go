@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"slices"
 	"strings"
@@ -275,6 +276,36 @@ func TestAzureIdentity(t *testing.T) {
 	}
 	if i := s.Identity("d"); i["status"] != "enabled" {
 		t.Errorf("%v", i["status"])
+	}
+}
+
+// A twin that was read elsewhere may be written as it came.
+func TestAzureTwinMetadata(t *testing.T) {
+	s := hubtest.StartStub(t)
+	h := open(t, hub.Config{Hub: s.Linked("hub-a")})
+	admit(t, h, &registration.HubDevice{ID: "d", Keys: hubtest.Keys()})
+	var sent string
+	s.Fail(func(r *http.Request) hubtest.Fault {
+		if r.Method == http.MethodPatch {
+			b, _ := io.ReadAll(r.Body)
+			sent = string(b)
+			return hubtest.Fault{Status: 200}
+		}
+		return hubtest.Fault{}
+	})
+	const tags, desired = `{"n":1.0,"s":"é"}`, `{"big":4503599627370497,"$version":7,"$metadata":{"big":{"$lastUpdated":"x"}}}`
+	if err := h.MergeTwin(t.Context(), "d", &registration.HubTwin{Tags: json.RawMessage(tags), Desired: json.RawMessage(desired)}); err != nil {
+		t.Fatal(err)
+	}
+	if want := `{"tags":{"n":1.0,"s":"\u00e9"},"properties":{"desired":{"big":4503599627370497}}}`; sent != want {
+		t.Errorf("%s, want %s", sent, want)
+	}
+	s.Calls()
+	if err := h.MergeTwin(t.Context(), "d", &registration.HubTwin{Desired: json.RawMessage(`{"$version":7}`)}); err != nil || len(s.Calls()) > 0 {
+		t.Errorf("nothing to write: %v", err)
+	}
+	if e := forGood(t, h.MergeTwin(t.Context(), "d", &registration.HubTwin{Tags: json.RawMessage(`[]`)})); e.Code != "ArgumentInvalid" {
+		t.Error(e)
 	}
 }
 

@@ -71,6 +71,7 @@ type command struct {
 	Command     string `json:"command"`
 	Correlation string `json:"correlationData"`
 	Username    string `json:"username,omitempty"`
+	ClientID    string `json:"clientid,omitempty"`
 	Password    string `json:"password,omitempty"`
 	Name        string `json:"textname,omitempty"`
 	Description string `json:"textdescription,omitempty"`

@@ -92,6 +92,12 @@ func TestMosquittoDevices(t *testing.T) {
 		// The broker lets in who has a certificate of its root. There is nothing that such a device may do.
 		refused(t, connect(t, "pump-9", "", other).Subscribe("devices/pump-9/#"))
 	})
+	t.Run("client ID of another", func(t *testing.T) {
+		d := connect(t, "pump-2", "", leaf)
+		_, err := m.ConnectAs(t, "pump-2", "pump-1", keys.PrimaryKey, nil)
+		refused(t, err)
+		own(t, d, "pump-2")
+	})
 	t.Run("topics of others", func(t *testing.T) {
 		watch := connect(t, "pump-2", "", leaf)
 		if err := watch.Subscribe("devices/pump-2/#"); err != nil {

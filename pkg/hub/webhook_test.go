@@ -125,7 +125,9 @@ func TestWebhookFaults(t *testing.T) {
 		{"400", 400, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(400) }},
 		{"401", 401, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(401) }},
 		{"500", 500, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(500) }},
-		{"redirects", 307, func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, elsewhere.URL, 307) }},
+		{"redirects", 307, func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, elsewhere.URL, http.StatusTemporaryRedirect)
+		}},
 		{"65 KiB", 200, func(w http.ResponseWriter, _ *http.Request) { w.Write(make([]byte, 65<<10)) }},
 		{"cut", 200, func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Length", "100")

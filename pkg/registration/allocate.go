@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"net/url"
 	"slices"
 	"strings"
 
@@ -131,20 +130,6 @@ func address(remote string) netip.Addr {
 
 // isCustom reports whether a webhook chooses.
 func (v *verdict) isCustom() bool { return v.enrollment.AllocationPolicy == dps.AllocationCustom }
-
-// checkWebhook says what keeps an enrollment from having its hub chosen by a webhook.
-func (s *Service) checkWebhook(def *dps.CustomAllocationDefinition) error {
-	if s.cfg.Webhook == nil {
-		return invalid("Custom allocation is not supported")
-	}
-	if def == nil || def.WebhookURL == "" || def.APIVersion == "" {
-		return invalid("Custom allocation needs customAllocationDefinition with webhookUrl and apiVersion")
-	}
-	if u, err := url.Parse(def.WebhookURL); err != nil || u.Host == "" || u.Scheme != "https" && u.Scheme != "http" {
-		return invalid("webhookUrl must be an absolute https URL") // its text may hold a key
-	}
-	return nil
-}
 
 // ask has the webhook choose a hub (service API, section 4.7): on every registration, under the policy never among the current hub
 // alone, and for a child among its parent's. record is the enrollment's or the group's.

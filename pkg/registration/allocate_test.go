@@ -205,7 +205,7 @@ func TestCustomAllocation(t *testing.T) {
 		e := registrationtest.Symmetric(s.OwnKey, nil)
 		e.AllocationPolicy, e.CustomAllocationDefinition = dps.AllocationCustom, bad
 		doc := must(json.Marshal(dps.IndividualEnrollment{RegistrationID: "x", Enrollment: e}))
-		if _, err := s.Service.PutEnrollment(t.Context(), registration.Individual, "x", doc, ""); dps.AsError(err).Code != dps.CodeInvalidArgument {
+		if _, err := s.Service.PutEnrollment(t.Context(), registration.Actor{}, registration.Individual, "x", doc, ""); dps.AsError(err).Code != dps.CodeInvalidArgument {
 			t.Errorf("%+v: %v", bad, err)
 		}
 	}

@@ -99,7 +99,7 @@ func (s *Service) registerForeseen(ctx context.Context, req *Request, body *dps.
 		after = s.decide(req, body, &v, before, proof, nil)
 		op = &after.Operations[0]
 		decided := after.State.Status
-		if task, err = s.put(tx, req, &v, before, after, nil); err != nil || decided != dps.Assigned {
+		if task, err = s.putDecision(tx, req, &v, before, after, nil); err != nil || decided != dps.Assigned {
 			return err
 		}
 		return s.firstSeen(tx, v.device)

@@ -27,7 +27,7 @@ func (s *site) family(id, parent string, edge bool, hub string) error {
 	if _, err := s.Service.GetEnrollment(s.t.Context(), registration.Individual, id); err == nil {
 		match = "*"
 	}
-	_, err := s.Service.PutEnrollment(s.t.Context(), registration.Individual, id, must(json.Marshal(e)), match)
+	_, err := s.Service.PutEnrollment(s.t.Context(), registration.Actor{}, registration.Individual, id, must(json.Marshal(e)), match)
 	return err
 }
 
@@ -166,7 +166,7 @@ func TestLineage(t *testing.T) {
 	if st := below("child-7"); st.Status != dps.Assigned {
 		t.Errorf("one of the hundred comes again: %+v", st)
 	}
-	if err := s.service(scopes).DeleteRegistration(t.Context(), "child-7", ""); err != nil {
+	if err := s.service(scopes).DeleteRegistration(t.Context(), registration.Actor{}, "child-7", ""); err != nil {
 		t.Fatal(err)
 	}
 	if st := below("child-100"); st.Status != dps.Assigned {

@@ -251,8 +251,8 @@ func (s *Service) tell(tx Tx, req *Request, v *verdict, before, after *Registrat
 	return cur, mine, nil
 }
 
-// put writes a decision, and the task that follows from it if there is one. It returns the task if the caller is to work at it.
-func (s *Service) put(tx Tx, req *Request, v *verdict, before, after *Registration, cert *Issued) (*Task, error) {
+// putDecision writes a decision, and the task that follows from it if there is one. It returns the task if the caller is to work at it.
+func (s *Service) putDecision(tx Tx, req *Request, v *verdict, before, after *Registration, cert *Issued) (*Task, error) {
 	t, mine, err := s.tell(tx, req, v, before, after, cert)
 	if err != nil {
 		return nil, err

@@ -723,7 +723,7 @@ func TestOvertaken(t *testing.T) {
 		scopes := s.start()
 		s.assign(scopes, s.device())
 		svc := s.service(scopes)
-		if err := svc.DeleteRegistration(t.Context(), "own-key", ""); err != nil {
+		if err := svc.DeleteRegistration(t.Context(), registration.Actor{}, "own-key", ""); err != nil {
 			t.Fatal(err)
 		}
 		s.heal()
@@ -738,7 +738,7 @@ func TestOvertaken(t *testing.T) {
 		}
 		s.own(static("b.example"))
 		s.try(scopes, s.device())
-		if err := svc.DeleteRegistration(t.Context(), "own-key", ""); err != nil {
+		if err := svc.DeleteRegistration(t.Context(), registration.Actor{}, "own-key", ""); err != nil {
 			t.Fatal(err)
 		}
 		s.heal()

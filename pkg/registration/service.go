@@ -57,6 +57,13 @@ type Config struct {
 	// ("azure-iot-device-provisioning-py/*") and C take it; those for C# and the IoT identity service do not (device API, section
 	// 6.2). Nil tells nobody.
 	AtOnce []string
+	// CheckCA refuses the name of a CA certificate, as groups refer to it, that is not one of the scope's verified ones. Nil refuses
+	// all.
+	CheckCA func(tx Tx, name string) error
+	// UnlinkedHubs lets enrollments name hubs that are not linked: one that is linked later is assigned then.
+	UnlinkedHubs bool
+	// HTTPWebhooks lets enrollments name webhooks of this machine without TLS.
+	HTTPWebhooks bool
 	// OpenHub returns a linked hub of a scope that is told about devices; nil: the service knows hubs of kind record alone.
 	OpenHub func(scope string, h LinkedHub) (Hub, error)
 	// Webhook calls what chooses hubs for enrollments with custom allocation; nil: there are none.
@@ -252,7 +259,7 @@ func (s *Service) register(ctx context.Context, req *Request, body *dps.Register
 					return err
 				}
 				after = decided.copy()
-				if task, err = s.put(tx, req, v, before, after, cert); err != nil || decided.State.Status != dps.Assigned {
+				if task, err = s.putDecision(tx, req, v, before, after, cert); err != nil || decided.State.Status != dps.Assigned {
 					return err
 				}
 				if err := s.putIssued(tx, cert); err != nil {

@@ -212,6 +212,12 @@ var ErrRefused = errors.New("refused by the broker")
 // Connect connects as a device does: with its ID and key, or the certificate of a leaf whose name is its ID.
 func (m *Mosquitto) Connect(t testing.TB, id, password string, leaf *attesttest.Holder) (*Device, error) {
 	t.Helper()
+	return m.ConnectAs(t, id, id, password, leaf)
+}
+
+// ConnectAs connects by another client ID.
+func (m *Mosquitto) ConnectAs(t testing.TB, clientID, id, password string, leaf *attesttest.Holder) (*Device, error) {
+	t.Helper()
 	roots := x509.NewCertPool()
 	roots.AddCert(m.Root.Certificate)
 	cfg := &tls.Config{RootCAs: roots, ServerName: "localhost"}
@@ -230,7 +236,7 @@ func (m *Mosquitto) Connect(t testing.TB, id, password string, leaf *attesttest.
 	if password != "" {
 		secret = []byte(password)
 	}
-	c.Write(mqtt.AppendConnect(nil, id, id, secret, 60))
+	c.Write(mqtt.AppendConnect(nil, clientID, id, secret, 60))
 	p, err := d.Await(mqtt.Connack)
 	if err == nil && p.ReturnCode != 0 {
 		c.Close()
