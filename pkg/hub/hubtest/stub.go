@@ -278,6 +278,10 @@ func (s *Stub) serve(w http.ResponseWriter, r *http.Request) {
 		}
 		edge := in["capabilities"].(map[string]any)["iotEdge"] == true
 		if scope, _ := in["deviceScope"].(string); edge {
+			if was, _ := have["deviceScope"].(string); scope != "" && (scope != was || !strings.HasPrefix(scope, "ms-azure-iot-edge://"+id+"-")) {
+				s.fail(w, 400, 400004, "ArgumentInvalid") // the scope of an edge device is hub-made
+				return
+			}
 			in["deviceScope"] = fmt.Sprintf("ms-azure-iot-edge://%s-%s", id, in["generationId"])
 		} else if scope != "" {
 			in["parentScopes"] = []any{scope}
