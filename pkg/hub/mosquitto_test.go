@@ -215,6 +215,20 @@ func TestMosquittoDevices(t *testing.T) {
 			forGood(t, err)
 		}
 	})
+	t.Run("a client that has no client ID gets it", func(t *testing.T) {
+		keys := hubtest.Keys()
+		h := open(t, hub.Config{Hub: m.Linked("mq.example.net")})
+		admit(t, h, &registration.HubDevice{ID: "pump-6", Keys: keys})
+		m.Edit(t, func(text string) string {
+			return regexp.MustCompile(`"clientid":\s*"pump-6",`).ReplaceAllString(text, "")
+		})
+		if _, err := m.ConnectAs(t, "pump-7", "pump-6", keys.PrimaryKey, nil); err != nil {
+			t.Fatal(err)
+		}
+		admit(t, open(t, hub.Config{Hub: m.Linked("mq.example.net")}), &registration.HubDevice{ID: "pump-6", Keys: keys})
+		_, err := m.ConnectAs(t, "pump-7", "pump-6", keys.PrimaryKey, nil)
+		refused(t, err)
+	})
 	t.Run("a broker that by default lets everybody do anything", func(t *testing.T) {
 		for _, access := range []string{"publishClientSend", "subscribe"} {
 			m.Edit(t, func(text string) string {
