@@ -86,6 +86,7 @@ func (s *server) start(t testing.TB, handle http.HandlerFunc) {
 		switch {
 		case f.Hang:
 			<-r.Context().Done()
+			panic(http.ErrAbortHandler) // a caller that is going away may still read what is written now
 		case f.Drip:
 			w.WriteHeader(http.StatusOK)
 			tick := time.NewTicker(5 * time.Millisecond)
@@ -95,6 +96,7 @@ func (s *server) start(t testing.TB, handle http.HandlerFunc) {
 				w.(http.Flusher).Flush()
 				<-tick.C
 			}
+			panic(http.ErrAbortHandler)
 		case f.Cut:
 			w.Header().Set("Content-Length", strconv.Itoa(answer.Body.Len()+20))
 			w.WriteHeader(http.StatusOK)
