@@ -66,6 +66,8 @@ var environmentTopic = &cobra.Command{
   TOUCHMARK_PKCS11_TIMEOUT   how long a PKCS#11 module in a process of its own (module-path=p11-kit:…) may be
                              silent before that process is killed and started again; 60s if unset
   TOUCHMARK_LINE             the line's directory, instead of --line
+  TOUCHMARK_SERVICE          file with a registration service's connection string, instead of --service
+  TOUCHMARK_MANAGEMENT       file that says where a management API is, instead of --management
   TOUCHMARK_TPM              key URI of the TPM, instead of --tpm
   TOUCHMARK_TPM_OWNER_AUTH_FILE, TOUCHMARK_TPM_ENDORSEMENT_AUTH_FILE, TOUCHMARK_TPM_LOCKOUT_AUTH_FILE
                              files that hold the authorization values of the TPM's hierarchies, where they have some

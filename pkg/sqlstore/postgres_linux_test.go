@@ -282,11 +282,11 @@ func notAnswered(t *testing.T, server *sqlstoretest.Server) {
 				}
 				id := fmt.Sprintf("dev-%d-%d", w, i)
 				body := fmt.Sprintf(`{"registrationId":%q,"attestation":{"type":"symmetricKey"}}`, id)
-				if _, err := svc.PutEnrollment(t.Context(), registration.Individual, id, []byte(body), ""); err != nil {
+				if _, err := svc.PutEnrollment(t.Context(), registration.Actor{}, registration.Individual, id, []byte(body), ""); err != nil {
 					return fmt.Errorf("creating %s: %w", id, err)
 				}
 				if i%2 == 0 {
-					if err := svc.DeleteEnrollment(t.Context(), registration.Individual, id, ""); err != nil {
+					if err := svc.DeleteEnrollment(t.Context(), registration.Actor{}, registration.Individual, id, ""); err != nil {
 						return fmt.Errorf("deleting %s: %w", id, err)
 					}
 				}
