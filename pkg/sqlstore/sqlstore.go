@@ -161,9 +161,10 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 // openSQLite opens a file, or memory.
 func (s *Store) openSQLite(ctx context.Context, path string) (err error) {
 	s.writers, s.batch, s.snapshot = 1, maxBatch, &sql.TxOptions{ReadOnly: true}
-	// Every connection keeps 2,000 KiB of pages, SQLite's default. That memory is outside of Go's heap, and a page of 4 KiB takes 8
-	// there: 20 MiB in all. The inner pages of the indexes fit, and the system caches the rest. More would fill as the store
-	// grows, for months, and makes neither registering nor importing faster.
+	// Every reader keeps 2,000 KiB of pages, SQLite's default. That memory is outside of Go's heap, and a page of 4 KiB takes 8
+	// there. The inner pages of the indexes fit, and the system caches the rest. The writer keeps 16 MB, and has the write-ahead
+	// log grow as far before it is copied back: an import puts keys and fingerprints all over the indexes, and each page
+	// is read, and copied, less often. That saves a third of an import's system calls.
 	s.path = path
 	name := sqliteName(path)
 	if path == "" {
@@ -171,7 +172,7 @@ func (s *Store) openSQLite(ctx context.Context, path string) (err error) {
 		name = "file:/" + dps.NewUUID() + "?vfs=memdb&_pragma=temp_store(MEMORY)"
 		s.guard = new(sync.RWMutex)
 	}
-	if s.write, err = sql.Open("sqlite", name+"&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=secure_delete(1)&_txlock=immediate"); err != nil {
+	if s.write, err = sql.Open("sqlite", name+"&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=cache_size(-16000)&_pragma=wal_autocheckpoint(4000)&_pragma=secure_delete(1)&_txlock=immediate"); err != nil {
 		return err
 	}
 	s.write.SetMaxOpenConns(1)
