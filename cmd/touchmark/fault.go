@@ -11,7 +11,8 @@ import (
 
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/emulate"
-	"github.com/touchmark/touchmark/pkg/httpd"
+	"github.com/touchmark/touchmark/pkg/operator"
+	"github.com/touchmark/touchmark/pkg/serviceapi"
 )
 
 type faultOptions struct {
@@ -59,8 +60,8 @@ func (a *app) runFault(ctx context.Context, o *faultOptions, method string, text
 		Faults []emulate.FaultState `json:"faults"`
 	}
 	if err := svc.callJSON(ctx, method, "/touchmark/faults", faults, &res); err != nil {
-		var answer *serviceError
-		if errors.As(err, &answer) && answer.code == dps.CodeNotFound {
+		var answer *operator.Error
+		if errors.As(err, &answer) && answer.Code == dps.CodeNotFound {
 			return hint(err, "only an emulator has faults: touchmark serve --ephemeral")
 		}
 		return importError(err)
@@ -82,7 +83,7 @@ func (a *app) runFault(ctx context.Context, o *faultOptions, method string, text
 }
 
 // faultCalls answers a test that changes the faults while the emulator runs.
-func faultCalls(faults *emulate.Faults) httpd.Call {
+func faultCalls(faults *emulate.Faults) serviceapi.Call {
 	return func(_ context.Context, method string, body []byte) (any, error) {
 		var list []emulate.Fault
 		var err error

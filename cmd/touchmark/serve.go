@@ -16,7 +16,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/emulate"
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/registration"
-	"github.com/touchmark/touchmark/pkg/sqlstore"
+	"github.com/touchmark/touchmark/pkg/serviceapi"
 )
 
 type serveOptions struct {
@@ -31,7 +31,10 @@ type serveOptions struct {
 	front  frontOptions
 	limits limitOptions
 	issue  issueOptions
-	manage managementOptions
+	admit  admitOptions
+	accessOptions
+	hubOptions
+	store storeOptions
 	emulatorOptions
 }
 
@@ -72,7 +75,7 @@ register in are there already, and faults happen on demand. touchmark help emula
 	f := c.Flags()
 	f.StringVar(&o.data, "data", "", "directory that the service keeps everything in")
 	o.doorOptions.flags(c)
-	f.StringArrayVar(&o.hubs, "hub", nil, "host name of a hub that devices may be assigned to; again for more")
+	f.StringArrayVar(&o.hubs, "hub", nil, "host name of a hub that devices may be assigned to, or builtin for a small one in this process (touchmark help builtin-hub); again for more")
 	f.StringArrayVar(&o.hostnames, "hostname", nil, "name that the service is reached by, for its certificate and tokens; again for more (default: localhost)")
 	f.StringVar(&o.name, "name", "", "name of the first provisioning service among those that this one serves (default: touchmark-ID_SCOPE)")
 	f.StringVar(&o.idScope, "id-scope", "", "ID scope that a first start takes, instead of a random one")
@@ -83,7 +86,10 @@ register in are there already, and faults happen on demand. touchmark help emula
 	o.front.flags(c)
 	o.limits.flags(c)
 	o.issue.flags(c)
-	o.manage.flags(c)
+	o.admit.flags(c)
+	o.accessOptions.flags(c)
+	o.hubOptions.flags(c)
+	o.store.flags(c)
 	o.bind(c)
 	_ = c.MarkFlagDirname("data")
 	return c
@@ -93,7 +99,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if o.https == "off" && o.mqtt == "off" && o.amqp == "off" {
 		return usageError{errors.New("all doors are off")}
 	}
-	if err := errors.Join(o.front.check(), o.limits.check(), o.manage.check()); err != nil {
+	if err := errors.Join(o.front.check(), o.limits.check(), o.accessOptions.check(), o.admit.check()); err != nil {
 		return err
 	}
 	for _, h := range append(o.hubs, o.hostnames...) {
@@ -103,6 +109,9 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	}
 	if len(o.hostnames) == 0 {
 		o.hostnames = []string{"localhost"}
+	}
+	if err := o.checkHub(); err != nil {
+		return err
 	}
 	d := &serviceData{}
 	if o.ephemeral {
@@ -120,19 +129,19 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := d.load(o); err != nil {
-		return err
-	}
 	level := slog.LevelInfo
 	if a.quiet {
 		level = slog.LevelWarn
 	}
 	log := slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: level}))
-	store, err := sqlstore.Open(ctx, sqlstore.Config{Path: d.store(), DataKey: d.dataKey})
+	store, closeStore, err := o.store.open(ctx, a, d, log)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, store.Close()) }()
+	defer func() { err = errors.Join(err, closeStore()) }()
+	if err := d.load(o); err != nil {
+		return err
+	}
 	owner, err := d.owner(ctx, store)
 	if err != nil {
 		return err
@@ -148,6 +157,12 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	told := make(chan struct{})
+	hub, closeHub, err := a.openHub(ctx, o, d, told, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, closeHub()) }()
 	if linked, err := o.linkHubs(ctx, store, d); err != nil {
 		return err
 	} else if linked == 0 {
@@ -160,8 +175,14 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	shared := registration.Config{Store: store, Log: log, AtOnce: own.AtOnce, PrivateNetworks: o.admit.private}
+	o.enrollable(&shared)
+	bearer, err := d.bearer(&o.accessOptions)
+	if err != nil {
+		return err
+	}
 	scopes := registration.NewScopes(registration.ScopesConfig{
-		Config: registration.Config{Store: store, Log: log, AtOnce: own.AtOnce, PrivateNetworks: o.manage.private},
+		Config: shared,
 		Own: func(sc *registration.Scope, cfg *registration.Config) error {
 			if dps.Fold(sc.ID) == dps.Fold(d.scope) {
 				cfg.Owners, cfg.RequireOrders, cfg.Intermediates, cfg.Issuers = own.Owners, own.RequireOrders, own.Intermediates, own.Issuers
@@ -182,7 +203,6 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 			return err
 		}
 	}
-	told := make(chan struct{})
 	exchanges, closeExchanges, err := a.openExchanges(o.exchanges, told, log)
 	if err != nil {
 		return err
@@ -204,16 +224,15 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	for name, l := range open {
 		ready[name] = reachable(l, o.hostnames[0])
 	}
-	https := httpd.Config{
-		Calls: make(map[string]httpd.Call), Service: svc, Hosts: append(o.hostnames, "localhost", "127.0.0.1", "::1"), Recipient: d.recipient, Log: log,
-		Import: func(ctx context.Context, r httpd.ImportRequest) (registration.ImportResult, error) {
-			return d.importBundle(ctx, svc, r)
-		},
+	d.described(ready)
+	api := serviceapi.Config{
+		Scopes: scopes, First: d.scope, Hosts: o.hostnames, Domain: o.domain, Bearer: bearer, StrictQuery: o.strictQuery,
+		Calls: make(map[string]serviceapi.Call), Import: d.importBundle, Recipient: d.recipient, Log: log,
 	}
 	address, _ := ready["https"].(string)
 	switch {
 	case o.ephemeral:
-		https.Calls["faults"] = faultCalls(faults)
+		api.Calls["faults"] = faultCalls(faults)
 		err = emulated.describe(ready, owner, address)
 	case address != "":
 		err = d.writeConnection(owner, address)
@@ -222,12 +241,19 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	management, err := o.management(ctx, d, scopes, ready, log)
+	management, err := o.management(ctx, d, scopes, bearer, ready, log)
 	if err != nil {
 		return err
 	}
-	https.Handlers = managed(management)
-	o.serveDoors(ctx, eg, open, front, registrar, limited.Overloaded, https)
+	handlers := serviceapi.New(api).Handlers()
+	handlers["subscriptions"], handlers["providers"] = management, management
+	https := httpd.Config{Log: log, Handlers: handlers}
+	if hub != nil {
+		if err := hub.describe(ready, &https, address); err != nil {
+			return err
+		}
+	}
+	o.serveDoors(ctx, eg, open, front, registrar, limited.Overloaded, hub.door(), https)
 	if o.ephemeral {
 		emulated.tell(a)
 	}
@@ -251,7 +277,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 // printReady leaves out what is secret.
 func (a *app) printReady(ready map[string]any) {
 	rows := [][]string{{"Registration service", "ready"}, {"  ID scope", fmt.Sprint(ready["idScope"])}}
-	for _, r := range [][2]string{{"https", "HTTPS"}, {"mqtt", "MQTT"}, {"amqp", "AMQP"}, {"caFile", "CA for devices"}, {"connectionStringFile", "owner's connection"}, {"managementConnectionFile", "management"}, {"recipient", "recipient"}} {
+	for _, r := range [][2]string{{"https", "HTTPS"}, {"mqtt", "MQTT"}, {"amqp", "AMQP"}, {"caFile", "CA for devices"}, {"connectionStringFile", "owner's connection"}, {"managementConnectionFile", "management"}, {"hub", "built-in hub"}, {"hubConnectionStringFile", "hub's connection"}, {"recipient", "recipient"}} {
 		if v, ok := ready[r[0]]; ok && v != "" {
 			rows = append(rows, []string{"  " + r[1], fmt.Sprint(v)})
 		}

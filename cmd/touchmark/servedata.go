@@ -34,8 +34,8 @@ import (
 	"github.com/touchmark/touchmark/pkg/emulate"
 	"github.com/touchmark/touchmark/pkg/evidence"
 	"github.com/touchmark/touchmark/pkg/filelock"
-	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/registration"
+	"github.com/touchmark/touchmark/pkg/serviceapi"
 )
 
 // The files of a service's data directory.
@@ -61,10 +61,14 @@ type serviceData struct {
 	seed      emulate.Seed       // what secrets are made of where nothing is kept; nil: chance
 	stations  []crypto.PublicKey // trusted beside those in the trust folder
 	scope     string
-	dataKey   []byte
 	identity  *age.X25519Identity
 	recipient string
-	caPEM     []byte // of the service's own CA; set by certificate, nil where TLS has files
+	// managementToken is the one that may everything, where nothing is kept.
+	managementToken string
+	// share has what all replicas have of sharedFiles, once the store is open. With secretsShared the store alone keeps the secret ones.
+	share         func(name string, local []byte, make func() ([]byte, error)) ([]byte, error)
+	secretsShared bool
+	caPEM         []byte // of the service's own CA; set by certificate, nil where TLS has files
 }
 
 func (d *serviceData) path(name string) string { return filepath.Join(d.dir, name) }
@@ -100,11 +104,19 @@ func (d *serviceData) ensure(name string, mode fs.FileMode, make func() ([]byte,
 		return make()
 	}
 	b, err := readSmall(d.path(name))
-	if !errors.Is(err, fs.ErrNotExist) {
-		return b, err
-	}
-	if b, err = make(); err != nil {
+	there := err == nil
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
+	}
+	switch shared := d.share != nil && slices.Contains(sharedFiles, name); {
+	case shared:
+		b, err = d.share(name, b, make)
+		there = there || d.secretsShared && mode == 0o600
+	case !there:
+		b, err = make()
+	}
+	if there || err != nil {
+		return b, err
 	}
 	return b, writeFile(d.path(name), b, mode, false)
 }
@@ -125,11 +137,6 @@ func (d *serviceData) load(o *serveOptions) error {
 	}
 	if o.idScope != "" && o.idScope != d.scope {
 		return usageError{fmt.Errorf("the service in %s has ID scope %s, not %s: it was decided at its first start", d.dir, d.scope, o.idScope)}
-	}
-	if d.dataKey, err = d.ensure(dataKeyFile, 0o600, func() ([]byte, error) {
-		return d.seed.Bytes("data key", 32), nil
-	}); err != nil {
-		return fmt.Errorf("data key: %w", err)
 	}
 	identity, err := d.ensure(identityFile, 0o600, func() ([]byte, error) {
 		id, err := d.seed.Identity("recipient")
@@ -217,7 +224,7 @@ func (d *serviceData) certificate(o *serveOptions) (func(*tls.ClientHelloInfo) (
 	}
 	var current atomic.Pointer[tls.Certificate]
 	make := func() (*tls.Certificate, error) {
-		c, err := d.serverCertificate(root[0], key, o.hostnames)
+		c, err := d.serverCertificate(root[0], key, o.tlsNames())
 		if err == nil {
 			current.Store(c)
 		}
@@ -296,7 +303,7 @@ func parseKeyPEM(b []byte) (crypto.Signer, error) {
 
 // importBundle takes a bundle as it comes in. It is kept first, verified to its last octet, and only then imported: an upload
 // that breaks off imports nothing.
-func (d *serviceData) importBundle(ctx context.Context, svc *registration.Service, in httpd.ImportRequest) (registration.ImportResult, error) {
+func (d *serviceData) importBundle(ctx context.Context, svc *registration.Service, in serviceapi.ImportRequest) (registration.ImportResult, error) {
 	f, err := d.spool(in.Body)
 	if err != nil {
 		return registration.ImportResult{}, err
@@ -347,7 +354,7 @@ type memory struct{ *bytes.Reader }
 func (memory) Close() error { return nil }
 
 // takeBundle verifies a bundle, which stands at its beginning, and imports it. The request's body is not looked at.
-func (d *serviceData) takeBundle(ctx context.Context, svc *registration.Service, f io.ReadSeeker, in httpd.ImportRequest) (registration.ImportResult, error) {
+func (d *serviceData) takeBundle(ctx context.Context, svc *registration.Service, f io.ReadSeeker, in serviceapi.ImportRequest) (registration.ImportResult, error) {
 	var none registration.ImportResult
 	var err error
 	cfg := bundle.OpenConfig{Identities: []age.Identity{d.identity}}
@@ -383,7 +390,7 @@ func (d *serviceData) takeBundle(ctx context.Context, svc *registration.Service,
 		holders = append(slices.Clip(holders), holder)
 	}
 	res, err := svc.Import(ctx, r.Entries(), registration.ImportConfig{
-		Station: r.KeyID(), Grant: r.Grant(), Holders: holders, RequireOrder: in.RequireOrder, DryRun: in.DryRun})
+		Station: r.KeyID(), Grant: r.Grant(), Holders: holders, RequireOrder: in.RequireOrder, DryRun: in.DryRun, By: in.By})
 	if errors.Is(err, registration.ErrOrder) {
 		err = dps.NewError(dps.CodeBundleOrder, strings.ToUpper(err.Error()[:1])+err.Error()[1:], err)
 	}

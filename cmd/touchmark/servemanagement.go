@@ -3,13 +3,10 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-	"net/http"
 	"net/netip"
 	"strings"
 
@@ -23,7 +20,6 @@ import (
 )
 
 const (
-	managementTokenFile = "management.token"
 	managementFile      = "management.connection"
 	// Where the first scope stands among resources, until somebody says otherwise: Azure has no subscription of that ID.
 	firstSubscription  = "00000000-0000-0000-0000-000000000000"
@@ -31,21 +27,21 @@ const (
 	firstLocation      = "global"
 )
 
-// managementOptions say who may come in where the public may not, and how hubs are linked.
-type managementOptions struct {
+// admitOptions say who may come in where the public may not, and how hubs are linked.
+type admitOptions struct {
 	privateNetworks []string
 	noHubCheck      bool
 
 	private []netip.Prefix // of privateNetworks
 }
 
-func (o *managementOptions) flags(c *cobra.Command) {
+func (o *admitOptions) flags(c *cobra.Command) {
 	f := c.Flags()
 	f.StringArrayVar(&o.privateNetworks, "private-network", nil, "address or CIDR of callers that a scope lets in whose public network access is disabled, beside loopback; again for more")
 	f.BoolVar(&o.noHubCheck, "no-hub-check", false, "link hubs through the management API without asking them whether they are there")
 }
 
-func (o *managementOptions) check() (err error) {
+func (o *admitOptions) check() (err error) {
 	o.private, err = networks("--private-network", o.privateNetworks)
 	return err
 }
@@ -57,38 +53,18 @@ func locate(sc *registration.Scope) {
 	sc.Location = cmp.Or(sc.Location, firstLocation)
 }
 
-// managementToken returns the token that may everything, made at the first start. It is a secret.
-func (d *serviceData) managementToken() (string, error) {
-	b, err := d.ensure(managementTokenFile, 0o600, func() ([]byte, error) {
-		return []byte(hex.EncodeToString(d.seed.Bytes("management token", 32)) + "\n"), nil
-	})
-	if err != nil {
-		return "", fmt.Errorf("management token: %w", err)
-	}
-	token := strings.TrimSpace(string(b))
-	if len(token) < 32 {
-		return "", fmt.Errorf("%s holds no token of 32 characters or more", d.path(managementTokenFile))
-	}
-	return token, nil
-}
-
 // management returns the management API, and writes where it is into the data directory; address is empty where there is no HTTPS
 // door.
-func (o *serveOptions) management(ctx context.Context, d *serviceData, scopes *registration.Scopes, ready map[string]any, log *slog.Logger) (*arm.Server, error) {
-	token, err := d.managementToken()
-	if err != nil {
-		return nil, err
-	}
-	sum := sha256.Sum256([]byte(token))
+func (o *serveOptions) management(ctx context.Context, d *serviceData, scopes *registration.Scopes, bearer *access.Authenticator, ready map[string]any, log *slog.Logger) (*arm.Server, error) {
 	address, _ := ready["https"].(string)
 	address = strings.TrimSuffix(address, ":443")
 	cfg := arm.Config{
-		Scopes: scopes, Access: access.New(access.Config{Management: &sum}), First: d.scope, DeviceHost: address, Log: log,
+		Scopes: scopes, Access: bearer, First: d.scope, DeviceHost: address, Log: log,
 		ServiceHost: func(sc *registration.Scope) string {
 			if dps.Fold(sc.ID) == dps.Fold(d.scope) {
 				return address
 			}
-			return sc.Name + "." + address
+			return o.hostOf(sc, address)
 		},
 		Hubs: arm.Hubs{Mask: hub.Mask, Restore: hub.Restore, Parse: func(kind registration.HubKind, text string) (string, error) {
 			c, err := hub.ParseConnection(kind, text)
@@ -98,21 +74,22 @@ func (o *serveOptions) management(ctx context.Context, d *serviceData, scopes *r
 			return c.Host, nil
 		}},
 	}
-	if !o.manage.noHubCheck {
+	if !o.admit.noHubCheck {
 		cfg.Hubs.Check = checkHub
 	}
 	server := arm.New(ctx, cfg)
-	if err := server.Resume(ctx); err != nil {
+	err := server.Resume(ctx)
+	if err != nil {
 		return nil, fmt.Errorf("taking up deletions: %w", err)
 	}
 	var first *registration.Scope
-	if err := scopes.Store().View(ctx, func(tx registration.Tx) (err error) {
+	if err = scopes.Store().View(ctx, func(tx registration.Tx) (err error) {
 		first, err = tx.Scope(dps.Fold(d.scope))
 		return err
 	}); err != nil {
 		return nil, err
 	}
-	text := fmt.Sprintf("Endpoint=https://%s;Token=%s;Subscription=%s;ResourceGroup=%s", address, token, first.Subscription, first.ResourceGroup)
+	text := fmt.Sprintf("Endpoint=https://%s;Token=%s;Subscription=%s;ResourceGroup=%s", address, d.managementToken, first.Subscription, first.ResourceGroup)
 	switch {
 	case address == "":
 	case d.dir != "":
@@ -122,6 +99,16 @@ func (o *serveOptions) management(ctx context.Context, d *serviceData, scopes *r
 		ready["managementConnection"] = text
 	}
 	return server, err
+}
+
+// hostOf is where the service API of a scope is that is not the first: below the domain, on the port of the HTTPS door.
+func (o *serveOptions) hostOf(sc *registration.Scope, address string) string {
+	_, port, ok := strings.Cut(address, ":")
+	host := strings.ToLower(sc.Name) + "." + cmp.Or(o.domain, o.hostnames[0])
+	if ok {
+		host += ":" + port
+	}
+	return host
 }
 
 // checkHub asks a hub whether it is there.
@@ -135,9 +122,4 @@ func checkHub(ctx context.Context, linked registration.LinkedHub) error {
 		err = errors.Join(err, c.Close())
 	}
 	return err
-}
-
-// managed has the management API among the handlers of a door.
-func managed(s *arm.Server) map[string]http.Handler {
-	return map[string]http.Handler{"subscriptions": s, "providers": s}
 }

@@ -9,7 +9,7 @@ import (
 func TestRights(t *testing.T) {
 	for text, want := range map[string]access.Right{
 		"ServiceConfig, DeviceConnect, EnrollmentWrite": access.ServiceConfig | access.DeviceConnect | access.EnrollmentWrite,
-		"enrollmentread":                             access.EnrollmentRead,
+		"enrollmentread": access.EnrollmentRead,
 		" RegistrationStatusWrite,EnrollmentRead\t ": access.RegistrationStatusWrite | access.EnrollmentRead,
 	} {
 		got, err := access.ParseRights(text, access.Policy)

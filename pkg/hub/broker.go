@@ -30,13 +30,14 @@ const (
 	idle = time.Second
 )
 
-// A broker holds connections on which the plugin is given commands, one at a time on each.
+// A broker holds the connection on which the plugin is given commands, one after the other. It is one only: the plugin sends every
+// answer to all who have subscribed to answers, and does one thing at a time anyway.
 type broker struct {
 	name    string
 	conn    *Connection
 	dialer  net.Dialer
 	timeout time.Duration
-	free    chan *session // as many as may be open; nil is one that is yet to be made
+	free    chan *session // of one; nil is one that is yet to be made
 }
 
 // A session is a connection that has subscribed to the plugin's answers.
@@ -47,25 +48,21 @@ type session struct {
 }
 
 func newBroker(cfg Config, conn *Connection) *broker {
-	if cfg.MaxConnections <= 0 {
-		cfg.MaxConnections = 4
-	}
-	b := &broker{name: cfg.Hub.Name, conn: conn, timeout: cfg.Timeout, free: make(chan *session, cfg.MaxConnections),
+	b := &broker{name: cfg.Hub.Name, conn: conn, timeout: cfg.Timeout, free: make(chan *session, 1),
 		dialer: net.Dialer{Timeout: cfg.ConnectTimeout, Control: addresses{conn.Plain, cfg.PublicOnly}.control}}
-	for range cfg.MaxConnections {
-		b.free <- nil
-	}
+	b.free <- nil
 	return b
 }
 
 // Close hangs up. It waits for calls that run, and none may come after it.
 func (b *broker) Close() error {
-	for range cap(b.free) {
-		if s := <-b.free; s != nil {
-			s.Write(mqtt.AppendDisconnect(nil))
-			s.Conn.Close()
-		}
+	s := <-b.free
+	if s == nil {
+		return nil
 	}
+	s.SetDeadline(time.Now().Add(time.Second))
+	s.Write(mqtt.AppendDisconnect(nil)) // to a broker that may be gone
+	s.Conn.Close()
 	return nil
 }
 
@@ -74,6 +71,7 @@ type command struct {
 	Command     string `json:"command"`
 	Correlation string `json:"correlationData"`
 	Username    string `json:"username,omitempty"`
+	ClientID    string `json:"clientid,omitempty"`
 	Password    string `json:"password,omitempty"`
 	Name        string `json:"textname,omitempty"`
 	Description string `json:"textdescription,omitempty"`
@@ -213,13 +211,13 @@ func (s *session) begin(conn *Connection) error {
 	default:
 		return &refusedError{"ConnectionRefused", fmt.Sprintf("the broker refuses the connection: return code %d", p.ReturnCode), false}
 	}
-	if _, err := s.Write(mqtt.AppendSubscribe(nil, 1, responseTopic, 1)); err != nil {
+	if _, err := s.Write(mqtt.AppendSubscribe(nil, 1, responseTopic, 0)); err != nil {
 		return err
 	}
 	if p, err = s.await(mqtt.Suback); err != nil {
 		return err
 	}
-	if p.ID != 1 || len(p.Codes) != 1 || p.Codes[0] > 1 {
+	if p.ID != 1 || len(p.Codes) != 1 || p.Codes[0] != 0 {
 		return &refusedError{"Unauthorized", "the broker does not let us subscribe to " + responseTopic, false}
 	}
 	return nil
@@ -231,11 +229,6 @@ func (s *session) await(want mqtt.Type) (*mqtt.Packet, error) {
 		p, err := mqtt.Read(s.r, maxBroker)
 		if err != nil {
 			return nil, err
-		}
-		if p.Type == mqtt.Publish && p.QoS == 1 {
-			if _, err := s.Write(mqtt.AppendPuback(nil, p.ID)); err != nil {
-				return nil, err
-			}
 		}
 		if p.Type == want {
 			return p, nil
@@ -263,7 +256,8 @@ func (s *session) exchange(commands []command) ([]result, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := s.Write(mqtt.AppendPublish(nil, controlTopic, 1, 2, body)); err != nil {
+	// At QoS 0: the answer says that it came, and behind a PUBACK of its own it would wait for TCP's delayed acknowledgement.
+	if _, err := s.Write(mqtt.AppendPublish(nil, controlTopic, 0, 0, body)); err != nil {
 		return nil, err
 	}
 	for {

@@ -7,6 +7,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"net/url"
 	"slices"
@@ -32,7 +33,7 @@ const secretMask = "****"
 //	webhook         URL=https://back.example.net/touchmark;Secret=BASE64
 //
 // All may have CA=BASE64: the certificates, in PEM, that the hub's own is judged by instead of the system's. With HostName goes
-// Port=, unless it is 443, or 8883 for mosquitto. Certificate and Key are base64 of PEM too. PEM stands in the string, and not the path of a file,
+// Port=, or :PORT behind the name, unless it is 443, or 8883 for mosquitto. Certificate and Key are base64 of PEM too. PEM stands in the string, and not the path of a file,
 // because whoever may link a hub may not for that read the files of the service, and since replicas share no files. Plain=true
 // has mosquitto without TLS and webhooks over http, to loopback addresses alone. No value may contain ";".
 type Connection struct {
@@ -131,7 +132,11 @@ func (c *Connection) fill(has map[string]string) error {
 			c.Port = 1883
 		}
 	}
-	if port, ok := has["port"]; ok {
+	port, ok := has["port"]
+	if host, p, err := net.SplitHostPort(has["hostname"]); err == nil && !ok {
+		has["hostname"], port, ok = host, p, true
+	}
+	if ok {
 		n, err := strconv.ParseUint(port, 10, 16)
 		if err != nil || n == 0 || strconv.FormatUint(n, 10) != port {
 			return errors.New("port: want 1 to 65535")
@@ -154,7 +159,7 @@ func (c *Connection) fill(has map[string]string) error {
 	}
 	c.Host = strings.ToLower(has["hostname"])
 	if !isHost(c.Host) {
-		return errors.New("hostname: want a host name or an address, without a port")
+		return errors.New("hostname: want a host name or an address, and a port if need be")
 	}
 	if c.Kind != registration.HubMosquitto {
 		if c.User = has["sharedaccesskeyname"]; c.User == "" || has["sharedaccesskey"] == "" {

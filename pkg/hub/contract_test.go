@@ -1,7 +1,6 @@
 package hub_test
 
 import (
-	"fmt"
 	"testing"
 
 	"github.com/touchmark/touchmark/pkg/hub"
@@ -38,7 +37,7 @@ func opener(linked registration.LinkedHub) func(testing.TB) registration.Hub {
 }
 
 // What IoT Hub takes in IDs beside letters, digits, "-", "." and "_".
-var oddIDs = []string{":", "%25", "%2e", "*", "?", "!", "(a)", ",", "=", "@", "$", "'", "#", "+", "a;b", "&c"}
+var oddIDs = []string{":", "%25", "%2e", "*", "?", "!", "(a)", ",", "=", "@", "$", "'", "#", "+", "a;b"}
 
 func TestAzure(t *testing.T) {
 	registrationtest.Goroutines(t)
@@ -49,9 +48,6 @@ func TestAzure(t *testing.T) {
 	}})
 	if left := s.Devices(); len(left) > 0 {
 		t.Errorf("left behind: %v", left)
-	}
-	for _, call := range s.Calls() {
-		fmt.Sscan(call)
 	}
 }
 
@@ -74,7 +70,7 @@ func TestMosquitto(t *testing.T) {
 	for name, linked := range map[string]registration.LinkedHub{"password": m.Linked("mq.example.net"), "certificate": m.LinkedByCertificate(t, "mq.example.net")} {
 		t.Run(name, func(t *testing.T) {
 			h := open(t, hub.Config{Hub: linked})
-			hubtest.Contract(t, func(testing.TB) registration.Hub { return h }, hubtest.Caps{IDs: []string{":", "*", "?", "!", "(a)", ",", "=", "@", "$", "'", "&c"}})
+			hubtest.Contract(t, func(testing.TB) registration.Hub { return h }, hubtest.Caps{IDs: []string{":", "*", "?", "!", "(a)", ",", "=", "@", "$", "'"}})
 		})
 	}
 }

@@ -30,7 +30,7 @@ type Config struct {
 	// Timeout bounds one call to the hub, of which a method may make several; 0 is 10 seconds. ConnectTimeout bounds the making
 	// of a connection; 0 is 5 seconds.
 	Timeout, ConnectTimeout time.Duration
-	// MaxConnections that are open to the hub at once; 0 is 16, and 4 for a broker.
+	// MaxConnections that are open to the hub at once; 0 is 16. A broker has one.
 	MaxConnections int
 	// PublicOnly refuses hubs at private, loopback and link-local addresses: for services whose tenants link hubs themselves.
 	PublicOnly bool

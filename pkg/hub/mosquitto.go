@@ -16,7 +16,8 @@ import (
 )
 
 // mosquitto keeps the clients of a broker's dynamic security plugin: for each device a client of its ID and a role, whose ACLs are for
-// devices/{id}/#. The plugin of 2.0 knows no patterns with the client's name in them, so that one role for all would not do.
+// devices/{id}/#. The plugin of 2.0 knows no patterns with the client's name in them, so that one role for all would not do. Its MQTT
+// client ID must be its own ID too: by that of another it would put that off the broker.
 //
 // A client has what the plugin has no place for, and by which we know ours from others, as JSON in its text description. Clients
 // without that are none of ours: a device named as the broker's administrator is shall not have its password.
@@ -58,6 +59,7 @@ func describe(d *registration.HubDevice) description {
 // client is what the plugin tells of one.
 type client struct {
 	Username    string `json:"username"`
+	ClientID    string `json:"clientid"`
 	Description string `json:"textdescription"`
 	Disabled    bool   `json:"disabled"`
 	Roles       []role `json:"roles"`
@@ -99,7 +101,7 @@ func (h *mosquitto) Check(ctx context.Context) error {
 	}
 	for _, a := range data.ACLs {
 		if a.Allow && (a.Type == "publishClientSend" || a.Type == "subscribe") {
-			return newError(h.name, "DefaultAccess", false, fmt.Errorf("by default everybody may do %s: have it denied (mosquitto_ctrl … dynsec setDefaultACLAccess %s deny)", a.Type, a.Type))
+			return newError(h.name, "DefaultAccess", false, fmt.Errorf("everybody may do %s there by default: have it false in defaultACLAccess of the plugin's file", a.Type))
 		}
 	}
 	return nil
@@ -192,13 +194,13 @@ func (h *mosquitto) Admit(ctx context.Context, d *registration.HubDevice) (creat
 		bare := c.Disabled && d.Keys == nil
 		roles := slices.DeleteFunc(c.Roles, func(r role) bool { return r.Name == roleName(d.ID) })
 		had := len(roles) < len(c.Roles)
-		if !created && c.description.text() == is.text() && had != bare {
+		if !created && c.description.text() == is.text() && had != bare && c.ClientID == d.ID {
 			return false, nil
 		}
 		if !bare {
 			roles = append(roles, role{Name: roleName(d.ID)})
 		}
-		modify := command{Command: "modifyClient", Username: d.ID, Description: is.text(), Roles: roles}
+		modify := command{Command: "modifyClient", Username: d.ID, ClientID: d.ID, Description: is.text(), Roles: roles}
 		if created || c.Key != is.Key {
 			modify.Password = password(d)
 		}
@@ -240,7 +242,7 @@ func (h *mosquitto) do(ctx context.Context, doing string, modify command, disabl
 // nil where there was one all of a sudden.
 func (h *mosquitto) create(ctx context.Context, d *registration.HubDevice) (*client, error) {
 	is := describe(d)
-	c := command{Command: "createClient", Username: d.ID, Name: textName}
+	c := command{Command: "createClient", Username: d.ID, ClientID: d.ID, Name: textName}
 	if d.Disabled {
 		is = description{Touchmark: 1, Pending: true}
 	} else {

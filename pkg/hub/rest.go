@@ -147,6 +147,8 @@ func (h *rest) call(ctx context.Context, doing, method, url string, header http.
 	}
 	a, err := exchange(h.client, r, h.limit)
 	switch {
+	case errors.Is(err, errTooLarge) && a.status/100 != 2:
+		a.body = nil // the status says enough
 	case errors.Is(err, errTooLarge):
 		return a, h.invalid(doing, a.status, err)
 	case err != nil:

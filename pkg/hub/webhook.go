@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"strconv"
 	"sync"
 	"time"
 )
@@ -81,55 +82,63 @@ func (w *Webhook) CheckURL(url string) error {
 // MaskURL returns a webhook's URL as it may be shown: with ?**** for its query, where function keys live.
 func MaskURL(url string) string { return maskURL(url) }
 
-// Call posts a body of JSON and returns the answer of at most 64 KiB and its status. The error is not nil unless the status is 2xx
-// and the whole answer came; the status is 0 where none came, and ErrCircuitOpen where nothing was sent. The query of the URL goes
-// on the wire and into no error.
+// Call posts a body of JSON and returns what was answered with which status, whatever that is: the body is that of a 2xx, of at most
+// 64 KiB. An error means that there was no whole answer; it is ErrCircuitOpen where nothing was sent. The query of the URL goes on
+// the wire and into no error.
 func (w *Webhook) Call(ctx context.Context, url string, body []byte) (answer []byte, status int, err error) {
 	u, err := parseURL(url, w.cfg.LoopbackHTTP)
 	if err != nil {
 		return nil, 0, fmt.Errorf("webhook %s: %w", MaskURL(url), err)
 	}
-	start := time.Now()
-	word := "ok"
-	if w.cfg.Observe != nil {
-		defer func() { w.cfg.Observe(u.Hostname(), "allocate", word, time.Since(start)) }()
-	}
 	client := w.secure
 	if u.Scheme == "http" {
 		client = w.plain
 	}
+	start := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, w.cfg.Timeout)
 	defer cancel()
 	b := w.breaker(url)
 	for try := 0; ; try++ {
 		wait, probe := b.enter(w.cfg.Now())
 		if wait > 0 {
-			if err == nil {
-				err, word = fmt.Errorf("webhook %s: %w", MaskURL(url), ErrCircuitOpen), codeOpen
+			if try == 0 {
+				err = ErrCircuitOpen
 			}
-			return nil, status, err
+			break
 		}
 		answer, status, err = w.post(ctx, client, url, body)
 		v := answered
 		switch {
-		case err == nil:
-			word = "ok"
 		case errors.Is(err, context.Canceled):
-			v, word = unknown, codeCanceled
-		case status == 0 || status/100 == 2 || status >= 500: // or the end of it did not come
+			v = unknown
+		case err != nil || status >= 500:
 			v = unanswered
-			fallthrough
-		default:
-			if word = fmt.Sprint(status); status == 0 {
-				word = noAnswer("", "", err).Code
-			}
-			err = fmt.Errorf("webhook %s: %w", MaskURL(url), err)
 		}
 		b.leave(w.cfg.Now(), v, probe)
 		if v != unanswered || try >= w.cfg.Retries || ctx.Err() != nil {
-			return answer, status, err
+			break
 		}
 	}
+	if w.cfg.Observe != nil {
+		w.cfg.Observe(u.Hostname(), "allocate", webhookOutcome(status, err), time.Since(start))
+	}
+	if err != nil {
+		return nil, status, fmt.Errorf("webhook %s: %w", MaskURL(url), err)
+	}
+	return answer, status, nil
+}
+
+// webhookOutcome is a word for metrics.
+func webhookOutcome(status int, err error) string {
+	switch {
+	case errors.Is(err, ErrCircuitOpen):
+		return codeOpen
+	case err != nil:
+		return noAnswer("", "", err).Code
+	case status/100 == 2:
+		return "ok"
+	}
+	return strconv.Itoa(status)
 }
 
 func (w *Webhook) post(ctx context.Context, client *http.Client, url string, body []byte) ([]byte, int, error) {
@@ -142,13 +151,13 @@ func (w *Webhook) post(ctx context.Context, client *http.Client, url string, bod
 		r.Header.Set(SignatureHeader, sign(w.cfg.Secret, body, w.cfg.Now()))
 	}
 	a, err := exchange(client, r, maxAllocation)
-	if err != nil {
+	if a.status/100 != 2 {
+		if a.status != 0 {
+			err = nil // the status is the answer
+		}
 		return nil, a.status, err
 	}
-	if a.status/100 != 2 {
-		return nil, a.status, fmt.Errorf("it answered with status %d", a.status)
-	}
-	return a.body, a.status, nil
+	return a.body, a.status, err
 }
 
 // breaker returns that of a URL. When too many are kept, those go that are closed, or else any.

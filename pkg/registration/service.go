@@ -62,8 +62,12 @@ type Config struct {
 	// ("azure-iot-device-provisioning-py/*") and C take it; those for C# and the IoT identity service do not (device API, section
 	// 6.2). Nil tells nobody.
 	AtOnce []string
-	Log    *slog.Logger
-	Now    func() time.Time
+	// UnlinkedHubs lets enrollments name hubs that are not linked: one that is linked later is assigned then.
+	UnlinkedHubs bool
+	// HTTPWebhooks lets enrollments name webhooks of this machine without TLS.
+	HTTPWebhooks bool
+	Log          *slog.Logger
+	Now          func() time.Time
 }
 
 // MaxBody bounds a register body, in octets (device API, section 15.1).

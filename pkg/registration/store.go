@@ -63,6 +63,10 @@ type Tx interface {
 	// PutRecord writes a record over the one of that kind and ID, if there is one. ErrConflict: one of its certificates, or
 	// its endorsement key, belongs to another record. ErrSameCA: a group's CA that it did not have before is another group's, by name and key.
 	PutRecord(scope string, r *Record) error
+	// PutFresh writes individual enrollments and what is known of their devices, many at once: PutRecord and PutDevice for each,
+	// with nothing of them there before. ErrConflict: something is there, a registration of such an ID or a certificate that was
+	// issued for such a key among it; the transaction is to be given up then, for a part may have been written.
+	PutFresh(scope string, records []*Record, devices []*Device) error
 	// DeleteRecord removes a record, or says ErrNotFound.
 	DeleteRecord(scope string, kind Kind, id string) error
 	// Records returns up to limit records whose ID is greater than after, in the order of IDs.

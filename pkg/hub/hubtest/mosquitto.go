@@ -141,6 +141,18 @@ func (m *Mosquitto) Start(t testing.TB) {
 	}
 }
 
+// Edit changes what the plugin has kept while the broker stands still.
+func (m *Mosquitto) Edit(t testing.TB, edit func(string) string) {
+	t.Helper()
+	m.Kill(t)
+	b, err := os.ReadFile(filepath.Join(m.dir, "dynsec.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.file(t, "dynsec.json", edit(string(b)))
+	m.Start(t)
+}
+
 // Kill kills the broker.
 func (m *Mosquitto) Kill(testing.TB) {
 	if m.proc != nil {
@@ -189,8 +201,9 @@ func (m *Mosquitto) Control(t testing.TB, args ...string) string {
 // A Device is one that is connected to a broker.
 type Device struct {
 	net.Conn
-	r  *bufio.Reader
-	id uint16
+	r    *bufio.Reader
+	id   uint16
+	came []*mqtt.Packet // messages, while something else was awaited
 }
 
 // ErrRefused says that a broker did not let a device connect, subscribe or publish.
@@ -198,6 +211,12 @@ var ErrRefused = errors.New("refused by the broker")
 
 // Connect connects as a device does: with its ID and key, or the certificate of a leaf whose name is its ID.
 func (m *Mosquitto) Connect(t testing.TB, id, password string, leaf *attesttest.Holder) (*Device, error) {
+	t.Helper()
+	return m.ConnectAs(t, id, id, password, leaf)
+}
+
+// ConnectAs connects by another client ID.
+func (m *Mosquitto) ConnectAs(t testing.TB, clientID, id, password string, leaf *attesttest.Holder) (*Device, error) {
 	t.Helper()
 	roots := x509.NewCertPool()
 	roots.AddCert(m.Root.Certificate)
@@ -217,7 +236,7 @@ func (m *Mosquitto) Connect(t testing.TB, id, password string, leaf *attesttest.
 	if password != "" {
 		secret = []byte(password)
 	}
-	c.Write(mqtt.AppendConnect(nil, id, id, secret, 60))
+	c.Write(mqtt.AppendConnect(nil, clientID, id, secret, 60))
 	p, err := d.Await(mqtt.Connack)
 	if err == nil && p.ReturnCode != 0 {
 		c.Close()
@@ -237,6 +256,9 @@ func (d *Device) Await(want mqtt.Type) (*mqtt.Packet, error) {
 		p, err := mqtt.Read(d.r, 1<<16)
 		if err != nil || p.Type == want {
 			return p, err
+		}
+		if p.Type == mqtt.Publish {
+			d.came = append(d.came, p)
 		}
 	}
 }
@@ -262,9 +284,14 @@ func (d *Device) Publish(topic, payload string) error {
 
 // Next returns the topic and payload of the next message.
 func (d *Device) Next() (string, error) {
-	p, err := d.Await(mqtt.Publish)
-	if err != nil {
-		return "", err
+	var p *mqtt.Packet
+	if len(d.came) > 0 {
+		p, d.came = d.came[0], d.came[1:]
+	} else {
+		var err error
+		if p, err = d.Await(mqtt.Publish); err != nil {
+			return "", err
+		}
 	}
 	if p.QoS == 1 {
 		d.Write(mqtt.AppendPuback(nil, p.ID))

@@ -35,6 +35,8 @@ type Fault struct {
 	Hang, Drip, Cut bool
 	// Lie answers of another device.
 	Lie bool
+	// Wait, if not nil, is closed before the server goes on.
+	Wait <-chan struct{}
 }
 
 // A server is what stubs have in common: TLS, and faults.
@@ -71,6 +73,9 @@ func (s *server) start(t testing.TB, handle http.HandlerFunc) {
 			f = s.fault(r)
 		}
 		s.mu.Unlock()
+		if f.Wait != nil {
+			<-f.Wait
+		}
 		answer := httptest.NewRecorder()
 		if f.After || f.Status == 0 && !f.Hang && !f.Drip {
 			handle(answer, r)
