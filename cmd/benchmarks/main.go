@@ -89,7 +89,7 @@ func main() {
 		{"idle-mqtt", func() { b.idle("mqtt", 34) }}, {"idle-amqp", func() { b.idle("amqp", 40) }}, {"import", b.importBundle}, {"import-scale", b.importScale},
 		{"limit-overhead limit-refusal", b.limitOverhead}, {"limit-fairness", b.limitFairness},
 		{"refusal-https", func() { b.refusal("https") }}, {"refusal-mqtt", func() { b.refusal("mqtt") }},
-		{"lookup-x509", b.lookupX509}, {"lookup-key", b.lookupKey},
+		{"lookup-x509", b.lookupX509}, {"lookup-key", b.lookupKey}, {"allocation", b.allocation},
 		{"ledger-append", func() { b.ledgerAppend("ledger-append", temp, ledgerGroup) }}, {"ledger-append-disk", func() { b.ledgerAppend("ledger-append-disk", disk, ledgerGroup) }},
 		{"ledger-append-one-disk", func() { b.ledgerAppend("ledger-append-one-disk", disk, 1) }},
 		{"ledger-verify", b.ledgerVerify}, {"ledger-verify-million ledger-resume-million station-resume-million", b.ledgerMillion},

@@ -122,7 +122,7 @@ The journey:  init → mint → (bundle) → serve → import → register`,
 	root.AddCommand(issuersTopic, emulatorTopic, limitsTopic, proxiesTopic)                             // of the doors
 	root.AddCommand(
 		operatingTopic, migrationTopic,
-		hubsTopic,
+		allocationTopic, hubsTopic,
 		builtinHubTopic,
 		managementTopic,
 	)

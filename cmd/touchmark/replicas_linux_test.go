@@ -26,6 +26,7 @@ import (
 
 	"github.com/touchmark/touchmark/pkg/attest/attesttest"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/operator"
 	"github.com/touchmark/touchmark/pkg/sqlstore/sqlstoretest"
 )
 
@@ -98,9 +99,9 @@ func (r *replica) device(method, path, token string, body any) (status int, answ
 }
 
 func code(err error) dps.Code {
-	var e *serviceError
+	var e *operator.Error
 	if errors.As(err, &e) {
-		return e.code
+		return e.Code
 	}
 	return 0
 }
@@ -258,7 +259,7 @@ func TestReplicas(t *testing.T) {
 		}
 	})
 	t.Run("TLS sessions", func(t *testing.T) {
-		cfg := &tls.Config{RootCAs: replicas[0].service.roots, ServerName: "127.0.0.1", ClientSessionCache: tls.NewLRUClientSessionCache(1)}
+		cfg := &tls.Config{RootCAs: replicas[0].service.cfg.Roots, ServerName: "127.0.0.1", ClientSessionCache: tls.NewLRUClientSessionCache(1)}
 		for i := range 4 {
 			c, err := tls.Dial("tcp", replicas[i%3].ready["https"].(string), cfg)
 			if err != nil {

@@ -35,6 +35,7 @@ type serveOptions struct {
 	accessOptions
 	hubOptions
 	store storeOptions
+	provisionOptions
 	emulatorOptions
 }
 
@@ -90,6 +91,7 @@ register in are there already, and faults happen on demand. touchmark help emula
 	o.accessOptions.flags(c)
 	o.hubOptions.flags(c)
 	o.store.flags(c)
+	o.provisionOptions.flags(c)
 	o.bind(c)
 	_ = c.MarkFlagDirname("data")
 	return c
@@ -181,6 +183,12 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	hubs, err := o.provisioning(&shared)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, hubs.Close()) }()
+	shared.OpenHub = hub.openedBy(dps.Fold(d.scope), hubs.Hub)
 	scopes := registration.NewScopes(registration.ScopesConfig{
 		Config: shared,
 		Own: func(sc *registration.Scope, cfg *registration.Config) error {
@@ -189,6 +197,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 			}
 			return nil
 		}})
+	defer startProvisioning(scopes)()
 	svc, err := scopes.Service(ctx, d.scope)
 	if err != nil {
 		return fmt.Errorf("opening ID scope %s: %w", d.scope, err)

@@ -20,7 +20,7 @@ import (
 )
 
 const (
-	managementFile      = "management.connection"
+	managementFile = "management.connection"
 	// Where the first scope stands among resources, until somebody says otherwise: Azure has no subscription of that ID.
 	firstSubscription  = "00000000-0000-0000-0000-000000000000"
 	firstResourceGroup = "touchmark"

@@ -439,6 +439,7 @@ type statements struct {
 	caStatements
 	keyStatements
 	freshStatements
+	outboxStatements
 }
 
 const (
@@ -453,7 +454,7 @@ type statement struct {
 }
 
 func (st *statements) all() []statement {
-	return slices.Concat(st.scopeStatements.all(), st.keyStatements.all(), st.freshStatements.all(), st.caStatements.all(), []statement{
+	return slices.Concat(st.scopeStatements.all(), st.keyStatements.all(), st.outboxStatements.all(), st.freshStatements.all(), st.caStatements.all(), []statement{
 		{&st.revision, `SELECT groups_revision FROM scopes WHERE scope = $1`},
 		{&st.bumpRevision, `INSERT INTO scopes (scope, groups_revision) VALUES ($1, 1) ON CONFLICT (scope) DO UPDATE SET groups_revision = scopes.groups_revision + 1`},
 		{&st.record, recordColumns + `WHERE scope = $1 AND kind = $2 AND id = $3`},
@@ -774,24 +775,19 @@ func (t *tx) PutRegistration(scope string, r *registration.Registration) error {
 	if r.DeviceKey != nil {
 		key = t.seal(r.DeviceKey, scope, "registration", r.ID)
 	}
-	var n int64
-	before := t.dirty
 	if r.Version == 0 {
-		n, err = t.exec(t.st.insertRegistration, scope, r.ID, r.Group, body, key)
-	} else {
-		n, err = t.exec(t.st.updateRegistration, scope, r.ID, r.Group, body, key, r.Version)
+		return t.ifChanged(t.st.insertRegistration, scope, r.ID, r.Group, body, key)
 	}
-	if err == nil && n == 0 {
-		t.dirty = before // the statement changed nothing
-		return registration.ErrConflict
-	}
-	return err
+	return t.ifChanged(t.st.updateRegistration, scope, r.ID, r.Group, body, key, r.Version)
 }
 
 func (t *tx) DeleteRegistration(scope, id string) error {
 	n, err := t.exec(t.st.deleteRegistration, scope, id)
 	if err == nil && n == 0 {
 		return registration.ErrNotFound
+	}
+	if err == nil {
+		err = t.DeleteKin(scope, id)
 	}
 	return err
 }
