@@ -545,6 +545,7 @@ func TestAudit(t *testing.T) {
 	do("create enrollment/bulk", "POST", "/enrollments", `{"mode":"create","enrollments":[`+ofDevice("bulk", newKeys)+`]}`)
 	do("create policy/p", "PUT", "/touchmark/policies/p", `{"rights":"EnrollmentRead"}`)
 	do("update policy/p", "PUT", "/touchmark/policies/p", `{"primaryKey":null}`)
+	do("", "PUT", "/touchmark/policies/P", `{"rights":"EnrollmentRead"}`)
 	do("show keys policy/p", "GET", "/touchmark/policies/p", "")
 	do("", "GET", "/touchmark/policies", "")
 	do("delete policy/p", "DELETE", "/touchmark/policies/p", "")
@@ -621,7 +622,11 @@ func TestPolicies(t *testing.T) {
 	if try(second) != 401 || try(key(rolled, "secondaryKey")) != 200 {
 		t.Errorf("the secondary key rolled: %v", rolled)
 	}
-	if shown := o.want(t, 200, 0, "GET", "/touchmark/policies/line-3", ""); !maps.Equal(shown, rolled) {
+	// Its name is the same in any case, and stays as it was first written.
+	if same := o.want(t, 200, 0, "PUT", "/touchmark/policies/LINE-3", "{}"); !maps.Equal(same, rolled) {
+		t.Errorf("%v, not %v", same, rolled)
+	}
+	if shown := o.want(t, 200, 0, "GET", "/touchmark/policies/Line-3", ""); !maps.Equal(shown, rolled) {
 		t.Errorf("%v, not %v", shown, rolled)
 	}
 	if _, b := o.call(t, "GET", "/touchmark/policies", ""); !strings.Contains(string(b), `{"name":"line-3","rights":"EnrollmentRead, RegistrationStatusRead"}`) || strings.Contains(string(b), "Key") {
