@@ -36,8 +36,6 @@ type Config struct {
 	Domain string
 	// Bearer knows bearer tokens; nil refuses them.
 	Bearer *access.Authenticator
-	// Admit refuses callers before anything is looked at that they bring; nil lets all try.
-	Admit func(r *http.Request, sc *registration.Scope) error
 	// Import takes a bundle; nil leaves it out.
 	Import ImportFunc
 	// Calls are more of touchmark's own, of the first scope: each by the name that follows touchmark/ in its path, for those who
