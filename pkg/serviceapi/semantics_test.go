@@ -236,6 +236,13 @@ func TestValidation(t *testing.T) {
 		o.want(t, 200, 0, "PUT", fmt.Sprint("/enrollments/ok", i), ofDevice(fmt.Sprint("ok", i), members))
 		o.want(t, 200, 0, "PUT", fmt.Sprint("/enrollmentGroups/ok", i), ofGroup(fmt.Sprint("ok", i), members))
 	}
+	for id, want := range map[string]int{"Pump 1": 400, "a/b": 400, "ü": 400, strings.Repeat("d", 129): 400, "a-.%_#*?!(),:=@$'+Z9": 200, strings.Repeat("d", 128): 200} {
+		if res, b := o.call(t, "PUT", "/enrollments/hub", ofDevice("hub", `"deviceId":`+quote(id)+`,`+newKeys)); res.StatusCode != want {
+			t.Errorf("device ID %s: %d %s", id, res.StatusCode, b)
+		} else if want == 200 {
+			o.want(t, 204, 0, "DELETE", "/enrollments/hub", "")
+		}
+	}
 	for _, id := range []string{strings.Repeat("a", 129), "a b", "a.", "a_", "ü", "a/b", ""} {
 		o.want(t, 400, dps.CodeInvalidArgument, "PUT", "/enrollments/"+url.PathEscape("x"+id), ofDevice("x"+id, newKeys)[:0]+`{"registrationId":`+quote(id)+`,`+newKeys+`}`)
 	}
