@@ -20,6 +20,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/devhub"
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/mqttd"
+	"github.com/touchmark/touchmark/pkg/registration"
 )
 
 // hubOptions are what serve takes for the hub in its own process.
@@ -117,6 +118,19 @@ func (a *app) openHub(ctx context.Context, o *serveOptions, d *serviceData, read
 		}
 		return err
 	}, nil
+}
+
+// openedBy returns what opens linked hubs: the built-in one, which is the first scope's, is asked without a connection.
+func (r *runningHub) openedBy(first string, open func(string, registration.LinkedHub) (registration.Hub, error)) func(string, registration.LinkedHub) (registration.Hub, error) {
+	return func(scope string, h registration.LinkedHub) (registration.Hub, error) {
+		switch {
+		case h.Kind != registration.HubBuiltin:
+			return open(scope, h)
+		case r == nil || scope != first:
+			return nil, errors.New("the built-in hub is not running, or is another scope's: start the service with --hub builtin")
+		}
+		return r.Linked(), nil
+	}
 }
 
 // hubDoors is what the doors hand devices and services over to.

@@ -22,6 +22,8 @@ var errUnforeseen = errors.New("not the ordinary case")
 // groupReader is what finding a device's group reads.
 type groupReader interface {
 	Revision(scope string) (int64, error)
+	Scope(id string) (*Scope, error)
+	CACertificates(scope string) ([]*CACertificate, error)
 	ChangedGroups(scope string, after int64) ([]*Record, []string, error)
 	SymmetricGroups(scope string) ([]*Record, error)
 	GroupsByCA(scope string, subject [32]byte, keyID []byte, limit int) ([]*Record, error)
@@ -33,6 +35,10 @@ type groupReader interface {
 type recall struct{ s *Service }
 
 func (r recall) Revision(string) (int64, error) { return r.s.groups.revision.Load(), nil }
+
+func (recall) Scope(string) (*Scope, error) { return nil, errUnforeseen }
+
+func (recall) CACertificates(string) ([]*CACertificate, error) { return nil, errUnforeseen }
 
 func (recall) ChangedGroups(string, int64) ([]*Record, []string, error) {
 	return nil, nil, errUnforeseen
@@ -61,7 +67,7 @@ func (s *Service) foresee(req *Request) *verdict {
 	}
 	v, err := s.groupOf(recall{s}, req, token)
 	set := s.settings.Load()
-	if err != nil || set == nil || set.revision != v.revision {
+	if err != nil || set == nil || set.revision != v.revision || s.rejects(set, req.Remote, DeviceAPI) != nil || v.isCustom() || v.enrollment.Parent != "" {
 		return nil
 	}
 	v.settings = set.Settings
@@ -69,10 +75,10 @@ func (s *Service) foresee(req *Request) *verdict {
 }
 
 // registerForeseen registers a device whose group was foreseen. The error is errUnforeseen when anything is otherwise.
-func (s *Service) registerForeseen(ctx context.Context, req *Request, body *dps.RegisterRequest, v *verdict, proof []byte) (op *Operation, after *Registration, err error) {
+func (s *Service) registerForeseen(ctx context.Context, req *Request, body *dps.RegisterRequest, v *verdict, proof []byte) (op *Operation, after *Registration, task *Task, err error) {
 	id := dps.Fold(req.RegistrationID)
 	err = s.cfg.Store.Update(ctx, func(tx Tx) error {
-		op, after = nil, nil
+		op, after, task = nil, nil, nil
 		v := *v
 		if r, err := found(tx.Record(s.scope, Individual, id)); err != nil || r != nil {
 			return errors.Join(err, errUnforeseen)
@@ -97,9 +103,9 @@ func (s *Service) registerForeseen(ctx context.Context, req *Request, body *dps.
 			return nil
 		}
 		after = s.decide(req, body, &v, before, proof, nil)
-		after.keepAssignment(before)
 		op = &after.Operations[0]
-		if err := tx.PutRegistration(s.scope, after); err != nil || after.State.Status != dps.Assigned {
+		decided := after.State.Status
+		if task, err = s.putDecision(tx, req, &v, before, after, nil); err != nil || decided != dps.Assigned {
 			return err
 		}
 		return s.firstSeen(tx, v.device)
@@ -107,7 +113,7 @@ func (s *Service) registerForeseen(ctx context.Context, req *Request, body *dps.
 	if errors.Is(err, ErrConflict) || err != nil && dps.AsError(err).Code.Status() < 500 {
 		err = errUnforeseen
 	}
-	return op, after, err
+	return op, after, task, err
 }
 
 // recentTime is for how long an operation is answered for from memory, and maxRecent how many are remembered, twice.
@@ -156,8 +162,8 @@ func (r *recent) forget(id string) {
 
 // recentOperation returns an operation that came to its end a moment ago, when this very proof began it; else nil.
 func (s *Service) recentOperation(req *Request, id string) *Operation {
-	g := s.recent.get(dps.Fold(req.RegistrationID))
-	if g == nil || g.op.ID != id || !g.op.State.Status.Terminal() || s.cfg.Now().Sub(g.op.Started) > recentTime || !bytes.Equal(g.op.Proof, fingerprint(req)) {
+	g, known := s.recent.get(dps.Fold(req.RegistrationID)), s.settings.Load()
+	if g == nil || known == nil || s.rejects(known, req.Remote, DeviceAPI) != nil || g.op.ID != id || !g.op.State.Status.Terminal() || s.cfg.Now().Sub(g.op.Started) > recentTime || !bytes.Equal(g.op.Proof, fingerprint(req)) {
 		return nil
 	}
 	return &g.op

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -86,7 +87,7 @@ type Tx interface {
 	// PutRegistration writes a registration whose Version is the one that was read (0: there was none), and raises it.
 	// ErrConflict: somebody else wrote it meanwhile.
 	PutRegistration(scope string, r *Registration) error
-	// DeleteRegistration removes a registration, or says ErrNotFound.
+	// DeleteRegistration removes a registration and what the device is below ([Kin]), or says ErrNotFound.
 	DeleteRegistration(scope, id string) error
 	// Registrations returns up to limit registrations that came in by a group, IDs greater than after, in order.
 	Registrations(scope, group, after string, limit int) ([]*Registration, error)
@@ -143,10 +144,21 @@ type Tx interface {
 	Policies(scope string) ([]*Policy, error)
 	DeletePolicy(scope, name string) error
 
+	// CACertificate returns a certificate of the scope by its folded name, or ErrNotFound; CACertificates all, by name.
+	// PutCACertificate writes one and DeleteCACertificate removes it, or says ErrNotFound; both raise the revision.
+	CACertificate(scope, name string) (*CACertificate, error)
+	CACertificates(scope string) ([]*CACertificate, error)
+	PutCACertificate(scope string, c *CACertificate) error
+	DeleteCACertificate(scope, name string) error
+	// GroupsByReference returns the groups that refer to a certificate of the scope by that folded name.
+	GroupsByReference(scope, name string) ([]*Record, error)
+
 	// Secret returns what all replicas of the service share under a name, or ErrNotFound; PutSecret writes it. The store encrypts
 	// it.
 	Secret(scope, name string) ([]byte, error)
 	PutSecret(scope, name string, value []byte) error
+
+	Outbox
 }
 
 // Kind tells enrollments from groups.
@@ -177,6 +189,8 @@ type Record struct {
 	Content []byte
 	// Certificates index what the document holds; not filled in when a record is read.
 	Certificates []Certificate
+	// CAReferences are the folded names of the scope's certificates that a group refers to; not filled in when it is read.
+	CAReferences []string
 }
 
 // A Certificate indexes one certificate of a record, or the endorsement key of its TPM.
@@ -198,6 +212,11 @@ type Registration struct {
 	// Hub and DeviceID are those of the last assignment, whatever became of the registration since.
 	Hub      string `json:"hub,omitempty"`
 	DeviceID string `json:"deviceId,omitempty"`
+	// Told is the hex SHA-256 of what that hub was told of the device, or another word where that is not certain; empty where it is told
+	// nothing.
+	Told string `json:"told,omitempty"`
+	// Outbox says that there is a [Task] of the device's, or was a moment ago.
+	Outbox bool `json:"outbox,omitempty"`
 	// DeviceKey is the key that the device's TPM was handed with its assignment, for its hub; nil for others. The store encrypts it.
 	DeviceKey []byte `json:"-"`
 	// Operations are the last few, newest first. They live in the registration, so there is nothing to clean up.
@@ -213,6 +232,13 @@ func (r *Registration) assignment() (hub, deviceID string) {
 		return r.State.AssignedHub, r.State.DeviceID
 	}
 	return r.Hub, r.DeviceID
+}
+
+// copy returns a registration whose operations can be changed.
+func (r *Registration) copy() *Registration {
+	c := *r
+	c.Operations = slices.Clone(r.Operations)
+	return &c
 }
 
 // keepAssignment keeps the assignment that this is, or else the one before: a device that was disabled for a while, or whose
