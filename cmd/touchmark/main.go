@@ -124,6 +124,7 @@ The journey:  init → mint → (bundle) → serve → import → register`,
 		operatingTopic, migrationTopic, managementTopic,
 		allocationTopic, hubsTopic,
 		builtinHubTopic,
+		managementTopic,
 	)
 	root.SetHelpCommand(newHelp(root))
 	wrapUsage(root)
