@@ -35,6 +35,7 @@ type serveOptions struct {
 	hubOptions
 	store storeOptions
 	provisionOptions
+	manage manageOptions
 	emulatorOptions
 }
 
@@ -90,6 +91,7 @@ register in are there already, and faults happen on demand. touchmark help emula
 	o.hubOptions.flags(c)
 	o.store.flags(c)
 	o.provisionOptions.flags(c)
+	o.manage.flags(c)
 	o.bind(c)
 	_ = c.MarkFlagDirname("data")
 	return c
@@ -99,7 +101,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if o.https == "off" && o.mqtt == "off" && o.amqp == "off" {
 		return usageError{errors.New("all doors are off")}
 	}
-	if err := errors.Join(o.front.check(), o.limits.check(), o.accessOptions.check()); err != nil {
+	if err := errors.Join(o.front.check(), o.limits.check(), o.accessOptions.check(), o.manage.check()); err != nil {
 		return err
 	}
 	for _, h := range append(o.hubs, o.hostnames...) {
@@ -175,7 +177,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	shared := registration.Config{Store: store, Log: log, AtOnce: own.AtOnce}
+	shared := registration.Config{Store: store, Log: log, AtOnce: own.AtOnce, PrivateNetworks: o.manage.private}
 	o.enrollable(&shared)
 	bearer, err := d.bearer(&o.accessOptions)
 	if err != nil {
@@ -248,7 +250,12 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	management, err := o.management(ctx, d, scopes, bearer, ready, log)
+	if err != nil {
+		return err
+	}
 	https := httpd.Config{Log: log, Handlers: serviceapi.New(api).Handlers()}
+	maps.Copy(https.Handlers, managed(management))
 	if hub != nil {
 		if err := hub.describe(ready, &https, address); err != nil {
 			return err
@@ -267,6 +274,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	}
 	close(told)
 	err = eg.Wait()
+	management.Wait()
 	if ctx.Err() != nil && (err == nil || errors.Is(err, context.Canceled)) {
 		a.note("stopped; everybody who was there has been answered")
 		return nil
@@ -277,7 +285,8 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 // printReady leaves out what is secret.
 func (a *app) printReady(ready map[string]any) {
 	rows := [][]string{{"Registration service", "ready"}, {"  ID scope", fmt.Sprint(ready["idScope"])}}
-	for _, r := range [][2]string{{"https", "HTTPS"}, {"mqtt", "MQTT"}, {"amqp", "AMQP"}, {"caFile", "CA for devices"}, {"connectionStringFile", "owner's connection"}, {"hub", "built-in hub"}, {"hubConnectionStringFile", "hub's connection"}, {"recipient", "recipient"}} {
+	for _, r := range [][2]string{{"https", "HTTPS"}, {"mqtt", "MQTT"}, {"amqp", "AMQP"}, {"caFile", "CA for devices"}, {"connectionStringFile", "owner's connection"},
+		{"managementConnectionFile", "management"}, {"hub", "built-in hub"}, {"hubConnectionStringFile", "hub's connection"}, {"recipient", "recipient"}} {
 		if v, ok := ready[r[0]]; ok && v != "" {
 			rows = append(rows, []string{"  " + r[1], fmt.Sprint(v)})
 		}

@@ -23,6 +23,7 @@ var scopeTables = [...][2]string{
 	{"registrations", "id"}, {"devices", "id"}, {"endings", "id, revision, key_hash"}, {"grants", "id"}, {"refusals", "order_id, id"},
 	{"challenges", "id"}, {"issued", "serial_number"}, {"policies", "name"}, {"secrets", "name"}, {"audit", "id"},
 	{"outbox", "id"}, {"orphans", "id, hub, device_id"}, {"kin", "id"}, {"edges", "name"},
+	{"ca_certificates", "name"}, {"ca_references", "name, id"},
 }
 
 const scopeColumns = `SELECT scope, document, version FROM scopes `
