@@ -387,6 +387,8 @@ var sealedColumns = [...]sealedColumn{
 	{"secrets", "value", []string{"name"}, as("secret")},
 	{"registrations", "device_key", []string{"id"}, as("registration")},
 	{"challenges", "body", []string{"id"}, as("challenge")},
+	{"outbox", "body", []string{"id"}, as("task")},
+	{"kin", "body", []string{"id"}, as("kin")},
 	{"scopes", "document", nil, as("scope")},
 }
 
