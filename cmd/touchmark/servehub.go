@@ -21,7 +21,6 @@ import (
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/mqttd"
 	"github.com/touchmark/touchmark/pkg/registration"
-	"github.com/touchmark/touchmark/pkg/registration"
 )
 
 // hubOptions are what serve takes for the hub in its own process.
