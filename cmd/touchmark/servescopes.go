@@ -29,6 +29,7 @@ func (o *serveOptions) linkHubs(ctx context.Context, store registration.Store, d
 			sc = &registration.Scope{ID: d.scope, Name: cmp.Or(o.name, "touchmark-"+dps.Fold(d.scope))}
 		}
 		sc.Name = cmp.Or(o.name, sc.Name)
+		locate(sc)
 		sc.Hubs = slices.DeleteFunc(sc.Hubs, func(h registration.LinkedHub) bool { return h.FromStart })
 		for _, h := range fromStart {
 			if sc.Hub(h.Name) == nil {
@@ -47,7 +48,7 @@ func (o *serveOptions) linkHubs(ctx context.Context, store registration.Store, d
 		is := *was
 		is.Hubs = slices.Clone(was.Hubs)
 		_, err = edit(&is)
-		same = slices.Equal(was.Hubs, is.Hubs) && was.Name == is.Name
+		same = slices.Equal(was.Hubs, is.Hubs) && was.Name == is.Name && was.Subscription == is.Subscription && was.ResourceGroup == is.ResourceGroup && was.Location == is.Location
 		return err
 	})
 	if err == nil && !same {

@@ -281,6 +281,10 @@ func (in *intake) prepare(e *bundle.Entry) (prepared, error) {
 		}
 		base.Attestation.SymmetricKey, r.Symmetric = nil, d.kind == Group
 	case dps.AttestationX509:
+		if d.x509() == nil {
+			p.problem = "a bundle's group has its CA certificates, and no references to those of a scope"
+			return p, nil
+		}
 		certs, index, err := completeCertificates(d.kind, d.x509(), nil)
 		if err != nil {
 			p.problem = dps.AsError(err).Message
