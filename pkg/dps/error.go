@@ -20,6 +20,7 @@ const (
 	CodeNoHub            Code = 400208
 	CodeHubRefused       Code = 400209
 	CodeUnauthorized     Code = 401002
+	CodeQuota            Code = 403002
 	CodeNotFound         Code = 404000
 	CodeNoEnrollment     Code = 404201
 	CodeNoGroup          Code = 404202

@@ -91,7 +91,7 @@ func (s *Service) settingsAt(view Tx, revision int64) (*Settings, error) {
 	case sc == nil:
 		sc = &Scope{Settings: s.cfg.Settings}
 	case sc.Deleting:
-		return nil, refuse(errors.New("the scope is being deleted"))
+		return nil, because("scope", "the scope is being deleted")
 	}
 	s.settings.Store(&knownSettings{revision, &sc.Settings})
 	return &sc.Settings, nil
@@ -119,6 +119,13 @@ func CheckScope(sc *Scope) error {
 	}
 	if sc.AllocationPolicy == dps.AllocationCustom {
 		return invalid("A service's allocation policy cannot be custom: an enrollment's can")
+	}
+	quotas, ok := QuotasOf(sc.Quotas)
+	if !ok {
+		return invalid("There is no profile of quotas %.40q: there are azure and none", sc.Quotas)
+	}
+	if quotas.Hubs > 0 && len(sc.Hubs) > quotas.Hubs {
+		return Exceeds("linked hubs", int64(len(sc.Hubs)-1), int64(quotas.Hubs))
 	}
 	seen := make(map[string]bool)
 	for _, h := range sc.Hubs {

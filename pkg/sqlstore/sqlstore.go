@@ -22,6 +22,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strings"
 	"sync"
 
@@ -310,6 +311,7 @@ type statements struct {
 	planned, putIssued, keyTaken, keyIssued                                  *sql.Stmt
 	challenge, putChallenge, forgetChallenges                                *sql.Stmt
 	scopeStatements
+	meterStatements
 }
 
 const (
@@ -324,7 +326,7 @@ type statement struct {
 }
 
 func (st *statements) all() []statement {
-	return append(st.scopeStatements.all(), []statement{
+	return append(slices.Concat(st.scopeStatements.all(), st.meterStatements.all()), []statement{
 		{&st.revision, `SELECT groups_revision FROM scopes WHERE scope = $1`},
 		{&st.bumpRevision, `INSERT INTO scopes (scope, groups_revision) VALUES ($1, 1) ON CONFLICT (scope) DO UPDATE SET groups_revision = scopes.groups_revision + 1`},
 		{&st.record, recordColumns + `WHERE scope = $1 AND kind = $2 AND id = $3`},
