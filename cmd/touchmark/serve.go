@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"maps"
 	"os"
 	"slices"
@@ -31,6 +30,7 @@ type serveOptions struct {
 	front  frontOptions
 	limits limitOptions
 	issue  issueOptions
+	meter  meterOptions
 	emulatorOptions
 }
 
@@ -62,6 +62,7 @@ register in are there already, and faults happen on demand. touchmark help emula
 		},
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			o.httpsAsked = cmd.Flags().Changed("https")
+			o.meter.quotasAsked = cmd.Flags().Changed("quotas")
 			if err := o.checkEmulator(cmd); err != nil {
 				return err
 			}
@@ -82,6 +83,7 @@ register in are there already, and faults happen on demand. touchmark help emula
 	o.front.flags(c)
 	o.limits.flags(c)
 	o.issue.flags(c)
+	o.meter.flags(c)
 	o.bind(c)
 	_ = c.MarkFlagDirname("data")
 	return c
@@ -91,7 +93,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if o.https == "off" && o.mqtt == "off" && o.amqp == "off" {
 		return usageError{errors.New("all doors are off")}
 	}
-	if err := errors.Join(o.front.check(), o.limits.check()); err != nil {
+	if err := errors.Join(o.front.check(), o.limits.check(), o.meter.check()); err != nil {
 		return err
 	}
 	for _, h := range append(o.hubs, o.hostnames...) {
@@ -121,11 +123,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err := d.load(o); err != nil {
 		return err
 	}
-	level := slog.LevelInfo
-	if a.quiet {
-		level = slog.LevelWarn
-	}
-	log := slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: level}))
+	log := o.meter.logger(a)
 	store, err := sqlstore.Open(ctx, sqlstore.Config{Path: d.store(), DataKey: d.dataKey})
 	if err != nil {
 		return err
@@ -151,6 +149,11 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	} else if linked == 0 {
 		a.note("no hub is linked: devices will register and fail with 400208, no hub could be chosen; name one with --hub")
 	}
+	watched, err := o.meter.watch(ctx, store, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, watched.close()) }()
 	// What the start names is the first scope's: another tenant's devices have nothing to do with these owners and issuers.
 	own := registration.Config{Owners: owners, RequireOrders: o.requireOrders, Intermediates: intermediates}
 	closeIssuers, err := a.openIssuers(ctx, &o.issue, &own)
@@ -159,7 +162,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 		return err
 	}
 	scopes := registration.NewScopes(registration.ScopesConfig{
-		Config: registration.Config{Store: store, Log: log, AtOnce: own.AtOnce},
+		Config: registration.Config{Store: watched.store, Log: log, AtOnce: own.AtOnce, Attempt: watched.attempt},
 		Own: func(sc *registration.Scope, cfg *registration.Config) error {
 			if dps.Fold(sc.ID) == dps.Fold(d.scope) {
 				cfg.Owners, cfg.RequireOrders, cfg.Intermediates, cfg.Issuers = own.Owners, own.RequireOrders, own.Intermediates, own.Issuers
@@ -193,7 +196,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	}
 	eg, ctx := errgroup.WithContext(ctx)
 	eg.Go(func() error { return front.watch(ctx) })
-	limited := o.limits.wrap(scopes, log)
+	limited, profiles := watched.wrap(scopes, &o.limits)
 	var registrar registration.Registrar = limited
 	if o.ephemeral || exchanges != nil {
 		registrar = emulate.New(emulate.Config{Registrar: limited, Faults: faults, Exchanges: exchanges, Stop: ctx.Done()})
@@ -219,6 +222,12 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	}
 	if err != nil {
 		return err
+	}
+	readiness := watched.readiness(ctx.Done())
+	watched.hook(&https, readiness, profiles, d.scope)
+	watched.meter.Watch(scopes.Known, watched.sources(front, own.Issuers))
+	if l := open["metrics"]; l != nil {
+		watched.serve(l, readiness)
 	}
 	o.serveDoors(ctx, eg, open, front, registrar, limited.Overloaded, https)
 	if o.ephemeral {

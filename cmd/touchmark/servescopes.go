@@ -22,6 +22,10 @@ func (o *serveOptions) linkHubs(ctx context.Context, store registration.Store, d
 	edit := func(sc *registration.Scope) (*registration.Scope, error) {
 		if sc == nil {
 			sc = &registration.Scope{ID: d.scope, Name: cmp.Or(o.name, "touchmark-"+dps.Fold(d.scope))}
+			sc.Quotas = o.meter.quotas
+		}
+		if o.meter.quotasAsked {
+			sc.Quotas = o.meter.quotas
 		}
 		sc.Name = cmp.Or(o.name, sc.Name)
 		sc.Hubs = slices.DeleteFunc(sc.Hubs, func(h registration.LinkedHub) bool { return h.FromStart })
@@ -42,7 +46,7 @@ func (o *serveOptions) linkHubs(ctx context.Context, store registration.Store, d
 		is := *was
 		is.Hubs = slices.Clone(was.Hubs)
 		_, err = edit(&is)
-		same = slices.Equal(was.Hubs, is.Hubs) && was.Name == is.Name
+		same = slices.Equal(was.Hubs, is.Hubs) && was.Name == is.Name && was.Quotas == is.Quotas
 		return err
 	})
 	if err == nil && !same {

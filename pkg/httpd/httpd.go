@@ -23,6 +23,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/door"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/meter"
 	"github.com/touchmark/touchmark/pkg/registration"
 )
 
@@ -39,6 +40,13 @@ type Config struct {
 	// Calls are more of touchmark's own: each by the name that follows touchmark/ in its path, for those who may write
 	// enrollments.
 	Calls map[string]Call
+	// Reports tell operators of their scope and its devices: each by the name that follows touchmark/ in its path, and an ID may
+	// follow. Who may read registrations may ask for them, and who may write registrations may DELETE.
+	Reports map[string]func(context.Context, *meter.ReportRequest) (any, error)
+	// Throttle refuses an operation of a caller who may do it, because there were too many; nil is never.
+	Throttle func() error
+	// Around is put around everything; nil for nothing.
+	Around func(http.Handler) http.Handler
 	// Handlers answer what is not an API of devices or of enrollments, by the folded first segment of the path. They authorize
 	// callers by themselves.
 	Handlers map[string]http.Handler
@@ -132,7 +140,7 @@ func (s *Server) Handler() http.Handler { return s.handler(context.Background())
 
 // handler ends WebSockets with the context.
 func (s *Server) handler(ctx context.Context) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	var h http.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Strict-Transport-Security", "max-age=31536000; includeSubDomains")
 		release, err := s.caller(r)
 		if err != nil {
@@ -176,6 +184,10 @@ func (s *Server) handler(ctx context.Context) http.Handler {
 		}
 		s.device(w, r, segments)
 	})
+	if s.cfg.Around != nil {
+		h = s.cfg.Around(h)
+	}
+	return h
 }
 
 func notFound() *dps.Error {

@@ -21,6 +21,7 @@ import (
 	"github.com/touchmark/touchmark/hsm/sealing"
 	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/meter"
 	"github.com/touchmark/touchmark/pkg/registration"
 )
 
@@ -259,6 +260,23 @@ func (s *Server) own(w http.ResponseWriter, r *http.Request, seg []string) (any,
 			return nil, err
 		}
 		return s.orders(w, r, seg[1:])
+	case (len(seg) == 1 || len(seg) == 2) && s.cfg.Reports[seg[0]] != nil:
+		need := statusRead
+		if r.Method == http.MethodDelete {
+			need = statusWrite
+		}
+		if err := s.authorize(r, need); err != nil {
+			return nil, err
+		}
+		body, err := s.body(w, r, maxServiceBody)
+		if err != nil {
+			return nil, err
+		}
+		in := &meter.ReportRequest{Service: s.cfg.Service, Method: r.Method, Query: r.URL.Query(), Body: body, Actor: registration.Actor{Name: "service API", Remote: r.RemoteAddr}}
+		if len(seg) == 2 {
+			in.ID = seg[1]
+		}
+		return s.cfg.Reports[seg[0]](r.Context(), in)
 	case len(seg) == 1 && s.cfg.Calls[seg[0]] != nil:
 		if err := s.authorize(r, enrollmentWrite); err != nil {
 			return nil, err
@@ -394,6 +412,9 @@ func denied(cause error) *dps.Error { return dps.NewError(dps.CodeUnauthorized, 
 func (s *Server) authorize(r *http.Request, need right) error {
 	err := s.allowed(r, need)
 	if err == nil {
+		if s.cfg.Throttle != nil {
+			return s.cfg.Throttle()
+		}
 		return nil
 	}
 	e := denied(err)

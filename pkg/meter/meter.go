@@ -45,8 +45,6 @@ type Sources struct {
 	Outbox func() int
 	// Certificates are those whose end is watched: of TLS servers, of scopes, of issuers.
 	Certificates func() []Certificate
-	// Hubs says which linked hubs answered when they were last called.
-	Hubs func() map[string]bool
 	// Doors are the connections of each door.
 	Doors func() map[string]Door
 }
@@ -75,7 +73,7 @@ type Meter struct {
 	requestTime, serviceTime, hubTime, storeTime                                                      *prometheus.HistogramVec
 	webhookTime                                                                                       prometheus.Histogram
 	lost                                                                                              prometheus.Counter
-	objects                                                                                           *prometheus.GaugeVec
+	objects, hubUp                                                                                    *prometheus.GaugeVec
 
 	scopes, hubs, versions names
 
@@ -118,7 +116,8 @@ func New(cfg Config) *Meter {
 	m.lost = prometheus.NewCounter(prometheus.CounterOpts{Namespace: "touchmark", Subsystem: "dps", Name: "attempts_lost_total",
 		Help: "Attempts of devices that are in no log of attempts, because there were too many."})
 	m.objects = prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: "touchmark", Subsystem: "dps", Name: "objects", Help: "What scopes have, as it was last counted."}, []string{"scope", "type"})
-	m.registry.MustRegister(m.webhookTime, m.lost, m.objects, sources{m}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.hubUp = prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: "touchmark", Subsystem: "dps", Name: "hub_up", Help: "Whether a linked hub answered when it was last called."}, []string{"hub"})
+	m.registry.MustRegister(m.webhookTime, m.lost, m.objects, m.hubUp, sources{m}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 
@@ -234,18 +233,6 @@ func (s sources) Collect(out chan<- prometheus.Metric) {
 	src := s.m.cfg.Sources
 	if src.Outbox != nil {
 		send(gauge("outbox_depth", "Changes that wait to be made at hubs."), prometheus.GaugeValue, float64(src.Outbox()))
-	}
-	if src.Hubs != nil {
-		up := make(map[string]float64) // hubs beyond the bound share a name: it is up while all are
-		for hub, ok := range src.Hubs() {
-			name := s.m.hubs.of(hub)
-			if v, there := up[name]; !there || v == 1 {
-				up[name] = map[bool]float64{true: 1}[ok]
-			}
-		}
-		for name, v := range up {
-			send(gauge("hub_up", "Whether a linked hub answered when it was last called.", "hub"), prometheus.GaugeValue, v, name)
-		}
 	}
 	if src.Certificates != nil {
 		ends := make(map[string]float64) // of one name the first end counts

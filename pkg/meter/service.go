@@ -88,6 +88,14 @@ func (m *Meter) Handler(scope func(*http.Request) string, next http.Handler) htt
 	})
 }
 
+// Operation names the operation that a request asks for, one of a bounded number; empty for what is no operator's.
+func Operation(r *http.Request) string {
+	if c := classify(r); c != nil {
+		return c.Operation
+	}
+	return ""
+}
+
 // answer sees the status of an answer.
 type answer struct {
 	http.ResponseWriter

@@ -43,7 +43,7 @@ func (st *meterStatements) all() []statement {
 			(SELECT device, id FROM attempts WHERE scope = $1 AND class = $2 AND id <= $3 ORDER BY id LIMIT $4)`},
 	}
 	for i, c := range countedTables {
-		all = append(all, statement{&st.counts[i], `SELECT COUNT(*) FROM (SELECT 1 FROM ` + c.rows + ` LIMIT $2) AS some`})
+		all = append(all, statement{&st.counts[i], `SELECT COUNT(*) FROM (SELECT 1 FROM ` + c.rows + ` LIMIT $2) AS counted`})
 	}
 	return all
 }
