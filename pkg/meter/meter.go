@@ -117,7 +117,10 @@ func New(cfg Config) *Meter {
 		Help: "Attempts of devices that are in no log of attempts, because there were too many."})
 	m.objects = prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: "touchmark", Subsystem: "dps", Name: "objects", Help: "What scopes have, as it was last counted."}, []string{"scope", "type"})
 	m.hubUp = prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: "touchmark", Subsystem: "dps", Name: "hub_up", Help: "Whether a linked hub answered when it was last called."}, []string{"hub"})
-	m.registry.MustRegister(m.webhookTime, m.lost, m.objects, m.hubUp, sources{m}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	// Of the memory statistics a gauge and a counter have one name in OpenMetrics, which its parsers refuse; the runtime's own have not.
+	runtime := collectors.NewGoCollector(collectors.WithGoCollectorMemStatsMetricsDisabled(),
+		collectors.WithGoCollectorRuntimeMetrics(collectors.MetricsMemory, collectors.MetricsGC, collectors.MetricsScheduler))
+	m.registry.MustRegister(m.webhookTime, m.lost, m.objects, m.hubUp, sources{m}, runtime, collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 

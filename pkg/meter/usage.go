@@ -70,7 +70,18 @@ func (m *Meter) Flush(ctx context.Context) error {
 	})
 	for chunk := range slices.Chunk(keys, flushAtOnce) {
 		err := m.cfg.Store.Update(ctx, func(tx registration.Tx) error {
+			scope, gone := "", false
 			for _, k := range chunk {
+				if k.scope != scope {
+					var err error
+					if gone, err = registration.Deleted(tx, k.scope); err != nil {
+						return err
+					}
+					scope = k.scope
+				}
+				if gone {
+					continue
+				}
 				if err := tx.AddUsage(k.scope, registration.Usage{Day: k.day, API: k.api, Operation: k.operation, Result: k.result, Calls: usage[k]}); err != nil {
 					return err
 				}

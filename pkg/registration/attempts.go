@@ -341,7 +341,7 @@ func (l *Attempts) Run(ctx context.Context) error {
 	for {
 		if now := l.cfg.Now(); now.Sub(kept) >= housekeepTime {
 			kept = now
-			if err := l.expire(ctx); err != nil && ctx.Err() == nil {
+			if err := l.Expire(ctx); err != nil && ctx.Err() == nil {
 				l.cfg.Log.Error("forgetting old attempts", "cause", err)
 			}
 		}
@@ -375,6 +375,9 @@ func (l *Attempts) Flush(ctx context.Context) error {
 		devices := slices.Sorted(maps.Keys(byDevice)) // in one order at every replica
 		for chunk := range slices.Chunk(devices, flushAtOnce) {
 			err := l.cfg.Store.Update(ctx, func(tx Tx) error {
+				if gone, err := Deleted(tx, scope); gone || err != nil {
+					return err
+				}
 				for _, d := range chunk {
 					if err := keep(tx, scope, d, byDevice[d]); err != nil {
 						return err
@@ -506,8 +509,8 @@ func (l *Attempts) trim(ctx context.Context, scope string) error {
 	return nil
 }
 
-// expire trims every scope.
-func (l *Attempts) expire(ctx context.Context) error {
+// Expire forgets what is too old, or too much, in every scope. Run does it every hour.
+func (l *Attempts) Expire(ctx context.Context) error {
 	for after, page := "", []*Scope(nil); ; after = dps.Fold(page[len(page)-1].ID) {
 		err := l.cfg.Store.View(ctx, func(tx Tx) (err error) {
 			page, err = tx.Scopes(after, 100)

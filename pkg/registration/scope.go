@@ -184,6 +184,12 @@ func (s *Settings) allowed(name string) error {
 	return nil
 }
 
+// Deleted reports whether a scope is deleted, or being deleted: nothing more is to be written of it.
+func Deleted(tx Tx, scope string) (bool, error) {
+	sc, err := found(tx.Scope(scope))
+	return sc != nil && sc.Deleting, err
+}
+
 // eraseAtOnce is how many rows of a deleted scope one transaction removes.
 const eraseAtOnce = 2000
 
