@@ -224,7 +224,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 		return err
 	}
 	readiness := watched.readiness(ctx.Done())
-	watched.hook(&https, readiness, profiles, d.scope)
+	watched.hook(&https, readiness, profiles)
 	watched.meter.Watch(scopes.Known, watched.sources(front, own.Issuers))
 	if l := open["metrics"]; l != nil {
 		watched.serve(l, readiness)

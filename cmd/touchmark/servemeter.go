@@ -165,12 +165,19 @@ func ending(all []meter.Certificate, name string, der []byte) []meter.Certificat
 }
 
 // hook puts onto the HTTPS door what watches it, and what operators may ask.
-func (w *watched) hook(https *httpd.Config, ready *meter.Readiness, profiles *limit.Profiles, scope string) {
-	folded := dps.Fold(scope)
+func (w *watched) hook(https *httpd.Config, ready *meter.Readiness, profiles *limit.Profiles) {
+	svc := https.Service
+	folded := dps.Fold(svc.Scope())
 	https.Around = func(next http.Handler) http.Handler {
 		return w.meter.Handler(func(*http.Request) string { return folded }, w.traces.service(meter.Operation, next))
 	}
-	https.Throttle = func() error { return profiles.Service(folded) }
+	https.Throttle = func(ctx context.Context) error {
+		set, err := svc.Settings(ctx)
+		if err != nil {
+			return err
+		}
+		return profiles.Service(folded, set.Limits())
+	}
 	https.Reports = map[string]func(context.Context, *meter.ReportRequest) (any, error){"usage": w.meter.UsageReport}
 	if w.attempts != nil {
 		https.Reports["diagnose"], https.Reports["attempts"] = meter.Diagnose(w.attempts), meter.AttemptByTracking(w.attempts)

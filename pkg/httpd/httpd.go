@@ -44,7 +44,7 @@ type Config struct {
 	// follow. Who may read registrations may ask for them, and who may write registrations may DELETE.
 	Reports map[string]func(context.Context, *meter.ReportRequest) (any, error)
 	// Throttle refuses an operation of a caller who may do it, because there were too many; nil is never.
-	Throttle func() error
+	Throttle func(context.Context) error
 	// Around is put around everything; nil for nothing.
 	Around func(http.Handler) http.Handler
 	// Handlers answer what is not an API of devices or of enrollments, by the folded first segment of the path. They authorize

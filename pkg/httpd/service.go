@@ -413,7 +413,7 @@ func (s *Server) authorize(r *http.Request, need right) error {
 	err := s.allowed(r, need)
 	if err == nil {
 		if s.cfg.Throttle != nil {
-			return s.cfg.Throttle()
+			return s.cfg.Throttle(r.Context())
 		}
 		return nil
 	}

@@ -121,11 +121,10 @@ func (p *Profiles) poll(req *registration.Request, scope string, most int) error
 	return p.refuse("device", "polls", left)
 }
 
-// Service refuses an operation of the service API, or lets it through. It is for calls that are authorized: who is not must
-// not use up what a scope has.
-func (p *Profiles) Service(scope string) error {
-	scope = dps.Fold(scope)
-	return p.count("service", scope, "operations", p.cfg.Quotas(scope).ServiceCalls, time.Minute)
+// Service refuses an operation of the service API, or lets it through; quotas are those of the scope. It is for calls that are
+// authorized: who is not must not use up what a scope has.
+func (p *Profiles) Service(scope string, quotas registration.Quotas) error {
+	return p.count("service", dps.Fold(scope), "operations", quotas.ServiceCalls, time.Minute)
 }
 
 // Register implements [registration.Registrar].

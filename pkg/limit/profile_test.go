@@ -80,7 +80,7 @@ func TestProfiles(t *testing.T) {
 			_, err := p.Status(t.Context(), req("0neAzure", "dev-1"), "op")
 			return err
 		})
-		check("operations", 1000, time.Minute, func(int) error { return p.Service("0neAzure") })
+		check("operations", 1000, time.Minute, func(int) error { return p.Service("0neAzure", azure) })
 		for i := range 1000 { // used up again, and for nobody else
 			_, _ = p.Register(t.Context(), req("0neAzure", fmt.Sprint("dev-", i)))
 		}
@@ -91,7 +91,7 @@ func TestProfiles(t *testing.T) {
 			t.Errorf("another device: %v", err)
 		}
 		for i := range 3000 {
-			if _, err := p.Register(t.Context(), req("0neFree", "dev")); err != nil || p.Service("0neFree") != nil {
+			if _, err := p.Register(t.Context(), req("0neFree", "dev")); err != nil || p.Service("0neFree", registration.Quotas{}) != nil {
 				t.Fatalf("%d, without quotas: %v", i, err)
 			}
 		}
