@@ -111,7 +111,7 @@ The journey:  init → mint → (bundle) → serve → import → register`,
 		c.GroupID = "tools"
 		root.AddCommand(c)
 	}
-	root.AddCommand(newVersion(a), newMan(a), exitCodesTopic, environmentTopic, hsmTopic, issuersTopic, technicianTopic, lineTopic, ownerTopic, emulatorTopic, limitsTopic, proxiesTopic)
+	root.AddCommand(newVersion(a), newMan(a), exitCodesTopic, environmentTopic, hsmTopic, issuersTopic, technicianTopic, lineTopic, ownerTopic, emulatorTopic, limitsTopic, proxiesTopic, monitoringTopic)
 	root.SetHelpCommand(newHelp(root))
 	wrapUsage(root)
 	return root

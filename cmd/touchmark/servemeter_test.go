@@ -70,7 +70,9 @@ func TestMonitoring(t *testing.T) {
 		}
 	}
 	svc := openTestService(t, dir)
-	get := func(path string, query url.Values, out any) error { return svc.call(t.Context(), "GET", path, query, nil, nil, out) }
+	get := func(path string, query url.Values, out any) error {
+		return svc.call(t.Context(), "GET", path, query, nil, nil, out)
+	}
 
 	all := metricsOf(t, ready["metrics"])
 	assigned := 0

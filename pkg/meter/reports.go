@@ -1,6 +1,7 @@
 package meter
 
 import (
+	"bytes"
 	"context"
 	"crypto/x509"
 	"encoding/pem"
@@ -81,12 +82,13 @@ func parseChain(body []byte) (chain []*x509.Certificate, err error) {
 	bad := func(cause error) error {
 		return dps.NewError(dps.CodeInvalidArgument, "The body must be certificates in PEM, the device's first, and nothing else", cause)
 	}
-	for rest := body; len(rest) > 0; {
-		var block *pem.Block
-		if block, rest = pem.Decode(rest); block == nil {
-			break
+	for rest := bytes.TrimSpace(body); len(rest) > 0; rest = bytes.TrimSpace(rest) {
+		if !bytes.HasPrefix(rest, []byte("-----BEGIN CERTIFICATE-----")) {
+			return nil, bad(nil)
 		}
-		if block.Type != "CERTIFICATE" {
+		var block *pem.Block
+		block, rest = pem.Decode(rest)
+		if block == nil || block.Type != "CERTIFICATE" || len(block.Headers) > 0 {
 			return nil, bad(nil)
 		}
 		c, err := x509.ParseCertificate(block.Bytes)
