@@ -214,3 +214,8 @@ func (w *watched) serve(l net.Listener, ready *meter.Readiness) {
 		return nil
 	})
 }
+
+// hub returns a hub whose calls are counted and traced.
+func (w *watched) hub(name string, h registration.Hub) registration.Hub {
+	return w.meter.WatchHub(name, w.traces.hub(name, h))
+}

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -20,6 +21,8 @@ import (
 	"testing"
 	"time"
 
+	sdk "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 	collector "go.opentelemetry.io/proto/otlp/collector/trace/v1"
 	"google.golang.org/protobuf/proto"
 
@@ -347,5 +350,35 @@ func TestTraces(t *testing.T) {
 		if code != exitUsage || strings.Contains(text, "hunter2") {
 			t.Errorf("%s: exit code %d\n%s", bad, code, text)
 		}
+	}
+}
+
+// admitting is a hub that takes every device.
+type admitting struct{ registration.Hub }
+
+func (admitting) Admit(context.Context, *registration.HubDevice) (bool, error) { return true, nil }
+
+// Calls of a hub are counted, and are part of the trace of what they are made for.
+func TestWatchedHub(t *testing.T) {
+	sent := tracetest.NewInMemoryExporter()
+	p := sdk.NewTracerProvider(sdk.WithSyncer(sent))
+	w := &watched{meter: meter.New(meter.Config{}), traces: &tracing{p, p.Tracer("test")}}
+	ctx, parent := w.traces.tracer.Start(t.Context(), "parent")
+	if created, err := w.hub("hub-a.example.net", admitting{}).Admit(ctx, &registration.HubDevice{ID: "dev-1"}); !created || err != nil {
+		t.Error(created, err)
+	}
+	parent.End()
+	spans := sent.GetSpans()
+	if len(spans) != 2 || spans[0].Name != "hub.admit" || spans[0].Parent.SpanID() != parent.SpanContext().SpanID() {
+		t.Errorf("%+v", spans)
+	}
+	off := &watched{meter: w.meter}
+	if created, err := off.hub("hub-a.example.net", admitting{}).Admit(t.Context(), &registration.HubDevice{ID: "dev-1"}); !created || err != nil {
+		t.Error(created, err)
+	}
+	r := httptest.NewRecorder()
+	w.meter.Metrics().ServeHTTP(r, httptest.NewRequest("GET", "/metrics", nil))
+	if !strings.Contains(r.Body.String(), `touchmark_dps_hub_requests_total{code="ok",hub="hub-a.example.net",operation="admit"} 2`) {
+		t.Error(r.Body)
 	}
 }
