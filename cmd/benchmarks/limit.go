@@ -57,7 +57,7 @@ func putKeyGroup(svc *registration.Service) {
 	text := base64.StdEncoding.EncodeToString(benchKey)
 	group := dps.EnrollmentGroup{EnrollmentGroupID: "group", Enrollment: dps.Enrollment{Attestation: &dps.Attestation{Type: dps.AttestationSymmetricKey,
 		SymmetricKey: &dps.SymmetricKeyAttestation{PrimaryKey: text, SecondaryKey: text}}}}
-	must(svc.PutEnrollment(context.Background(), registration.Group, "group", must(json.Marshal(group)), ""))
+	must(svc.PutEnrollment(context.Background(), registration.Actor{}, registration.Group, "group", must(json.Marshal(group)), ""))
 }
 
 // limits has room for a benchmark, which comes from one address and asks as fast as it can.

@@ -33,7 +33,7 @@ func newCrowd(groups int, attestation func(i int) *dps.Attestation) *crowd {
 		i := int(next.Add(1) - 1)
 		id := fmt.Sprintf("group-%05d", i)
 		body := must(json.Marshal(dps.EnrollmentGroup{EnrollmentGroupID: id, Enrollment: dps.Enrollment{Attestation: attestation(i)}}))
-		must(c.svc.PutEnrollment(context.Background(), registration.Group, id, body, ""))
+		must(c.svc.PutEnrollment(context.Background(), registration.Actor{}, registration.Group, id, body, ""))
 	})
 	return c
 }

@@ -87,7 +87,7 @@ func (b *bench) register(protocol string, byKey bool) {
 		group.Attestation = &dps.Attestation{Type: dps.AttestationSymmetricKey, SymmetricKey: &dps.SymmetricKeyAttestation{
 			PrimaryKey: base64.StdEncoding.EncodeToString(groupKey), SecondaryKey: base64.StdEncoding.EncodeToString(groupKey[1:])}}
 	}
-	must(svc.PutEnrollment(context.Background(), registration.Group, "group", must(json.Marshal(group)), ""))
+	must(svc.PutEnrollment(context.Background(), registration.Actor{}, registration.Group, "group", must(json.Marshal(group)), ""))
 	server := a.issue("localhost", x509.ExtKeyUsageServerAuth)
 	certificate := func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return &server, nil }
 	ctx, stop := context.WithCancel(context.Background())
@@ -102,7 +102,7 @@ func (b *bench) register(protocol string, byKey bool) {
 	switch protocol {
 	case "https":
 		dc.TLS.NextProtos = []string{"http/1.1"}
-		front := httpd.New(httpd.Config{Registrar: svc, Service: svc, Door: door.New(dc)})
+		front := httpd.New(httpd.Config{Registrar: svc, Door: door.New(dc)})
 		doors.Go(func() { check(front.Serve(ctx, ours)) })
 	case "amqp":
 		exchange, limit, echoes = amqpExchange, 420, 3

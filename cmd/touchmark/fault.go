@@ -11,7 +11,7 @@ import (
 
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/emulate"
-	"github.com/touchmark/touchmark/pkg/httpd"
+	"github.com/touchmark/touchmark/pkg/serviceapi"
 )
 
 type faultOptions struct {
@@ -82,7 +82,7 @@ func (a *app) runFault(ctx context.Context, o *faultOptions, method string, text
 }
 
 // faultCalls answers a test that changes the faults while the emulator runs.
-func faultCalls(faults *emulate.Faults) httpd.Call {
+func faultCalls(faults *emulate.Faults) serviceapi.Call {
 	return func(_ context.Context, method string, body []byte) (any, error) {
 		var list []emulate.Fault
 		var err error

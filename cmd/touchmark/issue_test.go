@@ -232,7 +232,7 @@ func TestNodeAtOnce(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if _, err := svc.PutEnrollment(t.Context(), registration.Group, "keys", doc, ""); err != nil {
+			if _, err := svc.PutEnrollment(t.Context(), registration.Actor{}, registration.Group, "keys", doc, ""); err != nil {
 				t.Fatal(err)
 			}
 			write(t, filepath.Join(dir, "provisioning.json"), `{"idScope":"0ne00112233","registrationId":"`+id+`","attestation":"symmetricKey","symmetricKey":"`+

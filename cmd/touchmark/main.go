@@ -111,7 +111,13 @@ The journey:  init → mint → (bundle) → serve → import → register`,
 		c.GroupID = "tools"
 		root.AddCommand(c)
 	}
-	root.AddCommand(newVersion(a), newMan(a), exitCodesTopic, environmentTopic, hsmTopic, issuersTopic, technicianTopic, lineTopic, ownerTopic, emulatorTopic, limitsTopic, proxiesTopic, monitoringTopic)
+	root.AddCommand(newVersion(a), newMan(a))
+	root.AddCommand(exitCodesTopic, environmentTopic, hsmTopic, technicianTopic, lineTopic, ownerTopic) // pages of the factory
+	root.AddCommand(issuersTopic, emulatorTopic, limitsTopic, proxiesTopic, monitoringTopic)            // of the doors
+	root.AddCommand(
+		hubsTopic,
+		builtinHubTopic,
+	)
 	root.SetHelpCommand(newHelp(root))
 	wrapUsage(root)
 	return root

@@ -15,6 +15,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/emulate"
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/registration"
+	"github.com/touchmark/touchmark/pkg/serviceapi"
 	"github.com/touchmark/touchmark/pkg/sqlstore"
 )
 
@@ -30,7 +31,9 @@ type serveOptions struct {
 	front  frontOptions
 	limits limitOptions
 	issue  issueOptions
-	meter  meterOptions
+	accessOptions
+	hubOptions
+	meter meterOptions
 	emulatorOptions
 }
 
@@ -72,7 +75,7 @@ register in are there already, and faults happen on demand. touchmark help emula
 	f := c.Flags()
 	f.StringVar(&o.data, "data", "", "directory that the service keeps everything in")
 	o.doorOptions.flags(c)
-	f.StringArrayVar(&o.hubs, "hub", nil, "host name of a hub that devices may be assigned to; again for more")
+	f.StringArrayVar(&o.hubs, "hub", nil, "host name of a hub that devices may be assigned to, or builtin for a small one in this process (touchmark help builtin-hub); again for more")
 	f.StringArrayVar(&o.hostnames, "hostname", nil, "name that the service is reached by, for its certificate and tokens; again for more (default: localhost)")
 	f.StringVar(&o.name, "name", "", "name of the first provisioning service among those that this one serves (default: touchmark-ID_SCOPE)")
 	f.StringVar(&o.idScope, "id-scope", "", "ID scope that a first start takes, instead of a random one")
@@ -83,6 +86,8 @@ register in are there already, and faults happen on demand. touchmark help emula
 	o.front.flags(c)
 	o.limits.flags(c)
 	o.issue.flags(c)
+	o.accessOptions.flags(c)
+	o.hubOptions.flags(c)
 	o.meter.flags(c)
 	o.bind(c)
 	_ = c.MarkFlagDirname("data")
@@ -93,7 +98,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if o.https == "off" && o.mqtt == "off" && o.amqp == "off" {
 		return usageError{errors.New("all doors are off")}
 	}
-	if err := errors.Join(o.front.check(), o.limits.check(), o.meter.check()); err != nil {
+	if err := errors.Join(o.front.check(), o.limits.check(), o.accessOptions.check(), o.meter.check()); err != nil {
 		return err
 	}
 	for _, h := range append(o.hubs, o.hostnames...) {
@@ -103,6 +108,9 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	}
 	if len(o.hostnames) == 0 {
 		o.hostnames = []string{"localhost"}
+	}
+	if err := o.checkHub(); err != nil {
+		return err
 	}
 	d := &serviceData{}
 	if o.ephemeral {
@@ -144,6 +152,12 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	told := make(chan struct{})
+	hub, closeHub, err := a.openHub(ctx, o, d, told, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, closeHub()) }()
 	if linked, err := o.linkHubs(ctx, store, d); err != nil {
 		return err
 	} else if linked == 0 {
@@ -161,8 +175,14 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	shared := registration.Config{Store: watched.store, Log: log, AtOnce: own.AtOnce, Attempt: watched.attempt}
+	o.enrollable(&shared)
+	bearer, err := d.bearer(&o.accessOptions)
+	if err != nil {
+		return err
+	}
 	scopes := registration.NewScopes(registration.ScopesConfig{
-		Config: registration.Config{Store: watched.store, Log: log, AtOnce: own.AtOnce, Attempt: watched.attempt},
+		Config: shared,
 		Own: func(sc *registration.Scope, cfg *registration.Config) error {
 			if dps.Fold(sc.ID) == dps.Fold(d.scope) {
 				cfg.Owners, cfg.RequireOrders, cfg.Intermediates, cfg.Issuers = own.Owners, own.RequireOrders, own.Intermediates, own.Issuers
@@ -183,7 +203,6 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 			return err
 		}
 	}
-	told := make(chan struct{})
 	exchanges, closeExchanges, err := a.openExchanges(o.exchanges, told, log)
 	if err != nil {
 		return err
@@ -205,16 +224,17 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	for name, l := range open {
 		ready[name] = reachable(l, o.hostnames[0])
 	}
-	https := httpd.Config{
-		Calls: make(map[string]httpd.Call), Service: svc, Hosts: append(o.hostnames, "localhost", "127.0.0.1", "::1"), Recipient: d.recipient, Log: log,
-		Import: func(ctx context.Context, r httpd.ImportRequest) (registration.ImportResult, error) {
-			return d.importBundle(ctx, svc, r)
-		},
+	d.described(ready)
+	api := serviceapi.Config{
+		Scopes: scopes, First: d.scope, Hosts: o.hostnames, Domain: o.domain, Bearer: bearer, StrictQuery: o.strictQuery,
+		Calls: make(map[string]serviceapi.Call), Import: d.importBundle, Recipient: d.recipient, Log: log,
+		Meter: watched.meter, Attempts: watched.attempts,
+		Throttle: func(sc *registration.Scope) error { return profiles.Service(sc.ID, sc.Limits()) },
 	}
 	address, _ := ready["https"].(string)
 	switch {
 	case o.ephemeral:
-		https.Calls["faults"] = faultCalls(faults)
+		api.Calls["faults"] = faultCalls(faults)
 		err = emulated.describe(ready, owner, address)
 	case address != "":
 		err = d.writeConnection(owner, address)
@@ -224,12 +244,17 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 		return err
 	}
 	readiness := watched.readiness(ctx.Done())
-	watched.hook(&https, readiness, profiles)
 	watched.meter.Watch(scopes.Known, watched.sources(front, own.Issuers))
 	if l := open["metrics"]; l != nil {
 		watched.serve(l, readiness)
 	}
-	o.serveDoors(ctx, eg, open, front, registrar, limited.Overloaded, https)
+	https := httpd.Config{Log: log, Handlers: watched.handlers(serviceapi.New(api).Handlers(), readiness)}
+	if hub != nil {
+		if err := hub.describe(ready, &https, address); err != nil {
+			return err
+		}
+	}
+	o.serveDoors(ctx, eg, open, front, registrar, limited.Overloaded, hub.door(), https)
 	if o.ephemeral {
 		emulated.tell(a)
 	}
@@ -252,7 +277,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 // printReady leaves out what is secret.
 func (a *app) printReady(ready map[string]any) {
 	rows := [][]string{{"Registration service", "ready"}, {"  ID scope", fmt.Sprint(ready["idScope"])}}
-	for _, r := range [][2]string{{"https", "HTTPS"}, {"mqtt", "MQTT"}, {"amqp", "AMQP"}, {"caFile", "CA for devices"}, {"connectionStringFile", "owner's connection"}, {"recipient", "recipient"}} {
+	for _, r := range [][2]string{{"https", "HTTPS"}, {"mqtt", "MQTT"}, {"amqp", "AMQP"}, {"caFile", "CA for devices"}, {"connectionStringFile", "owner's connection"}, {"hub", "built-in hub"}, {"hubConnectionStringFile", "hub's connection"}, {"recipient", "recipient"}} {
 		if v, ok := ready[r[0]]; ok && v != "" {
 			rows = append(rows, []string{"  " + r[1], fmt.Sprint(v)})
 		}

@@ -34,8 +34,8 @@ import (
 	"github.com/touchmark/touchmark/pkg/emulate"
 	"github.com/touchmark/touchmark/pkg/evidence"
 	"github.com/touchmark/touchmark/pkg/filelock"
-	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/registration"
+	"github.com/touchmark/touchmark/pkg/serviceapi"
 )
 
 // The files of a service's data directory.
@@ -57,14 +57,15 @@ const ownerPolicy = "provisioningserviceowner"
 
 // serviceData is what a service keeps beside its store: a data directory, or, without one, memory.
 type serviceData struct {
-	dir       string             // empty: nothing is kept
-	seed      emulate.Seed       // what secrets are made of where nothing is kept; nil: chance
-	stations  []crypto.PublicKey // trusted beside those in the trust folder
-	scope     string
-	dataKey   []byte
-	identity  *age.X25519Identity
-	recipient string
-	caPEM     []byte // of the service's own CA; set by certificate, nil where TLS has files
+	dir             string             // empty: nothing is kept
+	seed            emulate.Seed       // what secrets are made of where nothing is kept; nil: chance
+	stations        []crypto.PublicKey // trusted beside those in the trust folder
+	scope           string
+	dataKey         []byte
+	identity        *age.X25519Identity
+	recipient       string
+	managementToken string // where nothing is kept
+	caPEM           []byte // of the service's own CA; set by certificate, nil where TLS has files
 }
 
 func (d *serviceData) path(name string) string { return filepath.Join(d.dir, name) }
@@ -217,7 +218,7 @@ func (d *serviceData) certificate(o *serveOptions) (func(*tls.ClientHelloInfo) (
 	}
 	var current atomic.Pointer[tls.Certificate]
 	make := func() (*tls.Certificate, error) {
-		c, err := d.serverCertificate(root[0], key, o.hostnames)
+		c, err := d.serverCertificate(root[0], key, o.tlsNames())
 		if err == nil {
 			current.Store(c)
 		}
@@ -296,7 +297,7 @@ func parseKeyPEM(b []byte) (crypto.Signer, error) {
 
 // importBundle takes a bundle as it comes in. It is kept first, verified to its last octet, and only then imported: an upload
 // that breaks off imports nothing.
-func (d *serviceData) importBundle(ctx context.Context, svc *registration.Service, in httpd.ImportRequest) (registration.ImportResult, error) {
+func (d *serviceData) importBundle(ctx context.Context, svc *registration.Service, in serviceapi.ImportRequest) (registration.ImportResult, error) {
 	f, err := d.spool(in.Body)
 	if err != nil {
 		return registration.ImportResult{}, err
@@ -347,7 +348,7 @@ type memory struct{ *bytes.Reader }
 func (memory) Close() error { return nil }
 
 // takeBundle verifies a bundle, which stands at its beginning, and imports it. The request's body is not looked at.
-func (d *serviceData) takeBundle(ctx context.Context, svc *registration.Service, f io.ReadSeeker, in httpd.ImportRequest) (registration.ImportResult, error) {
+func (d *serviceData) takeBundle(ctx context.Context, svc *registration.Service, f io.ReadSeeker, in serviceapi.ImportRequest) (registration.ImportResult, error) {
 	var none registration.ImportResult
 	var err error
 	cfg := bundle.OpenConfig{Identities: []age.Identity{d.identity}}
@@ -383,7 +384,7 @@ func (d *serviceData) takeBundle(ctx context.Context, svc *registration.Service,
 		holders = append(slices.Clip(holders), holder)
 	}
 	res, err := svc.Import(ctx, r.Entries(), registration.ImportConfig{
-		Station: r.KeyID(), Grant: r.Grant(), Holders: holders, RequireOrder: in.RequireOrder, DryRun: in.DryRun})
+		Station: r.KeyID(), Grant: r.Grant(), Holders: holders, RequireOrder: in.RequireOrder, DryRun: in.DryRun, By: in.By})
 	if errors.Is(err, registration.ErrOrder) {
 		err = dps.NewError(dps.CodeBundleOrder, strings.ToUpper(err.Error()[:1])+err.Error()[1:], err)
 	}

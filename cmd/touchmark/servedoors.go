@@ -87,13 +87,13 @@ func (o *serveOptions) listen(what, address string) (net.Listener, error) {
 }
 
 // serveDoors has devices answered at the open doors until the context ends.
-func (o *serveOptions) serveDoors(ctx context.Context, eg *errgroup.Group, open map[string]net.Listener, front *front, registrar registration.Registrar, overloaded func(*registration.Request) bool, https httpd.Config) {
+func (o *serveOptions) serveDoors(ctx context.Context, eg *errgroup.Group, open map[string]net.Listener, front *front, registrar registration.Registrar, overloaded func(*registration.Request) bool, hub mqttd.Hub, https httpd.Config) {
 	delay := o.delay
 	if delay == 0 {
 		delay = -1
 	}
 	mqtt := func(protocol string) door.Handler {
-		return mqttd.New(mqttd.Config{Registrar: registrar, Overloaded: overloaded, Protocol: protocol, Log: front.log, ResponseDelay: delay}).Handle
+		return mqttd.New(mqttd.Config{Hub: hub, Registrar: registrar, Overloaded: overloaded, Protocol: protocol, Log: front.log, ResponseDelay: delay}).Handle
 	}
 	amqp := func(protocol string) door.Handler {
 		return amqpd.New(amqpd.Config{Registrar: registrar, Protocol: protocol, Log: front.log, ResponseDelay: delay}).Handle

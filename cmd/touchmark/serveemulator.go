@@ -20,8 +20,8 @@ import (
 	"github.com/touchmark/touchmark/pkg/ca"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/emulate"
-	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/registration"
+	"github.com/touchmark/touchmark/pkg/serviceapi"
 )
 
 // emulatorOptions are what serve --ephemeral takes beside the rest.
@@ -236,7 +236,7 @@ func (e *emulator) enroll(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if _, err := e.svc.PutEnrollment(ctx, registration.Group, g.EnrollmentGroupID, doc, ""); err != nil {
+		if _, err := e.svc.PutEnrollment(ctx, startActor, registration.Group, g.EnrollmentGroupID, doc, ""); err != nil {
 			return fmt.Errorf("making group %s: %w", g.EnrollmentGroupID, err)
 		}
 	}
@@ -255,7 +255,7 @@ func (e *emulator) enrollFile(ctx context.Context, file string) error {
 		if _, err := f.Seek(0, io.SeekStart); err != nil {
 			return err
 		}
-		res, err := e.d.takeBundle(ctx, e.svc, f, httpd.ImportRequest{})
+		res, err := e.d.takeBundle(ctx, e.svc, f, serviceapi.ImportRequest{By: startActor})
 		if err != nil {
 			return err
 		}
@@ -275,7 +275,7 @@ func (e *emulator) enrollFile(ctx context.Context, file string) error {
 		return usageError{err}
 	}
 	for _, x := range list {
-		if _, err := e.svc.PutEnrollment(ctx, x.Kind, x.ID, x.Document, ""); err != nil {
+		if _, err := e.svc.PutEnrollment(ctx, startActor, x.Kind, x.ID, x.Document, ""); err != nil {
 			return usageError{fmt.Errorf("line %d: %s: %w", x.Line, x.ID, err)}
 		}
 	}

@@ -14,8 +14,6 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/touchmark/touchmark/pkg/dps"
-	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/limit"
 	"github.com/touchmark/touchmark/pkg/meter"
 	"github.com/touchmark/touchmark/pkg/registration"
@@ -164,28 +162,13 @@ func ending(all []meter.Certificate, name string, der []byte) []meter.Certificat
 	return all
 }
 
-// hook puts onto the HTTPS door what watches it, and what operators may ask.
-func (w *watched) hook(https *httpd.Config, ready *meter.Readiness, profiles *limit.Profiles) {
-	svc := https.Service
-	folded := dps.Fold(svc.Scope())
-	https.Around = func(next http.Handler) http.Handler {
-		return w.meter.Handler(func(*http.Request) string { return folded }, w.traces.service(meter.Operation, next))
+// handlers are those of the HTTPS door, in spans, and health for who balances load.
+func (w *watched) handlers(api map[string]http.Handler, ready *meter.Readiness) map[string]http.Handler {
+	for first, h := range api {
+		api[first] = w.traces.service(h)
 	}
-	https.Throttle = func(ctx context.Context) error {
-		set, err := svc.Settings(ctx)
-		if err != nil {
-			return err
-		}
-		return profiles.Service(folded, set.Limits())
-	}
-	https.Reports = map[string]func(context.Context, *meter.ReportRequest) (any, error){"usage": w.meter.UsageReport}
-	if w.attempts != nil {
-		https.Reports["diagnose"], https.Reports["attempts"] = meter.Diagnose(w.attempts), meter.AttemptByTracking(w.attempts)
-	}
-	if https.Handlers == nil {
-		https.Handlers = make(map[string]http.Handler)
-	}
-	https.Handlers["healthz"], https.Handlers["readyz"] = meter.Alive(), ready.Handler(false)
+	api["healthz"], api["readyz"] = meter.Alive(), ready.Handler(false)
+	return api
 }
 
 // readiness is ready while the store answers; that it is open says that its tables are up to date.

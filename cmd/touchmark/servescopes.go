@@ -12,12 +12,17 @@ import (
 	"github.com/touchmark/touchmark/pkg/registration"
 )
 
+// startActor is the start of the service, for the audit record.
+var startActor = registration.Actor{Name: "the start of the service"}
+
 // linkHubs brings the first scope into the store at the first start, has the hubs linked that this start names, and no others that
 // an earlier start named. Hubs that operators linked stay as they are. It returns how many are linked.
 func (o *serveOptions) linkHubs(ctx context.Context, store registration.Store, d *serviceData) (linked int, err error) {
 	fromStart := registration.Records(o.hubs...)
 	for i := range fromStart {
-		fromStart[i].FromStart = true
+		if fromStart[i].FromStart = true; o.builtin && fromStart[i].Name == o.hostnames[0] {
+			fromStart[i].Kind = registration.HubBuiltin
+		}
 	}
 	edit := func(sc *registration.Scope) (*registration.Scope, error) {
 		if sc == nil {
@@ -50,7 +55,7 @@ func (o *serveOptions) linkHubs(ctx context.Context, store registration.Store, d
 		return err
 	})
 	if err == nil && !same {
-		_, _, err = registration.EditScope(ctx, store, d.scope, registration.Actor{Name: "the start of the service"}, "link", time.Now(), edit)
+		_, _, err = registration.EditScope(ctx, store, d.scope, startActor, "link", time.Now(), edit)
 	}
 	if err != nil {
 		err = fmt.Errorf("linking hubs to ID scope %s: %w", d.scope, err)

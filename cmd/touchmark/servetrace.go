@@ -20,6 +20,7 @@ import (
 	"go.opentelemetry.io/otel/trace"
 
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/meter"
 	"github.com/touchmark/touchmark/pkg/registration"
 )
 
@@ -119,17 +120,15 @@ func (r *tracedRegistrar) Challenge(ctx context.Context, req *registration.Reque
 	return traced(r.t, ctx, "challenge", req, func(ctx context.Context) ([]byte, error) { return r.next.Challenge(ctx, req) })
 }
 
-// service puts operators' calls into spans, which continue the traces that the callers say they are in. name is empty for what is no
-// operator's.
-func (t *tracing) service(name func(*http.Request) string, next http.Handler) http.Handler {
+// service puts operators' calls into spans, which continue the traces that the callers say they are in.
+func (t *tracing) service(next http.Handler) http.Handler {
 	if t == nil {
 		return next
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		operation := name(r)
-		if operation == "" {
-			next.ServeHTTP(w, r)
-			return
+		operation := "other"
+		if c := meter.Classify(r); c != nil {
+			operation = c.Operation
 		}
 		ctx := propagation.TraceContext{}.Extract(r.Context(), propagation.HeaderCarrier(r.Header))
 		ctx, span := t.tracer.Start(ctx, "service."+operation, trace.WithSpanKind(trace.SpanKindServer))

@@ -24,7 +24,7 @@ import (
 func openSocket(t testing.TB, f *registrationtest.Fixture) *service {
 	t.Helper()
 	d := &service{Fixture: f, Listener: f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
-		return httpd.New(httpd.Config{Registrar: f.Registrar(), Service: f.Service, Hosts: []string{registrationtest.Host}, Now: f.Now, Door: door.New(door.Config{TLS: door.TLSConfig(cert, "http/1.1")}),
+		return httpd.New(httpd.Config{Registrar: f.Registrar(), Now: f.Now, Door: door.New(door.Config{TLS: door.TLSConfig(cert, "http/1.1")}),
 			Sockets: map[string]door.Handler{
 				"amqpwsb10": amqpd.New(amqpd.Config{Registrar: f.Registrar(), Protocol: "amqp-ws", Now: f.Now, ResponseDelay: -1}).Handle,
 				"mqtt":      mqttd.New(mqttd.Config{Registrar: f.Registrar(), Protocol: "mqtt-ws", Now: f.Now, ResponseDelay: -1}).Handle}}).Serve(ctx, l)

@@ -108,6 +108,15 @@ func (c *Conn) SetReadDeadline(t time.Time) error {
 	return c.Conn.SetReadDeadline(t)
 }
 
+// Unbound lifts the limit for what a conversation may bring, for one that goes on for good. The pace stays. It is called by who
+// reads.
+func (c *Conn) Unbound() {
+	c.most = 0
+	if u, ok := c.Conn.(interface{ Unbound() }); ok {
+		u.Unbound()
+	}
+}
+
 // Aside says that what came just now was whole, and no part of a packet: a WebSocket's ping or pong. Where nothing of the
 // next packet came before it, silence is the handler's to bound again. It is called from within Read.
 func (c *Conn) Aside() {

@@ -128,15 +128,28 @@ func AcceptsCSR(apiVersion string) bool { return apiVersion >= "2025-07-01-previ
 // AcceptsClientCertificateCSR is described at [AcceptsCSR].
 func AcceptsClientCertificateCSR(apiVersion string) bool { return apiVersion == "2021-11-01-preview" }
 
-// Time prints and parses the device API's timestamps: UTC, seven fractional digits, "Z".
-type Time struct{ time.Time }
+// Time prints and parses timestamps: UTC, "Z", and seven fractional digits as the device API has them, or as many as there are,
+// for the service API.
+type Time struct {
+	time.Time
+	trimmed bool
+}
 
-const timeLayout = "2006-01-02T15:04:05.0000000Z"
+const (
+	timeLayout    = "2006-01-02T15:04:05.0000000Z"
+	trimmedLayout = "2006-01-02T15:04:05.9999999Z"
+)
+
+// Trim returns the time as the service API prints it; of nil it is nil.
+func (t *Time) Trim() *Time {
+	if t == nil {
+		return nil
+	}
+	return &Time{t.Time, true}
+}
 
 // MarshalJSON implements json.Marshaler.
-func (t Time) MarshalJSON() ([]byte, error) {
-	return []byte(`"` + t.UTC().Format(timeLayout) + `"`), nil
-}
+func (t Time) MarshalJSON() ([]byte, error) { return []byte(`"` + t.String() + `"`), nil }
 
 // UnmarshalJSON implements json.Unmarshaler; it takes any RFC 3339 time.
 func (t *Time) UnmarshalJSON(b []byte) error {
@@ -152,4 +165,9 @@ func (t *Time) UnmarshalJSON(b []byte) error {
 }
 
 // String prints the time as MarshalJSON does, without quotes.
-func (t Time) String() string { return t.UTC().Format(timeLayout) }
+func (t Time) String() string {
+	if t.trimmed {
+		return t.UTC().Format(trimmedLayout)
+	}
+	return t.UTC().Format(timeLayout)
+}

@@ -27,15 +27,28 @@ func (t *AttestationType) UnmarshalJSON(b []byte) error {
 // ProvisioningStatus lets an enrollment admit devices or refuse them.
 type ProvisioningStatus string
 
-// The provisioning statuses. Empty, and Azure's explicit null, mean enabled.
+// The provisioning statuses. Empty means enabled, and so does null, which is kept and shown as null, as Azure does.
 const (
-	EnrollmentEnabled  ProvisioningStatus = "enabled"
-	EnrollmentDisabled ProvisioningStatus = "disabled"
+	EnrollmentEnabled    ProvisioningStatus = "enabled"
+	EnrollmentDisabled   ProvisioningStatus = "disabled"
+	EnrollmentStatusNull ProvisioningStatus = "null"
 )
 
 // UnmarshalJSON folds the spelling.
 func (s *ProvisioningStatus) UnmarshalJSON(b []byte) error {
+	if string(b) == "null" {
+		*s = EnrollmentStatusNull
+		return nil
+	}
 	return unmarshalEnum(b, s, EnrollmentEnabled, EnrollmentDisabled)
+}
+
+// MarshalJSON prints null as null.
+func (s ProvisioningStatus) MarshalJSON() ([]byte, error) {
+	if s == EnrollmentStatusNull {
+		return []byte("null"), nil
+	}
+	return json.Marshal(string(s))
 }
 
 // AllocationPolicy says how a hub is chosen.
@@ -204,6 +217,43 @@ type ReprovisionPolicy struct {
 type CustomAllocationDefinition struct {
 	WebhookURL string `json:"webhookUrl"`
 	APIVersion string `json:"apiVersion"`
+}
+
+// A BulkOperation is up to ten enrollments, or groups, and what to do with each.
+type BulkOperation struct {
+	Enrollments      []json.RawMessage `json:"enrollments"`
+	EnrollmentGroups []json.RawMessage `json:"enrollmentGroups"`
+	Mode             BulkMode          `json:"mode"`
+}
+
+// BulkMode says what a bulk operation does.
+type BulkMode string
+
+// The modes.
+const (
+	BulkCreate            BulkMode = "create"
+	BulkUpdate            BulkMode = "update"
+	BulkUpdateIfMatchETag BulkMode = "updateIfMatchETag"
+	BulkDelete            BulkMode = "delete"
+)
+
+// UnmarshalJSON folds the spelling.
+func (m *BulkMode) UnmarshalJSON(b []byte) error {
+	return unmarshalEnum(b, m, BulkCreate, BulkUpdate, BulkUpdateIfMatchETag, BulkDelete)
+}
+
+// A BulkResult says which items of a bulk operation failed.
+type BulkResult struct {
+	Errors       []BulkError `json:"errors"`
+	IsSuccessful bool        `json:"isSuccessful"`
+}
+
+// A BulkError is one item that failed, by the one of its IDs that it has.
+type BulkError struct {
+	RegistrationID    string `json:"registrationId,omitempty"`
+	EnrollmentGroupID string `json:"enrollmentGroupId,omitempty"`
+	ErrorCode         Code   `json:"errorCode"`
+	ErrorStatus       string `json:"errorStatus"`
 }
 
 // Check says what keeps a from being a well-formed attestation: the type, and exactly the member that goes with it.

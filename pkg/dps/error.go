@@ -91,7 +91,7 @@ func (e *Error) MarshalJSON() ([]byte, error) {
 		TrackingID string `json:"trackingId"`
 		Message    string `json:"message"`
 		Timestamp  Time   `json:"timestampUtc"`
-	}{e.Code, e.TrackingID, e.Message, Time{e.Time}})
+	}{e.Code, e.TrackingID, e.Message, Time{Time: e.Time}})
 }
 
 // NewUUID returns a random UUID (RFC 9562, version 4) in lower-case text.
@@ -112,6 +112,13 @@ func uuid(b [16]byte) string {
 func NewOrderedID(at time.Time) string {
 	var b [16]byte
 	_, _ = rand.Read(b[:])
+	return orderedID(at, b)
+}
+
+// FirstOrderedID returns a text that ordered IDs of earlier times are below, and those of that time and later above.
+func FirstOrderedID(at time.Time) string { return orderedID(at, [16]byte{}) }
+
+func orderedID(at time.Time, b [16]byte) string {
 	micro := uint64(at.UnixMicro())
 	binary.BigEndian.PutUint64(b[:8], micro/1000<<16|7<<12|micro%1000<<2|uint64(b[7]&3))
 	b[8] = b[8]&0x3f | 0x80

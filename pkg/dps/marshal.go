@@ -14,16 +14,23 @@ const RetryAfter = 3
 // NoRetryAfter, as the hint of an answer or an error, is none at all. No service does that; devices must bear it.
 const NoRetryAfter = "none"
 
-// Marshal renders an answer the way that every device parser takes it: pure ASCII, with other characters as \uXXXX, and
-// without escapes for & < >, which some parsers would keep (device API, section 5.6).
-func Marshal(v any) ([]byte, error) {
+// Encode renders a document as UTF-8, without escapes for & < >: what was free-form on its way in comes out octet by octet, but for
+// white space.
+func Encode(v any) ([]byte, error) {
 	var buf bytes.Buffer
 	enc := json.NewEncoder(&buf)
 	enc.SetEscapeHTML(false)
 	if err := enc.Encode(v); err != nil {
 		return nil, err
 	}
-	return ascii(bytes.TrimSuffix(buf.Bytes(), []byte("\n"))), nil
+	return bytes.TrimSuffix(buf.Bytes(), []byte("\n")), nil
+}
+
+// Marshal renders an answer the way that every device parser takes it: pure ASCII, with other characters as \uXXXX, and
+// without escapes for & < >, which some parsers would keep (device API, section 5.6).
+func Marshal(v any) ([]byte, error) {
+	b, err := Encode(v)
+	return ascii(b), err
 }
 
 // ascii escapes what is not ASCII. Outside of strings JSON has nothing else.

@@ -1,8 +1,7 @@
-// Package httpd is the HTTPS door: the device API and the service API of Azure IoT Hub DPS on one port, and touchmark's own
-// calls for bundles and group keys.
+// Package httpd is the HTTPS door: the device API of Azure IoT Hub DPS, and on the same port the handlers of whatever else is
+// mounted, such as the service API.
 //
-// Handlers decode, call and encode; what may happen is decided behind [registration.Registrar] and in
-// [registration.Service]. Client certificates are asked for in the handshake and judged behind it, so that a refused device
+// Handlers decode, call and encode; what may happen is decided behind [registration.Registrar]. Client certificates are asked for in the handshake and judged behind it, so that a refused device
 // reads 401 and not a broken connection (device API, section 7.2).
 package httpd
 
@@ -10,12 +9,9 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
-	"net/url"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -23,7 +19,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/door"
 	"github.com/touchmark/touchmark/pkg/dps"
-	"github.com/touchmark/touchmark/pkg/meter"
+	"github.com/touchmark/touchmark/pkg/exchange"
 	"github.com/touchmark/touchmark/pkg/registration"
 )
 
@@ -31,27 +27,9 @@ import (
 type Config struct {
 	// Registrar answers devices.
 	Registrar registration.Registrar
-	// Service answers operators; nil leaves the service API out.
-	Service *registration.Service
-	// Hosts are the names that service tokens may be for.
-	Hosts []string
-	// Import takes a bundle; nil leaves it out.
-	Import ImportFunc
-	// Calls are more of touchmark's own: each by the name that follows touchmark/ in its path, for those who may write
-	// enrollments.
-	Calls map[string]Call
-	// Reports tell operators of their scope and its devices: each by the name that follows touchmark/ in its path, and an ID may
-	// follow. Who may read registrations may ask for them, and who may write registrations may DELETE.
-	Reports map[string]func(context.Context, *meter.ReportRequest) (any, error)
-	// Throttle refuses an operation of a caller who may do it, because there were too many; nil is never.
-	Throttle func(context.Context) error
-	// Around is put around everything; nil for nothing.
-	Around func(http.Handler) http.Handler
-	// Handlers answer what is not an API of devices or of enrollments, by the folded first segment of the path. They authorize
-	// callers by themselves.
+	// Handlers answer what is not the API of devices, by the folded first segment of the path. They authorize callers by
+	// themselves.
 	Handlers map[string]http.Handler
-	// Recipient is whom secrets for the service are sealed to.
-	Recipient string
 	// Door takes connections in.
 	Door *door.Door
 	// Sockets hold the conversations inside WebSockets, by folded subprotocol. Nil leaves WebSockets out.
@@ -67,9 +45,6 @@ type Config struct {
 	// means 30 s. A bundle may take longer, as long as something of it comes in that time.
 	RequestTimeout time.Duration
 }
-
-// A Call answers a request of an operator's by its method and body.
-type Call func(ctx context.Context, method string, body []byte) (any, error)
 
 // Limits of a request.
 const (
@@ -134,13 +109,13 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	return err
 }
 
-// Handler returns the routes: WebSockets by their upgrade, the service's by their first path segment, everything else a
+// Handler returns the routes: WebSockets by their upgrade, mounted handlers by their first path segment, everything else a
 // device's.
 func (s *Server) Handler() http.Handler { return s.handler(context.Background()) }
 
 // handler ends WebSockets with the context.
 func (s *Server) handler(ctx context.Context) http.Handler {
-	var h http.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Strict-Transport-Security", "max-age=31536000; includeSubDomains")
 		release, err := s.caller(r)
 		if err != nil {
@@ -156,48 +131,23 @@ func (s *Server) handler(ctx context.Context) http.Handler {
 			s.fail(w, r, dps.NewError(dps.CodeBadRequest, "The URL is too long", nil))
 			return
 		}
-		// EscapedPath, split before it is decoded: an encoded slash is part of an ID and not a separator.
-		path := strings.TrimSuffix(strings.TrimPrefix(r.URL.EscapedPath(), "/"), "/")
-		segments := strings.Split(path, "/")
-		if len(segments) > 6 {
-			s.fail(w, r, notFound())
+		segments, err := exchange.Segments(r)
+		if err != nil {
+			s.fail(w, r, err)
 			return
-		}
-		for i, seg := range segments {
-			decoded, err := url.PathUnescape(seg) // a "+" is a "+"
-			if err != nil {
-				s.fail(w, r, dps.NewError(dps.CodeBadRequest, "The path is not properly encoded", err))
-				return
-			}
-			segments[i] = decoded
 		}
 		if h := s.cfg.Handlers[strings.ToLower(segments[0])]; h != nil {
 			h.ServeHTTP(w, r)
 			return
 		}
-		if s.cfg.Service != nil {
-			switch strings.ToLower(segments[0]) {
-			case "enrollments", "enrollmentgroups", "registrations", "touchmark":
-				s.service(w, r, segments)
-				return
-			}
-		}
 		s.device(w, r, segments)
 	})
-	if s.cfg.Around != nil {
-		h = s.cfg.Around(h)
-	}
-	return h
-}
-
-func notFound() *dps.Error {
-	return dps.NewError(dps.CodeNotFound, "There is nothing at this path", nil)
 }
 
 // device serves the device API (device API, section 10.1).
 func (s *Server) device(w http.ResponseWriter, r *http.Request, seg []string) {
 	if len(seg) < 3 || !strings.EqualFold(seg[1], "registrations") || seg[0] == "" || seg[2] == "" {
-		s.fail(w, r, notFound())
+		s.fail(w, r, exchange.NotFound())
 		return
 	}
 	var method string
@@ -209,12 +159,11 @@ func (s *Server) device(w http.ResponseWriter, r *http.Request, seg []string) {
 	case len(seg) == 5 && strings.EqualFold(seg[3], "operations"):
 		method = http.MethodGet
 	default:
-		s.fail(w, r, notFound())
+		s.fail(w, r, exchange.NotFound())
 		return
 	}
 	if r.Method != method {
-		w.Header().Set("Allow", method)
-		s.fail(w, r, dps.NewError(dps.CodeMethodNotAllowed, "Method not allowed", nil))
+		s.fail(w, r, exchange.NotAllowed(w, method))
 		return
 	}
 	req := &registration.Request{
@@ -234,7 +183,7 @@ func (s *Server) device(w http.ResponseWriter, r *http.Request, seg []string) {
 	}
 	if method == http.MethodGet {
 		// The body of a status request is read away and ignored, whatever it holds.
-		if _, err := s.body(w, r, registration.MaxBody); err != nil {
+		if _, err := exchange.Body(w, r, registration.MaxBody); err != nil {
 			s.fail(w, r, err)
 			return
 		}
@@ -244,7 +193,7 @@ func (s *Server) device(w http.ResponseWriter, r *http.Request, seg []string) {
 		s.reply(w, r, st, err)
 		return
 	}
-	body, err := s.body(w, r, registration.MaxBody)
+	body, err := exchange.Body(w, r, registration.MaxBody)
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -269,10 +218,15 @@ func (s *Server) reply(w http.ResponseWriter, r *http.Request, answer any, err e
 		panic(http.ErrAbortHandler) // net/http's way to close a connection without an answer
 	case errors.As(err, &challenge): // device API, section 5.5
 		w.Header().Set("X-Ms-Request-Id", challenge.Refusal.TrackingID)
-		s.answer(w, http.StatusUnauthorized, struct {
+		b, err := dps.Marshal(struct {
 			AuthenticationKey []byte `json:"authenticationKey"`
 			KeyName           string `json:"keyName"`
 		}{challenge.Blob, "registration"})
+		if err != nil {
+			s.fail(w, r, err)
+			return
+		}
+		exchange.Write(w, http.StatusUnauthorized, b)
 	case err != nil:
 		s.fail(w, r, err)
 	default:
@@ -280,61 +234,10 @@ func (s *Server) reply(w http.ResponseWriter, r *http.Request, answer any, err e
 		if p.RetryAfter != "" {
 			w.Header().Set("Retry-After", p.RetryAfter)
 		}
-		s.write(w, p.Status, p.Body)
+		exchange.Write(w, p.Status, p.Body)
 	}
 }
 
-// body reads a request's body, bounded in size; the server bounds its time.
-func (s *Server) body(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
-	if r.ContentLength == 0 {
-		return nil, nil
-	}
-	if r.ContentLength > limit {
-		return nil, dps.NewError(dps.CodeTooLarge, "Request body is too large", nil)
-	}
-	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, limit))
-	var tooLarge *http.MaxBytesError
-	if errors.As(err, &tooLarge) {
-		return nil, dps.NewError(dps.CodeTooLarge, "Request body is too large", nil)
-	}
-	if err != nil {
-		return nil, dps.NewError(dps.CodeBadRequest, "Request body cannot be read", err)
-	}
-	return b, nil
-}
-
-// answer writes JSON with its length: some clients cannot read chunks.
-func (s *Server) answer(w http.ResponseWriter, status int, v any) {
-	b, err := dps.Marshal(v)
-	if err != nil {
-		s.cfg.Log.Error("encoding an answer", "cause", err)
-		status, b = http.StatusInternalServerError, []byte(`{"errorCode":500000,"message":"Internal error"}`)
-	}
-	s.write(w, status, b)
-}
-
-func (s *Server) write(w http.ResponseWriter, status int, b []byte) {
-	h := w.Header()
-	h.Set("Content-Type", "application/json; charset=utf-8")
-	h.Set("Content-Length", strconv.Itoa(len(b)))
-	if h.Get("X-Ms-Request-Id") == "" {
-		h.Set("X-Ms-Request-Id", dps.NewUUID())
-	}
-	w.WriteHeader(status)
-	_, _ = w.Write(b) // the caller may be gone
-}
-
-// fail writes an error document. There is no WWW-Authenticate: HTTP stacks would act on it.
 func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
-	e := dps.AsError(err)
-	p := dps.NewReply(nil, e)
-	if p.RetryAfter != "" {
-		w.Header().Set("Retry-After", p.RetryAfter)
-	}
-	if p.Status >= 500 {
-		s.cfg.Log.Error("internal error", "path", r.URL.Path, "trackingId", e.TrackingID, "cause", e.Error(), "remote", r.RemoteAddr)
-	}
-	w.Header().Set("X-Ms-Request-Id", e.TrackingID)
-	w.Header().Set("X-Ms-Error-Code", strconv.Itoa(int(e.Code)))
-	s.write(w, p.Status, p.Body)
+	exchange.Fail(w, r, s.cfg.Log, err)
 }

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -20,6 +21,7 @@ import (
 
 	"github.com/touchmark/touchmark/pkg/door"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/exchange"
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/registration"
 	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
@@ -34,7 +36,7 @@ type service struct {
 func open(t testing.TB, f *registrationtest.Fixture, edit ...func(*httpd.Config, *door.Config)) *service {
 	t.Helper()
 	return &service{f, f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
-		cfg := httpd.Config{Registrar: f.Registrar(), Service: f.Service, Hosts: []string{registrationtest.Host}, Now: f.Now}
+		cfg := httpd.Config{Registrar: f.Registrar(), Now: f.Now, Handlers: map[string]http.Handler{"enrollments": mounted{}}}
 		cfg.Log = registrationtest.Log(t)
 		dc := door.Config{TLS: door.TLSConfig(cert, "http/1.1"), Log: cfg.Log}
 		for _, e := range edit {
@@ -43,6 +45,13 @@ func open(t testing.TB, f *registrationtest.Fixture, edit ...func(*httpd.Config,
 		cfg.Door = door.New(dc)
 		return httpd.New(cfg).Serve(ctx, l)
 	})}
+}
+
+// mounted is a handler beside the device API, which reads no bodies.
+type mounted struct{}
+
+func (mounted) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	exchange.Fail(w, r, slog.New(slog.DiscardHandler), dps.NewError(dps.CodeUnauthorized, "Unauthorized", nil))
 }
 
 // conn is one connection, kept open: every answer is read to its end and the next request follows.

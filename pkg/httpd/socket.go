@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/base64"
 	"errors"
+	"math"
 	"net"
 	"net/http"
 	"strings"
@@ -159,5 +160,8 @@ func (c *socketConn) Close() error {
 	_ = c.below.SetDeadline(time.Now().Add(goodbyeTime))
 	return c.Conn.Close()
 }
+
+// Unbound lifts the limit for what may come. Who reads calls it.
+func (c *socketConn) Unbound() { c.below.(*boundedConn).left = math.MaxInt64 }
 
 func (c *socketConn) NetConn() net.Conn { return c.below.(*boundedConn).NetConn() }

@@ -54,7 +54,7 @@ func start(t *testing.T, wrap func(registration.Registrar) registration.Registra
 	put := func(id string, a dps.Attestation) {
 		b, err := json.Marshal(dps.EnrollmentGroup{EnrollmentGroupID: id, Enrollment: dps.Enrollment{Attestation: &a}})
 		if err == nil {
-			_, err = svc.PutEnrollment(t.Context(), registration.Group, id, b, "")
+			_, err = svc.PutEnrollment(t.Context(), registration.Actor{}, registration.Group, id, b, "")
 		}
 		if err != nil {
 			t.Fatal(err)

@@ -144,14 +144,18 @@ type names struct {
 	known map[string]struct{}
 }
 
+func (n *names) has(name string) bool {
+	n.mu.RLock()
+	defer n.mu.RUnlock()
+	_, ok := n.known[name]
+	return ok
+}
+
 func (n *names) of(name string) string {
 	if name == "" {
 		return "none"
 	}
-	n.mu.RLock()
-	_, ok := n.known[name]
-	n.mu.RUnlock()
-	if ok {
+	if n.has(name) {
 		return name
 	}
 	n.mu.Lock()

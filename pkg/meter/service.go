@@ -30,11 +30,11 @@ type Call struct {
 // Service counts an operation, and writes its record into the log. Who was not let in is not counted as usage: it costs the
 // scope nothing.
 func (m *Meter) Service(c *Call) {
-	version := c.APIVersion
-	if dps.CheckAPIVersion(version) != nil { // the management API's, or made up
-		if version = m.versions.of(version); c.Status >= 400 && c.APIVersion != "" {
-			version = "other"
-		}
+	version := "other" // anybody can make one up
+	if c.Status < 400 {
+		version = m.versions.of(c.APIVersion)
+	} else if m.versions.has(c.APIVersion) {
+		version = c.APIVersion
 	}
 	m.service.WithLabelValues(c.Operation, strconv.Itoa(c.Status), version).Inc()
 	m.serviceTime.WithLabelValues(c.Operation).Observe(c.Duration.Seconds())
@@ -70,7 +70,7 @@ func clip(s string) string {
 // scope says which folded ID scope a request is for; empty for none.
 func (m *Meter) Handler(scope func(*http.Request) string, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		c := classify(r)
+		c := Classify(r)
 		if c == nil {
 			next.ServeHTTP(w, r)
 			return
@@ -88,14 +88,6 @@ func (m *Meter) Handler(scope func(*http.Request) string, next http.Handler) htt
 	})
 }
 
-// Operation names the operation that a request asks for, one of a bounded number; empty for what is no operator's.
-func Operation(r *http.Request) string {
-	if c := classify(r); c != nil {
-		return c.Operation
-	}
-	return ""
-}
-
 // answer sees the status of an answer.
 type answer struct {
 	http.ResponseWriter
@@ -111,8 +103,8 @@ func (a *answer) WriteHeader(status int) {
 // Unwrap is for [http.ResponseController].
 func (a *answer) Unwrap() http.ResponseWriter { return a.ResponseWriter }
 
-// classify names what a request asks for, by its method and path; nil for what is not an operator's.
-func classify(r *http.Request) *Call {
+// Classify names what a request asks for, by its method and path; nil for what is not an operator's.
+func Classify(r *http.Request) *Call {
 	seg := strings.Split(strings.Trim(r.URL.Path, "/"), "/")
 	c := &Call{API: registration.ServiceAPI}
 	if len(seg) > 1 {
@@ -166,6 +158,7 @@ func classify(r *http.Request) *Call {
 
 // own are touchmark's calls, managed the resources of the management API, that have operations by their own names.
 var (
-	own     = map[string]bool{"info": true, "bundles": true, "groupkeys": true, "groups": true, "orders": true, "faults": true, "usage": true, "diagnose": true, "attempts": true}
+	own = map[string]bool{"info": true, "bundles": true, "groupkeys": true, "groups": true, "orders": true, "faults": true, "audit": true, "policies": true, "usage": true, "diagnose": true,
+		"attempts": true}
 	managed = map[string]bool{"provisioningservices": true, "certificates": true, "operationresults": true, "keys": true, "skus": true, "privateendpointconnections": true, "privatelinkresources": true}
 )

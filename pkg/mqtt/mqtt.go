@@ -57,6 +57,10 @@ type Packet struct {
 	Username      string
 	HasUsername   bool
 	Password      []byte
+	HasWill       bool
+	WillTopic     string
+	Will          []byte
+	WillQoS       byte
 
 	// CONNACK: the return code, and whether a session is present. SUBACK uses Codes.
 	ReturnCode     byte
@@ -201,9 +205,8 @@ func (p *Packet) connect(b *buffer) {
 	p.ClientID = b.text()
 	will, willQoS, willRetain := flags&4 != 0, flags>>3&3, flags&0x20 != 0
 	b.check(flags&1 == 0 && (will || willQoS == 0 && !willRetain) && willQoS < 3) // [MQTT-3.1.2-3], -11, -13, -14, -15
-	if will {
-		b.text()
-		b.bytes()
+	if p.HasWill = will; will {
+		p.WillTopic, p.Will, p.WillQoS = b.text(), b.bytes(), willQoS
 	}
 	p.HasUsername = flags&0x80 != 0
 	if p.HasUsername {

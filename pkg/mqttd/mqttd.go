@@ -21,8 +21,20 @@ import (
 	"github.com/touchmark/touchmark/pkg/registration"
 )
 
+// A Hub takes over the connections of devices that it knows: SDKs take no port, so a hub on the same machine answers at the same
+// door.
+type Hub interface {
+	// Owns reports whether a CONNECT with this user name is for the hub.
+	Owns(username string) bool
+	// Serve holds the conversation behind the CONNECT, which was read already; more may be in the reader. The connection is closed
+	// when it returns.
+	Serve(ctx context.Context, c *door.Conn, r *bufio.Reader, connect *mqtt.Packet) error
+}
+
 // Config is what a server needs.
 type Config struct {
+	// Hub has its devices at this door too; nil for none.
+	Hub       Hub
 	Registrar registration.Registrar
 	// Overloaded reports whether a device is to be turned away at its CONNECT, with return code 3: what it asks for would be
 	// refused. Nil means never.
@@ -175,6 +187,9 @@ func (c *conn) serve(ctx context.Context) (err error) {
 	}
 	if p.Type != mqtt.Connect { // [MQTT-3.1.0-1]
 		return errHangUp
+	}
+	if h := c.s.cfg.Hub; h != nil && h.Owns(p.Username) {
+		return h.Serve(ctx, c.Conn, c.r, p)
 	}
 	code := c.connect(p)
 	if c.write(mqtt.AppendConnack(nil, code)); code != accepted {

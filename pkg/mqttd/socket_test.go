@@ -30,7 +30,7 @@ func openSocket(t testing.TB, f *registrationtest.Fixture, edit ...func(*mqttd.C
 		for _, e := range edit {
 			e(&cfg, &dc)
 		}
-		return httpd.New(httpd.Config{Registrar: f.Registrar(), Service: f.Service, Hosts: []string{registrationtest.Host}, Now: f.Now, Door: door.New(dc),
+		return httpd.New(httpd.Config{Registrar: f.Registrar(), Now: f.Now, Door: door.New(dc),
 			Sockets: map[string]door.Handler{"mqtt": mqttd.New(cfg).Handle}}).Serve(ctx, l)
 	})}
 	d.over = func(t testing.TB, c *tls.Conn) net.Conn {

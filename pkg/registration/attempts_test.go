@@ -94,6 +94,7 @@ func TestAttempts(t *testing.T) {
 	}
 	err = f.Store.View(t.Context(), func(tx registration.Tx) error {
 		entries, err := tx.Audits(strings.ToLower(registrationtest.Scope), "", 10)
+		entries = slices.DeleteFunc(entries, func(a *registration.Audit) bool { return a.Action != "erase" })
 		if err == nil && (len(entries) != 1 || entries[0].Action != "erase" || entries[0].Object != "attempts/own-key" || entries[0].Actor != "an operator") {
 			t.Errorf("audit: %+v", entries)
 		}
@@ -175,7 +176,7 @@ func TestAttemptsFlood(t *testing.T) {
 			f.Advance(time.Second)
 			for range 3000 {
 				n++
-				log.Add(scope, one(fmt.Sprintf("made-up-%d", n), fmt.Sprintf("10.%d.%d.9:1", n%20, n%11), "refused"))
+				log.Add(scope, one(fmt.Sprintf("made-up-%d", n), fmt.Sprintf("10.%d.%d.9:1", n%20, n%3), "refused"))
 			}
 			if err := log.Flush(t.Context()); err != nil {
 				t.Fatal(err)
@@ -338,7 +339,7 @@ func TestQuotas(t *testing.T) {
 	put := func(i int) error {
 		id := fmt.Sprintf("group-%d", i)
 		b, _ := json.Marshal(dps.EnrollmentGroup{EnrollmentGroupID: id, Enrollment: registrationtest.Symmetric(bytes.Repeat([]byte{byte(i)}, 32), nil)})
-		_, err := f.Service.PutEnrollment(t.Context(), registration.Group, id, b, "")
+		_, err := f.Service.PutEnrollment(t.Context(), registration.Actor{}, registration.Group, id, b, "")
 		return err
 	}
 	for i := range 99 {
@@ -352,7 +353,7 @@ func TestQuotas(t *testing.T) {
 	f.Put(t, registration.Group, "keys", registrationtest.Symmetric(f.GroupKey, nil)) // what is there may still be changed
 	f.Put(t, registration.Individual, "one-more", registrationtest.Symmetric(f.GroupKey, nil))
 	f.Put(t, registration.Group, "ca-2", registrationtest.Signers(attesttest.CA(t, nil, "second root"), nil)) // of another kind
-	if err := f.Service.DeleteEnrollment(t.Context(), registration.Group, "group-7", ""); err != nil {
+	if err := f.Service.DeleteEnrollment(t.Context(), registration.Actor{}, registration.Group, "group-7", ""); err != nil {
 		t.Fatal(err)
 	}
 	for deadline := time.Now().Add(10 * time.Second); ; {

@@ -51,3 +51,6 @@ func documentHash(v any) string {
 	sum := sha256.Sum256(b)
 	return hex.EncodeToString(sum[:])
 }
+
+// AuditFrom returns what the IDs of entries from a time on are greater than.
+func AuditFrom(at time.Time) string { return dps.FirstOrderedID(at) }

@@ -199,7 +199,7 @@ func TestTPM(t *testing.T) {
 	if in.Attestation.TPM == nil || *in.Attestation.TPM != *d.tpm || in.RegistrationState.Status != dps.Assigned || in.RegistrationState.TPM != nil {
 		t.Errorf("%+v", in)
 	}
-	if a, err := one.AttestationMechanism(t.Context(), registration.Individual, d.id); err != nil || *a.TPM != *d.tpm {
+	if a, err := one.AttestationMechanism(t.Context(), registration.Actor{}, registration.Individual, d.id); err != nil || *a.TPM != *d.tpm {
 		t.Errorf("%+v, %v", a, err)
 	}
 	if st, err := one.GetRegistration(t.Context(), d.id); err != nil || st.TPM != nil {
@@ -354,7 +354,7 @@ func TestTPMEnrollments(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, err = f.Service.PutEnrollment(t.Context(), kind, id, b, "")
+		_, err = f.Service.PutEnrollment(t.Context(), registration.Actor{}, kind, id, b, "")
 		return err
 	}
 	f.Put(t, registration.Individual, d.id, d.enrollment(""))
@@ -377,7 +377,7 @@ func TestTPMEnrollments(t *testing.T) {
 			t.Errorf("%s: %v", why, err)
 		}
 	}
-	if err := f.Service.DeleteEnrollment(t.Context(), registration.Individual, d.id, ""); err != nil {
+	if err := f.Service.DeleteEnrollment(t.Context(), registration.Actor{}, registration.Individual, d.id, ""); err != nil {
 		t.Fatal(err)
 	}
 	if err := put(registration.Individual, "tpm-2", d.tpm); err != nil {

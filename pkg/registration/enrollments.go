@@ -2,13 +2,16 @@ package registration
 
 import (
 	"context"
-	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
+	"net/url"
+	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/dps"
@@ -87,28 +90,118 @@ func invalid(format string, args ...any) *dps.Error {
 	return dps.NewError(dps.CodeInvalidArgument, fmt.Sprintf(format, args...), nil)
 }
 
-// sameTag compares entity tags after stripping one layer of quotes from both sides: clients send all spellings.
+// sameTag compares entity tags after stripping quotes from both sides: clients send all spellings.
 func sameTag(a, b string) bool { return strings.Trim(a, `"`) == strings.Trim(b, `"`) }
 
-// PutEnrollment creates or replaces an individual enrollment or a group from its wire form. Without ifMatch it only
-// creates; with "*" it only replaces; with a tag it replaces that version (service API, section 1.6). The answer shows
-// symmetric keys, made ones included.
-func (s *Service) PutEnrollment(ctx context.Context, kind Kind, id string, body []byte, ifMatch string) (any, error) {
-	d := newDocument(kind)
-	if err := json.Unmarshal(body, d.value()); err != nil {
-		return nil, dps.NewError(dps.CodeInvalidArgument, "The body is not a valid enrollment", err)
+// anyTag reports whether a condition is "*", quoted or not.
+func anyTag(ifMatch string) bool { return sameTag(ifMatch, "*") }
+
+// A readOnly member is what the service made: clients send it back in any state, and it is not looked at.
+type readOnly struct{}
+
+// UnmarshalJSON takes everything.
+func (*readOnly) UnmarshalJSON([]byte) error { return nil }
+
+// readOnlyMembers take the place of the document's: encoding/json leaves a member out that two structs beside each other have.
+type readOnlyMembers struct {
+	RegistrationState      readOnly `json:"registrationState"`
+	CreatedDateTimeUTC     readOnly `json:"createdDateTimeUtc"`
+	LastUpdatedDateTimeUTC readOnly `json:"lastUpdatedDateTimeUtc"`
+	ETag                   readOnly `json:"etag"`
+}
+
+// A sent enrollment is a document as a client wrote it.
+type sent struct {
+	*document
+	// remake marks the symmetric keys, primary and secondary, that are to be made anew: those that are there, and null or empty.
+	// One that is not there stays what it was.
+	remake [2]bool
+}
+
+func parseSent(kind Kind, body []byte) (*sent, error) {
+	bad := func(err error) error {
+		return dps.NewError(dps.CodeInvalidArgument, "The body is not a valid enrollment", err)
 	}
-	if *d.id() == "" {
+	if !utf8.Valid(body) {
+		return nil, bad(errors.New("it is not UTF-8"))
+	}
+	s := &sent{document: newDocument(kind)}
+	var into any
+	if kind == Individual {
+		into = &struct {
+			*dps.IndividualEnrollment
+			readOnlyMembers
+		}{IndividualEnrollment: s.individual}
+	} else {
+		into = &struct {
+			*dps.EnrollmentGroup
+			readOnlyMembers
+		}{EnrollmentGroup: s.group}
+	}
+	if err := json.Unmarshal(body, into); err != nil {
+		return nil, bad(err)
+	}
+	var raw struct {
+		Attestation struct {
+			SymmetricKey struct{ PrimaryKey, SecondaryKey json.RawMessage }
+		}
+	}
+	if err := json.Unmarshal(body, &raw); err != nil {
+		return nil, bad(err)
+	}
+	for i, k := range []json.RawMessage{raw.Attestation.SymmetricKey.PrimaryKey, raw.Attestation.SymmetricKey.SecondaryKey} {
+		s.remake[i] = string(k) == "null" || string(k) == `""`
+	}
+	free := make(map[string]*json.RawMessage)
+	if kind == Individual {
+		free["optionalDeviceInformation"] = &s.individual.OptionalDeviceInformation
+	}
+	if t := s.base().InitialTwin; t != nil {
+		free["initialTwin.tags"] = &t.Tags
+		if t.Properties != nil {
+			free["initialTwin.properties.desired"] = &t.Properties.Desired
+		}
+	}
+	for name, v := range free {
+		switch {
+		case string(*v) == "null":
+			*v = nil
+		case len(*v) > 0 && (*v)[0] != '{':
+			return nil, invalid("%s must be an object", name)
+		}
+	}
+	return s, nil
+}
+
+// PutEnrollment creates or replaces an individual enrollment or a group from its wire form. Without ifMatch it only
+// creates; with "*" it only replaces; with a tag it replaces that version (service API, section 1.6). The answer is what was
+// written, and shows symmetric keys, made ones included.
+func (s *Service) PutEnrollment(ctx context.Context, by Actor, kind Kind, id string, body []byte, ifMatch string) (any, error) {
+	in, err := parseSent(kind, body)
+	if err != nil {
+		return nil, err
+	}
+	if *in.id() == "" {
 		return nil, invalid("The body has no ID")
 	}
-	if dps.Fold(*d.id()) != dps.Fold(id) {
+	if dps.Fold(*in.id()) != dps.Fold(id) {
 		return nil, invalid("The ID of the body is not that of the path")
 	}
+	return s.put(ctx, by, in, ifMatch)
+}
+
+// put writes an enrollment that a client sent.
+func (s *Service) put(ctx context.Context, by Actor, in *sent, ifMatch string) (any, error) {
+	d, kind, id := in.document, in.kind, *in.id()
 	if err := s.check(d); err != nil {
 		return nil, err
 	}
+	if d.base().ProvisioningStatus == "" {
+		d.base().ProvisioningStatus = dps.EnrollmentEnabled
+	}
 	now := dps.Time{Time: s.cfg.Now()}
 	var keys *dps.SymmetricKeyAttestation
+	var written *Record
 	err := s.cfg.Store.Update(ctx, func(tx Tx) error {
 		d := *d // f may run again: work on a copy of what it changes
 		base := *d.base()
@@ -128,7 +221,7 @@ func (s *Service) PutEnrollment(ctx context.Context, kind Kind, id string, body 
 			if before, err = open(old); err != nil {
 				return err
 			}
-			if ifMatch != "*" && !sameTag(ifMatch, before.base().ETag) {
+			if !anyTag(ifMatch) && !sameTag(ifMatch, before.base().ETag) {
 				return dps.NewError(dps.CodeETagMismatch, "The enrollment was changed meanwhile", nil)
 			}
 			if before.base().Attestation.Type != attestation.Type {
@@ -136,11 +229,14 @@ func (s *Service) PutEnrollment(ctx context.Context, kind Kind, id string, body 
 			}
 			base.CreatedDateTimeUTC = before.base().CreatedDateTimeUTC
 		}
+		if err := s.refersToWhatIs(tx, &base); err != nil {
+			return err
+		}
 		r := &Record{Kind: kind, ID: *d.id(), Closed: old != nil && old.Closed}
 		keys = nil
 		switch attestation.Type {
 		case dps.AttestationSymmetricKey:
-			if keys, err = completeKeys(attestation.SymmetricKey, old); err != nil {
+			if keys, err = completeKeys(attestation.SymmetricKey, old, in.remake); err != nil {
 				return err
 			}
 			if r.Keys, err = json.Marshal(keys); err != nil {
@@ -148,6 +244,9 @@ func (s *Service) PutEnrollment(ctx context.Context, kind Kind, id string, body 
 			}
 			attestation.SymmetricKey, r.Symmetric = nil, kind == Group
 		case dps.AttestationX509:
+			if attestation.X509.CAReferences != nil {
+				break
+			}
 			var was *dps.X509Certificates
 			if before != nil {
 				was = before.x509()
@@ -176,24 +275,55 @@ func (s *Service) PutEnrollment(ctx context.Context, kind Kind, id string, body 
 			g.Enrollment = base
 			d.group = &g
 		}
-		if r.Document, err = json.Marshal(d.value()); err != nil {
+		if r.Document, err = dps.Encode(d.value()); err != nil {
 			return err
 		}
-		err = tx.PutRecord(s.scope, r)
-		if errors.Is(err, ErrConflict) {
-			return invalid("%s", whose(err))
+		action := "create"
+		if old != nil {
+			action = "update"
 		}
-		return err
+		written = r
+		if err = tx.PutRecord(s.scope, r); errors.Is(err, ErrConflict) {
+			return invalid("%s", whose(err))
+		} else if err != nil {
+			return err
+		}
+		return s.audit(tx, by, action, object(kind, r.ID), content(old), content(r))
 	})
 	if err != nil {
 		return nil, err
 	}
-	answer, err := s.show(ctx, kind, id, false)
+	answer, err := open(written)
 	if err != nil {
 		return nil, err
 	}
+	hide(answer)
 	answer.base().Attestation.SymmetricKey = keys
 	return answer.value(), nil
+}
+
+// object names an enrollment in the audit record.
+func object(kind Kind, id string) string {
+	if kind == Group {
+		return "enrollmentGroup/" + id
+	}
+	return "enrollment/" + id
+}
+
+// content is what of a record the audit record's hashes are of; nil for none.
+func content(r *Record) any {
+	if r == nil {
+		return nil
+	}
+	return struct {
+		Document, Keys []byte
+		Closed         bool
+	}{r.Document, r.Keys, r.Closed}
+}
+
+// audit writes down a change in its transaction.
+func (s *Service) audit(tx Tx, by Actor, action, object string, before, after any) error {
+	return tx.PutAudit(s.scope, NewAudit(by, action, object, before, after, s.cfg.Now()))
 }
 
 // whose says in which way a certificate is another enrollment's.
@@ -216,8 +346,10 @@ func (s *Service) check(d *document) error {
 	switch a := e.Attestation; {
 	case a.Type == dps.AttestationTPM && d.kind == Group:
 		return invalid("A TPM is one device's: TPM attestation takes an individual enrollment")
-	case a.X509 != nil && a.X509.CAReferences != nil:
-		return invalid("References to uploaded CA certificates are not supported")
+	case a.X509 != nil && a.X509.CAReferences != nil && d.kind == Group:
+		if a.X509.CAReferences.Primary == "" && a.X509.CAReferences.Secondary == "" {
+			return invalid("caReferences name no certificate")
+		}
 	case a.X509 != nil && d.x509() == nil:
 		return invalid("An individual enrollment takes clientCertificates, a group signingCertificates")
 	}
@@ -225,18 +357,83 @@ func (s *Service) check(d *document) error {
 		return invalid("There is no certificate authority %.100q in this service", p.CertificateAuthorityName)
 	}
 	switch {
-	case e.AllocationPolicy == dps.AllocationCustom:
-		return invalid("Custom allocation is not supported")
+	case e.AllocationPolicy == dps.AllocationCustom && e.CustomAllocationDefinition == nil:
+		return invalid("A CustomAllocationDefinition is required when the allocation policy is set to 'Custom'")
+	case len(e.IoTHubs) > maxNamedHubs:
+		return invalid("An enrollment names at most %d hubs", maxNamedHubs)
 	case len(e.IoTHubs) > 0 && e.AllocationPolicy == "":
 		return invalid("Enrollment allocationPolicy must be specified when iotHubs are specified.")
 	case e.AllocationPolicy == dps.AllocationStatic && len(e.IoTHubs) > 1:
 		return invalid("Static allocation takes one hub")
 	}
+	if c := e.CustomAllocationDefinition; c != nil {
+		if err := s.checkWebhook(c); err != nil {
+			return err
+		}
+	}
 	return s.apart(d)
 }
 
-// completeKeys fills in symmetric keys: absent ones stay what they were, or are made.
-func completeKeys(in *dps.SymmetricKeyAttestation, old *Record) (*dps.SymmetricKeyAttestation, error) {
+const (
+	maxNamedHubs  = 100
+	maxWebhookURL = 2048
+)
+
+// checkWebhook takes https URLs, and http ones of this machine where that is allowed. Its errors do not show the URL, which may
+// hold a key.
+func (s *Service) checkWebhook(c *dps.CustomAllocationDefinition) error {
+	u, err := url.Parse(c.WebhookURL)
+	if err != nil || u.Host == "" || u.User != nil || len(c.WebhookURL) > maxWebhookURL {
+		return invalid("webhookUrl must be an absolute https URL")
+	}
+	ip := net.ParseIP(u.Hostname())
+	if local := ip != nil && ip.IsLoopback() || strings.EqualFold(u.Hostname(), "localhost"); u.Scheme != "https" && !(u.Scheme == "http" && local && s.cfg.HTTPWebhooks) {
+		return invalid("webhookUrl must be an absolute https URL")
+	}
+	if dps.CheckAPIVersion(c.APIVersion) != nil || c.APIVersion < "2018-09-01-preview" {
+		return invalid("The webhook's apiVersion must be 2018-09-01-preview or later")
+	}
+	return nil
+}
+
+// refersToWhatIs refuses an enrollment that names hubs, or certificates, which the scope has not.
+func (s *Service) refersToWhatIs(tx Tx, e *dps.Enrollment) error {
+	if ca := e.Attestation.X509; ca != nil && ca.CAReferences != nil {
+		for _, name := range []string{ca.CAReferences.Primary, ca.CAReferences.Secondary} {
+			if name == "" {
+				continue
+			}
+			if s.cfg.CheckCA == nil {
+				return invalid("There is no verified CA certificate %.100q in this service", name)
+			}
+			if err := s.cfg.CheckCA(tx, name); err != nil {
+				return err
+			}
+		}
+	}
+	hubs := e.IoTHubs
+	if e.IoTHubHostName != "" {
+		hubs = append(slices.Clip(hubs), e.IoTHubHostName)
+	}
+	if len(hubs) == 0 || s.cfg.UnlinkedHubs {
+		return nil
+	}
+	set := &s.cfg.Settings
+	if sc, err := found(tx.Scope(s.scope)); err != nil {
+		return err
+	} else if sc != nil {
+		set = &sc.Settings
+	}
+	for _, h := range hubs {
+		if err := set.allowed(h); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// completeKeys fills in symmetric keys: absent ones stay what they were, or are made; those to remake are made.
+func completeKeys(in *dps.SymmetricKeyAttestation, old *Record, remake [2]bool) (*dps.SymmetricKeyAttestation, error) {
 	var k, was dps.SymmetricKeyAttestation
 	if in != nil {
 		k = *in
@@ -246,16 +443,12 @@ func completeKeys(in *dps.SymmetricKeyAttestation, old *Record) (*dps.SymmetricK
 			return nil, fmt.Errorf("keys of %q in the store cannot be read", old.ID)
 		}
 	}
-	for _, slot := range []struct{ key, was *string }{{&k.PrimaryKey, &was.PrimaryKey}, {&k.SecondaryKey, &was.SecondaryKey}} {
-		if *slot.key == "" {
+	for i, slot := range []struct{ key, was *string }{{&k.PrimaryKey, &was.PrimaryKey}, {&k.SecondaryKey, &was.SecondaryKey}} {
+		if *slot.key == "" && !remake[i] {
 			*slot.key = *slot.was
 		}
 		if *slot.key == "" {
-			b := make([]byte, 64)
-			if _, err := rand.Read(b); err != nil {
-				return nil, err
-			}
-			*slot.key = base64.StdEncoding.EncodeToString(b)
+			*slot.key = base64.StdEncoding.EncodeToString(newKey())
 		}
 		if b, err := base64.StdEncoding.DecodeString(*slot.key); err != nil || len(b) < 16 || len(b) > 64 {
 			return nil, invalid("A symmetric key must be base64 of 16 to 64 octets")
@@ -367,8 +560,13 @@ func (s *Service) show(ctx context.Context, kind Kind, id string, withState bool
 	return d, err
 }
 
-// hide takes out what answers do not show.
+// hide makes a document what answers show.
 func hide(d *document) {
+	base := d.base()
+	base.CreatedDateTimeUTC, base.LastUpdatedDateTimeUTC = base.CreatedDateTimeUTC.Trim(), base.LastUpdatedDateTimeUTC.Trim()
+	if base.ProvisioningStatus == "" { // of a bundle
+		base.ProvisioningStatus = dps.EnrollmentEnabled
+	}
 	if certs := d.x509(); certs != nil {
 		for _, c := range []*dps.X509Certificate{certs.Primary, certs.Secondary} {
 			if c != nil {
@@ -382,13 +580,18 @@ func hide(d *document) {
 func serviceView(r *Registration) *dps.RegistrationState {
 	st := r.State
 	st.X509, st.SymmetricKey, st.TPM = nil, nil, nil
+	st.CreatedDateTimeUTC, st.LastUpdatedDateTimeUTC = st.CreatedDateTimeUTC.Trim(), st.LastUpdatedDateTimeUTC.Trim()
 	return &st
 }
 
-// AttestationMechanism returns how an enrollment attests, with symmetric keys.
-func (s *Service) AttestationMechanism(ctx context.Context, kind Kind, id string) (*dps.Attestation, error) {
+// AttestationMechanism returns how an enrollment attests, with symmetric keys. That they were shown is in the audit record.
+func (s *Service) AttestationMechanism(ctx context.Context, by Actor, kind Kind, id string) (*dps.Attestation, error) {
+	return s.mechanism(ctx, by, "show keys", kind, id)
+}
+
+func (s *Service) mechanism(ctx context.Context, by Actor, action string, kind Kind, id string) (*dps.Attestation, error) {
 	var a *dps.Attestation
-	err := s.cfg.Store.View(ctx, func(tx Tx) error {
+	err := s.cfg.Store.Update(ctx, func(tx Tx) error {
 		r, err := tx.Record(s.scope, kind, dps.Fold(id))
 		if errors.Is(err, ErrNotFound) {
 			return missing(kind)
@@ -402,20 +605,21 @@ func (s *Service) AttestationMechanism(ctx context.Context, kind Kind, id string
 		}
 		hide(d)
 		a = d.base().Attestation
-		if r.Keys != nil {
-			a.SymmetricKey = &dps.SymmetricKeyAttestation{}
-			if json.Unmarshal(r.Keys, a.SymmetricKey) != nil {
-				return fmt.Errorf("keys of %q in the store cannot be read", r.ID)
-			}
+		if r.Keys == nil {
+			return nil
 		}
-		return nil
+		a.SymmetricKey = &dps.SymmetricKeyAttestation{}
+		if json.Unmarshal(r.Keys, a.SymmetricKey) != nil {
+			return fmt.Errorf("keys of %q in the store cannot be read", r.ID)
+		}
+		return s.audit(tx, by, action, object(kind, r.ID), content(r), content(r))
 	})
 	return a, err
 }
 
 // DeleteEnrollment removes an enrollment or a group. An individual enrollment takes its registration with it; a group's
 // devices keep theirs.
-func (s *Service) DeleteEnrollment(ctx context.Context, kind Kind, id, ifMatch string) error {
+func (s *Service) DeleteEnrollment(ctx context.Context, by Actor, kind Kind, id, ifMatch string) error {
 	if kind == Individual {
 		defer s.recent.forget(dps.Fold(id)) // its registration goes with it
 	}
@@ -427,7 +631,7 @@ func (s *Service) DeleteEnrollment(ctx context.Context, kind Kind, id, ifMatch s
 		if err != nil {
 			return err
 		}
-		if ifMatch != "" && ifMatch != "*" {
+		if ifMatch != "" && !anyTag(ifMatch) {
 			d, err := open(r)
 			if err != nil {
 				return err
@@ -441,34 +645,11 @@ func (s *Service) DeleteEnrollment(ctx context.Context, kind Kind, id, ifMatch s
 				return err
 			}
 		}
-		return tx.DeleteRecord(s.scope, kind, dps.Fold(id))
-	})
-}
-
-// QueryEnrollments returns a page of enrollments or groups in the order of their IDs, and where the next one begins: "" at
-// the end. Records that come and go between pages do not upset it.
-func (s *Service) QueryEnrollments(ctx context.Context, kind Kind, after string, limit int) (page []any, next string, err error) {
-	err = s.cfg.Store.View(ctx, func(tx Tx) error {
-		page, next = []any{}, ""
-		records, err := tx.Records(s.scope, kind, after, limit+1)
-		if err != nil {
+		if err := tx.DeleteRecord(s.scope, kind, dps.Fold(id)); err != nil {
 			return err
 		}
-		for i, r := range records {
-			if i == limit {
-				next = dps.Fold(records[i-1].ID)
-				break
-			}
-			d, err := open(r)
-			if err != nil {
-				return err
-			}
-			hide(d)
-			page = append(page, d.value())
-		}
-		return nil
+		return s.audit(tx, by, "delete", object(kind, r.ID), content(r), nil)
 	})
-	return page, next, err
 }
 
 // GetRegistration returns what became of a device.
@@ -488,7 +669,7 @@ func (s *Service) GetRegistration(ctx context.Context, id string) (*dps.Registra
 }
 
 // DeleteRegistration forgets what became of a device: its next registration starts from scratch.
-func (s *Service) DeleteRegistration(ctx context.Context, id, ifMatch string) error {
+func (s *Service) DeleteRegistration(ctx context.Context, by Actor, id, ifMatch string) error {
 	defer s.recent.forget(dps.Fold(id))
 	return s.cfg.Store.Update(ctx, func(tx Tx) error {
 		r, err := tx.Registration(s.scope, dps.Fold(id))
@@ -498,46 +679,24 @@ func (s *Service) DeleteRegistration(ctx context.Context, id, ifMatch string) er
 		if err != nil {
 			return err
 		}
-		if ifMatch != "" && ifMatch != "*" && !sameTag(ifMatch, r.State.ETag) {
+		if ifMatch != "" && !anyTag(ifMatch) && !sameTag(ifMatch, r.State.ETag) {
 			return dps.NewError(dps.CodeETagMismatch, "The registration was changed meanwhile", nil)
 		}
-		return tx.DeleteRegistration(s.scope, dps.Fold(id))
-	})
-}
-
-// QueryRegistrations returns a page of the registrations that came in by a group.
-func (s *Service) QueryRegistrations(ctx context.Context, group, after string, limit int) (page []*dps.RegistrationState, next string, err error) {
-	err = s.cfg.Store.View(ctx, func(tx Tx) error {
-		page, next = []*dps.RegistrationState{}, ""
-		if _, err := tx.Record(s.scope, Group, dps.Fold(group)); errors.Is(err, ErrNotFound) {
-			return missing(Group)
-		} else if err != nil {
+		if err := tx.DeleteRegistration(s.scope, dps.Fold(id)); err != nil {
 			return err
 		}
-		regs, err := tx.Registrations(s.scope, dps.Fold(group), after, limit+1)
-		if err != nil {
-			return err
-		}
-		for i, r := range regs {
-			if i == limit {
-				next = regs[i-1].ID
-				break
-			}
-			page = append(page, serviceView(r))
-		}
-		return nil
+		return s.audit(tx, by, "delete", "registration/"+r.ID, r, nil)
 	})
-	return page, next, err
 }
 
 // GroupKey returns the primary key of a symmetric-key group, which it makes if there is none of that name. The caller seals
 // it and wipes it.
-func (s *Service) GroupKey(ctx context.Context, group string) (key []byte, created bool, err error) {
+func (s *Service) GroupKey(ctx context.Context, by Actor, group string) (key []byte, created bool, err error) {
 	if err := dps.CheckGroupID(group); err != nil {
 		return nil, false, invalid("%v", err)
 	}
 	for range 2 {
-		a, err := s.AttestationMechanism(ctx, Group, group)
+		a, err := s.mechanism(ctx, by, "seal key", Group, group)
 		if err == nil {
 			if a.Type != dps.AttestationSymmetricKey {
 				return nil, false, invalid("The group does not attest by symmetric key")
@@ -553,22 +712,13 @@ func (s *Service) GroupKey(ctx context.Context, group string) (key []byte, creat
 		if err != nil {
 			return nil, false, err
 		}
-		_, err = s.PutEnrollment(ctx, Group, group, body, "")
+		_, err = s.PutEnrollment(ctx, by, Group, group, body, "")
 		if err != nil && dps.AsError(err).Code != dps.CodeGroupExists { // somebody else made it meanwhile
 			return nil, false, err
 		}
 		created = err == nil
 	}
 	return nil, false, errors.New("group came and went")
-}
-
-// Policy returns a shared access policy.
-func (s *Service) Policy(ctx context.Context, name string) (p *Policy, err error) {
-	err = s.cfg.Store.View(ctx, func(tx Tx) error {
-		p, err = tx.Policy(s.scope, name)
-		return err
-	})
-	return p, err
 }
 
 // putAgain writes a record that was read, whose document is d.
@@ -586,7 +736,7 @@ func putAgain(tx Tx, scope string, r *Record, d *document) (err error) {
 }
 
 // CloseGroup makes a group admit only devices that a bundle named, or opens it again, and reports whether that is new.
-func (s *Service) CloseGroup(ctx context.Context, id string, closed bool) (changed bool, err error) {
+func (s *Service) CloseGroup(ctx context.Context, by Actor, id string, closed bool) (changed bool, err error) {
 	err = s.cfg.Store.Update(ctx, func(tx Tx) error {
 		r, err := tx.Record(s.scope, Group, dps.Fold(id))
 		if errors.Is(err, ErrNotFound) {
@@ -602,8 +752,14 @@ func (s *Service) CloseGroup(ctx context.Context, id string, closed bool) (chang
 		if err != nil {
 			return err
 		}
-		r.Closed = closed
-		return putAgain(tx, s.scope, r, d)
+		before, action := content(r), "open"
+		if r.Closed = closed; closed {
+			action = "close"
+		}
+		if err := putAgain(tx, s.scope, r, d); err != nil {
+			return err
+		}
+		return s.audit(tx, by, action, object(Group, r.ID), before, content(r))
 	})
 	return changed, err
 }

@@ -30,7 +30,7 @@ func FuzzPutEnrollment(f *testing.F) {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {
-		_, err := fix.Service.PutEnrollment(t.Context(), registration.Individual, "x", body, "")
+		_, err := fix.Service.PutEnrollment(t.Context(), registration.Actor{}, registration.Individual, "x", body, "")
 		if err != nil {
 			var e *dps.Error
 			if !errors.As(err, &e) || e.Code.Status() != 400 {
@@ -39,7 +39,7 @@ func FuzzPutEnrollment(f *testing.F) {
 			return
 		}
 		defer func() {
-			if err := fix.Service.DeleteEnrollment(t.Context(), registration.Individual, "x", ""); err != nil {
+			if err := fix.Service.DeleteEnrollment(t.Context(), registration.Actor{}, registration.Individual, "x", ""); err != nil {
 				t.Fatal(err)
 			}
 		}()

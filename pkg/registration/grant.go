@@ -28,6 +28,8 @@ type ImportConfig struct {
 	RequireOrder bool
 	// DryRun counts and changes nothing.
 	DryRun bool
+	// By is who imports, for the audit record.
+	By Actor
 }
 
 // openGrant verifies the grant of a bundle: an owner's order, or a lease that its holder cut from one, for the station that

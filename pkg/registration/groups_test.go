@@ -145,7 +145,7 @@ func TestSameNames(t *testing.T) {
 		if got := outcome(t, f.Service, byChain(attesttest.Leaf(t, ca, "dev-1"))); got != want {
 			t.Errorf("group %d: %s", i, got)
 		}
-		if page, _, err := f.Service.QueryRegistrations(t.Context(), fmt.Sprint("g-", i), "", 10); err != nil || i%2 == 0 && len(page) != 1 {
+		if page, _, err := f.Service.QueryRegistrations(t.Context(), fmt.Sprint("g-", i), registration.Page{Limit: 10}); err != nil || i%2 == 0 && len(page) != 1 {
 			t.Errorf("group %d has %d devices, %v", i, len(page), err)
 		}
 	}
@@ -157,7 +157,7 @@ func TestSameNames(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, err = f.Service.PutEnrollment(t.Context(), registration.Group, id, b, "")
+		_, err = f.Service.PutEnrollment(t.Context(), registration.Actor{}, registration.Group, id, b, "")
 		return err
 	}
 	for name, e := range map[string]dps.Enrollment{
@@ -218,7 +218,7 @@ func TestGroupCache(t *testing.T) {
 		_, err := f.Service.GetEnrollment(t.Context(), registration.Group, id)
 		switch {
 		case err == nil && rng.IntN(2) == 0:
-			if err := f.Service.DeleteEnrollment(t.Context(), registration.Group, id, ""); err != nil {
+			if err := f.Service.DeleteEnrollment(t.Context(), registration.Actor{}, registration.Group, id, ""); err != nil {
 				t.Fatal(err)
 			}
 		case round%2 == 0:
@@ -388,7 +388,7 @@ func TestSearch(t *testing.T) {
 	registers("a group that is new", late, "late", 2)
 	f.Put(t, registration.Group, "late", disabled(registrationtest.Symmetric(bytes.Repeat([]byte("w"), 32), nil)))
 	registers("which is disabled", late, "401002", 1)
-	if err := f.Service.DeleteEnrollment(t.Context(), registration.Group, "late", ""); err != nil {
+	if err := f.Service.DeleteEnrollment(t.Context(), registration.Actor{}, registration.Group, "late", ""); err != nil {
 		t.Fatal(err)
 	}
 	registers("and deleted", late, "401002", 2)

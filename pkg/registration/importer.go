@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"iter"
 
 	"golang.org/x/sync/errgroup"
@@ -179,7 +180,11 @@ func (in *intake) chunk(ctx context.Context, entries []prepared) (ImportResult, 
 				return err
 			}
 		}
-		return c.book()
+		if err := c.book(); err != nil || in.cfg.DryRun || c.res.New+c.res.Replaced+c.res.Retired+c.res.Refused == 0 {
+			return err
+		}
+		what := fmt.Sprintf("bundle/%s: %d new, %d replaced, %d retired, %d refused", in.cfg.Station, c.res.New, c.res.Replaced, c.res.Retired, c.res.Refused)
+		return in.s.audit(tx, in.cfg.By, "import", what, nil, c.res)
 	})
 	if err != nil {
 		return ImportResult{}, err
@@ -255,7 +260,7 @@ func (in *intake) prepare(e *bundle.Entry) (prepared, error) {
 			p.problem = "its key is sealed and was not opened"
 			return p, nil
 		}
-		full, err := completeKeys(keys, nil)
+		full, err := completeKeys(keys, nil, [2]bool{})
 		if err != nil {
 			p.problem = dps.AsError(err).Message
 			return p, nil

@@ -332,7 +332,7 @@ func TestIssuerOfEnrollment(t *testing.T) {
 		registration.Individual: `{"registrationId":"new","attestation":{"type":"symmetricKey"},"clientCertificateIssuancePolicy":{"certificateAuthorityName":"ops"}}`,
 		registration.Group:      `{"enrollmentGroupId":"new","attestation":{"type":"symmetricKey"},"clientCertificateIssuancePolicy":{}}`,
 	} {
-		if _, err := f.Service.PutEnrollment(t.Context(), kind, "new", []byte(doc), ""); code(err) != dps.CodeInvalidArgument || !strings.Contains(err.Error(), "certificate authority") {
+		if _, err := f.Service.PutEnrollment(t.Context(), registration.Actor{}, kind, "new", []byte(doc), ""); code(err) != dps.CodeInvalidArgument || !strings.Contains(err.Error(), "certificate authority") {
 			t.Errorf("%s: %v", kind, err)
 		}
 	}
@@ -475,14 +475,14 @@ func TestOperationalProof(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			_, err = f.Service.PutEnrollment(t.Context(), registration.Group, name+id, body, "")
+			_, err = f.Service.PutEnrollment(t.Context(), registration.Actor{}, registration.Group, name+id, body, "")
 			if refused := name != "other" && id == "on"; refused != (code(err) == dps.CodeInvalidArgument && strings.Contains(err.Error(), `"ops" issues`)) {
 				t.Errorf("%s, %s: %v", name, id, err)
 			}
-			_ = f.Service.DeleteEnrollment(t.Context(), registration.Group, name+id, "")
+			_ = f.Service.DeleteEnrollment(t.Context(), registration.Actor{}, registration.Group, name+id, "")
 		}
 	}
-	_ = f.Service.DeleteEnrollment(t.Context(), registration.Group, "company", "")
+	_ = f.Service.DeleteEnrollment(t.Context(), registration.Actor{}, registration.Group, "company", "")
 	res, err := f.Service.Import(t.Context(), entries(bundle.Entry{Group: &dps.EnrollmentGroup{EnrollmentGroupID: "again", Enrollment: registrationtest.Signers(&holder{Certificate: a.Root}, nil)}}), registration.ImportConfig{})
 	if err != nil || res.Conflicting != 1 {
 		t.Errorf("by a bundle: %+v, %v", res, err)

@@ -138,7 +138,7 @@ func TestReplicas(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if page, _, err := one.QueryRegistrations(t.Context(), "keys", "", 10); err != nil || len(page) != 2 {
+	if page, _, err := one.QueryRegistrations(t.Context(), "keys", registration.Page{Limit: 10}); err != nil || len(page) != 2 {
 		t.Errorf("%d registrations, %v", len(page), err)
 	}
 }
@@ -169,7 +169,7 @@ func TestOperatorWins(t *testing.T) {
 			f.Put(t, registration.Individual, "own-key", off(registrationtest.Symmetric(f.OwnKey, nil)))
 		},
 		"individual deleted": func(t *testing.T, f *registrationtest.Fixture) {
-			if err := f.Service.DeleteEnrollment(t.Context(), registration.Individual, "own-key", ""); err != nil {
+			if err := f.Service.DeleteEnrollment(t.Context(), registration.Actor{}, registration.Individual, "own-key", ""); err != nil {
 				t.Error(err)
 			}
 		},
@@ -180,7 +180,7 @@ func TestOperatorWins(t *testing.T) {
 			f.Import(t, bundle.Entry{Serial: "S", Retired: &bundle.RetiredDevice{RegistrationID: "Dev-1", Group: "keys", State: bundle.Scrapped, At: f.Now()}})
 		},
 		"device of a closed group": func(t *testing.T, f *registrationtest.Fixture) {
-			if _, err := f.Service.CloseGroup(t.Context(), "keys", true); err != nil {
+			if _, err := f.Service.CloseGroup(t.Context(), registration.Actor{}, "keys", true); err != nil {
 				t.Error(err)
 			}
 		},
@@ -335,16 +335,16 @@ func TestImport(t *testing.T) {
 // The key of a group leaves once it exists, and is made once.
 func TestGroupKey(t *testing.T) {
 	f := registrationtest.NewFixture(t, "a.example")
-	first, created, err := f.Service.GroupKey(t.Context(), "fresh")
+	first, created, err := f.Service.GroupKey(t.Context(), registration.Actor{}, "fresh")
 	if err != nil || !created || len(first) != 64 {
 		t.Fatalf("%d octets, %v, %v", len(first), created, err)
 	}
-	again, created, err := f.Service.GroupKey(t.Context(), "FRESH")
+	again, created, err := f.Service.GroupKey(t.Context(), registration.Actor{}, "FRESH")
 	if err != nil || created || string(again) != string(first) {
 		t.Errorf("again: %v, %v", created, err)
 	}
 	register(t, f.Service, f.ByKey("dev-9", attest.DeriveKey(first, "dev-9")))
-	if _, _, err := f.Service.GroupKey(t.Context(), "line"); err == nil {
+	if _, _, err := f.Service.GroupKey(t.Context(), registration.Actor{}, "line"); err == nil {
 		t.Error("a group by certificate gave a key")
 	}
 }

@@ -109,6 +109,17 @@ func (s *Service) Settings(ctx context.Context) (set *Settings, err error) {
 	return set, err
 }
 
+// Current returns the scope as it is now, or ErrNotFound when it is deleted, or being deleted.
+func (s *Service) Current(ctx context.Context) (sc *Scope, err error) {
+	err = s.cfg.Store.View(ctx, func(tx Tx) error {
+		if sc, err = tx.Scope(s.scope); err == nil && sc.Deleting {
+			err = ErrNotFound
+		}
+		return err
+	})
+	return sc, err
+}
+
 // CheckScope says what keeps a scope from being taken.
 func CheckScope(sc *Scope) error {
 	if err := dps.CheckIDScope(sc.ID); err != nil {

@@ -59,6 +59,13 @@ type Config struct {
 	// ("azure-iot-device-provisioning-py/*") and C take it; those for C# and the IoT identity service do not (device API, section
 	// 6.2). Nil tells nobody.
 	AtOnce []string
+	// CheckCA refuses the name of a CA certificate, as groups refer to it, that is not one of the scope's verified ones. Nil refuses
+	// all.
+	CheckCA func(tx Tx, name string) error
+	// UnlinkedHubs lets enrollments name hubs that are not linked: one that is linked later is assigned then.
+	UnlinkedHubs bool
+	// HTTPWebhooks lets enrollments name webhooks of this machine without TLS.
+	HTTPWebhooks bool
 	// Attempt is told what each device tried, and what came of it, with the folded ID scope; an empty one is none of the
 	// service's. It must not wait. Nil is nobody.
 	Attempt func(scope string, a *Attempt)

@@ -31,7 +31,7 @@ func TestIndexOfOlderStores(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := service().PutEnrollment(t.Context(), registration.Group, id, b, match); err != nil {
+		if _, err := service().PutEnrollment(t.Context(), registration.Actor{}, registration.Group, id, b, match); err != nil {
 			t.Fatal(err)
 		}
 	}

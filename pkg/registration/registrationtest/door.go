@@ -87,7 +87,8 @@ func NewFixture(t testing.TB, hubs ...string) *Fixture {
 
 // Replica returns another service on the same store.
 func (f *Fixture) Replica(hubs ...string) *registration.Service {
-	return registration.New(registration.Config{Store: f.Store, Scope: Scope, Settings: registration.Settings{Hubs: registration.Records(hubs...)}, Now: f.Now})
+	return registration.New(registration.Config{Store: f.Store, Scope: Scope, Settings: registration.Settings{Hubs: registration.Records(hubs...)},
+		UnlinkedHubs: true, Now: f.Now})
 }
 
 // Policy makes, or replaces, a shared access policy with these keys.
@@ -118,7 +119,7 @@ func (f *Fixture) PutDocument(t testing.TB, kind registration.Kind, id string, d
 	if _, err := f.Service.GetEnrollment(t.Context(), kind, id); err == nil {
 		match = "*"
 	}
-	if _, err := f.Service.PutEnrollment(t.Context(), kind, id, b, match); err != nil {
+	if _, err := f.Service.PutEnrollment(t.Context(), registration.Actor{}, kind, id, b, match); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -622,7 +623,7 @@ func Doors(t *testing.T, serve func(*testing.T, *Fixture) func(testing.TB, Devic
 		}
 		f.Import(t, device("Named", "line", 0, named), device("pump-1", "line", 0, old), device("lost-1", "line", 0, lost), device("key-1", "keys", 0, nil), device("elsewhere", "keys", 0, nil))
 		for _, id := range []string{"line", "keys"} {
-			if changed, err := f.Service.CloseGroup(t.Context(), id, true); err != nil || !changed {
+			if changed, err := f.Service.CloseGroup(t.Context(), registration.Actor{}, id, true); err != nil || !changed {
 				t.Fatal(changed, err)
 			}
 		}
@@ -668,7 +669,7 @@ func Doors(t *testing.T, serve func(*testing.T, *Fixture) func(testing.TB, Devic
 			refused(t, dial(t, d), why)
 		}
 		for _, id := range []string{"line", "keys"} {
-			if changed, err := f.Service.CloseGroup(t.Context(), id, false); err != nil || !changed {
+			if changed, err := f.Service.CloseGroup(t.Context(), registration.Actor{}, id, false); err != nil || !changed {
 				t.Fatal(changed, err)
 			}
 		}
@@ -759,7 +760,7 @@ func Doors(t *testing.T, serve func(*testing.T, *Fixture) func(testing.TB, Devic
 			})
 		}
 		wg.Wait()
-		page, _, err := f.Service.QueryRegistrations(t.Context(), "keys", "", 100)
+		page, _, err := f.Service.QueryRegistrations(t.Context(), "keys", registration.Page{Limit: 100})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -1,20 +1,19 @@
-package httpd_test
+package serviceapi_test
 
 import (
 	"context"
 	"testing"
 
 	"github.com/touchmark/touchmark/pkg/attest/attesttest"
-	"github.com/touchmark/touchmark/pkg/door"
 	"github.com/touchmark/touchmark/pkg/dps"
-	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
+	"github.com/touchmark/touchmark/pkg/serviceapi"
 )
 
 // Whoever may write enrollments reaches a call, by its name only; nobody else does.
 func TestCalls(t *testing.T) {
-	d := newDoor(t, func(c *httpd.Config, _ *door.Config) {
-		c.Calls = map[string]httpd.Call{"echo": func(_ context.Context, method string, body []byte) (any, error) {
+	d := open(t, func(c *serviceapi.Config) {
+		c.Calls = map[string]serviceapi.Call{"echo": func(_ context.Context, method string, body []byte) (any, error) {
 			if string(body) == "wrong" {
 				return nil, dps.NewError(dps.CodeInvalidArgument, "Wrong", nil)
 			}

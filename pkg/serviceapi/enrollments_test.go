@@ -1,4 +1,4 @@
-package httpd_test
+package serviceapi_test
 
 import (
 	"crypto/sha256"
@@ -7,7 +7,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"net/http"
 	"net/url"
 	"regexp"
 	"strings"
@@ -20,62 +19,9 @@ import (
 	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
 )
 
-const ownerRights = "ServiceConfig, DeviceConnect, EnrollmentWrite"
-
-var (
-	ownerKey  = []byte(strings.Repeat("o", 64))
-	secondKey = []byte(strings.Repeat("p", 64))
-)
-
-// operator is a client of the service API with the owner's policy.
-type operator struct {
-	*conn
-	token string
-}
-
-func newOperator(t testing.TB) (*service, *operator) {
-	t.Helper()
-	d := newDoor(t)
-	d.Policy(t, "owner", ownerRights, ownerKey, secondKey)
-	return d, d.operator(t, ownerKey, "owner")
-}
-
-func (d *service) operator(t testing.TB, key []byte, policy string) *operator {
-	t.Helper()
-	return &operator{d.dial(t, registrationtest.Device{}), attesttest.ServiceToken(key, registrationtest.Host, policy, d.Now().Add(time.Hour))}
-}
-
-// call makes a call; the path has no api-version.
-func (o *operator) call(t testing.TB, method, path, body string, header ...string) (*http.Response, []byte) {
-	t.Helper()
-	return o.do(t, method, path+"?api-version=2021-10-01", body, append(header, "Authorization: "+o.token)...)
-}
-
-// want makes a call that must be answered with a status, and for errors with a code.
-func (o *operator) want(t testing.TB, status int, code dps.Code, method, path, body string, header ...string) map[string]any {
-	t.Helper()
-	res, b := o.call(t, method, path, body, header...)
-	var doc map[string]any
-	if len(b) > 0 && b[0] == '{' {
-		if err := json.Unmarshal(b, &doc); err != nil {
-			t.Fatal(err)
-		}
-	}
-	got, _ := doc["errorCode"].(float64)
-	if res.StatusCode != status || dps.Code(got) != code {
-		t.Fatalf("%s %s %.200s: %d %s", method, path, body, res.StatusCode, b)
-	}
-	for _, name := range []string{"trackingId", "message", "timestampUtc"} { // DPS-S 1
-		if code != 0 && doc[name] == nil {
-			t.Errorf("%s %s: %s has no %s", method, path, b, name)
-		}
-	}
-	return doc
-}
-
 const newKeys = `"attestation":{"type":"symmetricKey","symmetricKey":{"primaryKey":null}}`
 
-func individual(id, rest string) string { return `{"registrationId":"` + id + `",` + rest + `}` }
+func ofDevice(id, rest string) string { return `{"registrationId":"` + id + `",` + rest + `}` }
 
 // DPS-S 1 to 4, 6 to 10.
 func TestServiceTransport(t *testing.T) {
@@ -109,7 +55,7 @@ func TestServiceTransport(t *testing.T) {
 // DPS-S 11 to 25, 28.
 func TestServiceWrites(t *testing.T) {
 	d, o := newOperator(t)
-	made := o.want(t, 200, 0, "PUT", "/enrollments/dev-1", individual("dev-1", newKeys+`,"unknown":{"member":1}`))
+	made := o.want(t, 200, 0, "PUT", "/enrollments/dev-1", ofDevice("dev-1", newKeys+`,"unknown":{"member":1}`))
 	tag, _ := made["etag"].(string)
 	if tag == "" || made["createdDateTimeUtc"] != made["lastUpdatedDateTimeUtc"] || made["registrationState"] != nil {
 		t.Errorf("created: %v", made)
@@ -117,16 +63,16 @@ func TestServiceWrites(t *testing.T) {
 	if when, _ := made["createdDateTimeUtc"].(string); !regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,7})?Z$`).MatchString(when) {
 		t.Errorf("created at %s", when)
 	}
-	o.want(t, 409, dps.CodeEnrollmentExists, "PUT", "/enrollments/DEV-1", individual("DEV-1", newKeys))
+	o.want(t, 409, dps.CodeEnrollmentExists, "PUT", "/enrollments/DEV-1", ofDevice("DEV-1", newKeys))
 	o.want(t, 409, dps.CodeGroupExists, "PUT", "/enrollmentGroups/keys", `{"enrollmentGroupId":"keys",`+newKeys+`}`)
 	d.Advance(time.Second)
-	next := o.want(t, 200, 0, "PUT", "/enrollments/dev-1", individual("dev-1", newKeys), "If-Match: *")
+	next := o.want(t, 200, 0, "PUT", "/enrollments/dev-1", ofDevice("dev-1", newKeys), "If-Match: *")
 	if next["etag"] == tag || next["createdDateTimeUtc"] != made["createdDateTimeUtc"] || next["lastUpdatedDateTimeUtc"] == made["lastUpdatedDateTimeUtc"] {
 		t.Errorf("replaced: %v", next)
 	}
-	o.want(t, 412, dps.CodeETagMismatch, "PUT", "/enrollments/dev-1", individual("dev-1", newKeys+`,"deviceId":"other"`), "If-Match: "+tag)
+	o.want(t, 412, dps.CodeETagMismatch, "PUT", "/enrollments/dev-1", ofDevice("dev-1", newKeys+`,"deviceId":"other"`), "If-Match: "+tag)
 	for _, form := range []string{"%s", `"%s"`} {
-		next = o.want(t, 200, 0, "PUT", "/enrollments/dev-1", individual("dev-1", newKeys), "If-Match: "+fmt.Sprintf(form, next["etag"]))
+		next = o.want(t, 200, 0, "PUT", "/enrollments/dev-1", ofDevice("dev-1", newKeys), "If-Match: "+fmt.Sprintf(form, next["etag"]))
 	}
 	got := o.want(t, 200, 0, "GET", "/enrollments/DEV-1", "")
 	if state, _ := got["registrationState"].(map[string]any); state["status"] != "unassigned" || got["deviceId"] != nil || got["reprovisionPolicy"] != nil {
@@ -135,9 +81,9 @@ func TestServiceWrites(t *testing.T) {
 	// What GET answered may be PUT back as it is: DPS-S 23.
 	echo, _ := json.Marshal(got)
 	o.want(t, 200, 0, "PUT", "/enrollments/dev-1", string(echo), "If-Match: *")
-	o.want(t, 404, dps.CodeNoEnrollment, "PUT", "/enrollments/nobody", individual("nobody", newKeys), "If-Match: *")
+	o.want(t, 404, dps.CodeNoEnrollment, "PUT", "/enrollments/nobody", ofDevice("nobody", newKeys), "If-Match: *")
 	for id, body := range map[string]string{
-		"dev-2": individual("dev-3", newKeys), strings.Repeat("a", 129): individual(strings.Repeat("a", 129), newKeys), "a%20b": individual("a b", newKeys), "a.": individual("a.", newKeys),
+		"dev-2": ofDevice("dev-3", newKeys), strings.Repeat("a", 129): ofDevice(strings.Repeat("a", 129), newKeys), "a%20b": ofDevice("a b", newKeys), "a.": ofDevice("a.", newKeys),
 	} {
 		o.want(t, 400, dps.CodeInvalidArgument, "PUT", "/enrollments/"+id, body)
 	}
@@ -149,11 +95,11 @@ func TestServiceWrites(t *testing.T) {
 	o.want(t, 404, dps.CodeNoEnrollment, "GET", "/enrollments/dev-1", "")
 	o.want(t, 404, dps.CodeNoGroup, "GET", "/enrollmentGroups/nobody", "")
 	for _, rest := range []string{`"iotHubs":["h.example.net"],` + newKeys, `"allocationPolicy":"static","iotHubs":["a","b"],` + newKeys, `"attestation":{"type":"none"}`, `"a":1`} {
-		o.want(t, 400, dps.CodeInvalidArgument, "PUT", "/enrollments/x", individual("x", rest))
+		o.want(t, 400, dps.CodeInvalidArgument, "PUT", "/enrollments/x", ofDevice("x", rest))
 	}
 	// DPS-S 27: the twin comes back as it went in.
 	twin := `{"tags":{"version":1,"count":[1,{"a":null}]},"properties":{"desired":{"version":"x","n":1.50,"big":123456789012345678901}}}`
-	o.want(t, 200, 0, "PUT", "/enrollments/t", individual("t", newKeys+`,"initialTwin":`+twin))
+	o.want(t, 200, 0, "PUT", "/enrollments/t", ofDevice("t", newKeys+`,"initialTwin":`+twin))
 	if _, b := o.call(t, "GET", "/enrollments/t", ""); !strings.Contains(string(b), `"desired":{"version":"x","n":1.50,"big":123456789012345678901}`) {
 		t.Errorf("twin: %s", b)
 	}
@@ -183,12 +129,12 @@ func TestServiceKeys(t *testing.T) {
 		}
 	}
 	for size, ok := range map[int]bool{15: false, 16: true, 64: true, 65: false} {
-		body := individual("s", `"attestation":{"type":"symmetricKey","symmetricKey":{"primaryKey":"`+base64.StdEncoding.EncodeToString(make([]byte, size))+`"}}`)
+		body := ofDevice("s", `"attestation":{"type":"symmetricKey","symmetricKey":{"primaryKey":"`+base64.StdEncoding.EncodeToString(make([]byte, size))+`"}}`)
 		if res, b := o.call(t, "PUT", fmt.Sprintf("/enrollments/s%d", size), strings.Replace(body, `"s"`, fmt.Sprintf(`"s%d"`, size), 1)); (res.StatusCode == 200) != ok {
 			t.Errorf("a key of %d octets: %d %s", size, res.StatusCode, b)
 		}
 	}
-	o.want(t, 400, dps.CodeInvalidArgument, "PUT", "/enrollments/s", individual("s", `"attestation":{"type":"symmetricKey","symmetricKey":{"primaryKey":"~~~"}}`))
+	o.want(t, 400, dps.CodeInvalidArgument, "PUT", "/enrollments/s", ofDevice("s", `"attestation":{"type":"symmetricKey","symmetricKey":{"primaryKey":"~~~"}}`))
 }
 
 // DPS-S 33 to 38.
@@ -197,7 +143,7 @@ func TestServiceCertificates(t *testing.T) {
 	leaf := attesttest.Leaf(t, d.Root, "c")
 	asPEM, _ := json.Marshal(string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: leaf.Certificate.Raw})))
 	x509 := func(certs string) string {
-		return individual("c", `"attestation":{"type":"x509","x509":{"clientCertificates":`+certs+`}}`)
+		return ofDevice("c", `"attestation":{"type":"x509","x509":{"clientCertificates":`+certs+`}}`)
 	}
 	info := func(doc map[string]any, slot string) map[string]any {
 		certs := doc["attestation"].(map[string]any)["x509"].(map[string]any)["clientCertificates"].(map[string]any)
@@ -218,7 +164,7 @@ func TestServiceCertificates(t *testing.T) {
 	got := o.want(t, 200, 0, "GET", "/enrollments/c", "")
 	echo, _ := json.Marshal(got)
 	o.want(t, 200, 0, "PUT", "/enrollments/c", string(echo), "If-Match: *")
-	if _, s := d.dial(t, registrationtest.ByCertificate("c", leaf.TLS())).do(t, "PUT", "/"+registrationtest.Scope+"/registrations/c/register?api-version=2021-10-01", ""); !strings.Contains(string(s), "assigning") {
+	if s := d.register(t, registrationtest.ByCertificate("c", leaf.TLS())); !strings.Contains(s, `"status":"assigned"`) {
 		t.Errorf("after what GET answered was PUT back: %s", s)
 	}
 	secondary, _ := json.Marshal(info(got, "secondary"))
@@ -230,9 +176,9 @@ func TestServiceCertificates(t *testing.T) {
 		"nothing":        x509(`{}`),
 		"not a cert":     x509(`{"primary":{"certificate":"AAAA"}}`),
 		"other info":     x509(`{"primary":{"info":{"sha256Thumbprint":"00"}}}`),
-		"two members":    individual("c", `"attestation":{"type":"x509","x509":{"clientCertificates":{"primary":{"certificate":"`+leaf.Base64()+`"}},"signingCertificates":{"primary":{"certificate":"`+leaf.Base64()+`"}}}}`),
-		"a group's":      individual("c", `"attestation":{"type":"x509","x509":{"signingCertificates":{"primary":{"certificate":"`+leaf.Base64()+`"}}}}`),
-		"another's leaf": individual("c", `"attestation":{"type":"x509","x509":{"clientCertificates":{"primary":{"certificate":"`+d.Own.Base64()+`"}}}}`),
+		"two members":    ofDevice("c", `"attestation":{"type":"x509","x509":{"clientCertificates":{"primary":{"certificate":"`+leaf.Base64()+`"}},"signingCertificates":{"primary":{"certificate":"`+leaf.Base64()+`"}}}}`),
+		"a group's":      ofDevice("c", `"attestation":{"type":"x509","x509":{"signingCertificates":{"primary":{"certificate":"`+leaf.Base64()+`"}}}}`),
+		"another's leaf": ofDevice("c", `"attestation":{"type":"x509","x509":{"clientCertificates":{"primary":{"certificate":"`+d.Own.Base64()+`"}}}}`),
 	} {
 		res, b := o.call(t, "PUT", "/enrollments/c", body, "If-Match: *")
 		if res.StatusCode != 400 {
@@ -309,10 +255,10 @@ func TestServiceQueries(t *testing.T) {
 		t.Errorf("no registrations: %s", b)
 	}
 	for _, id := range []string{"dev-1", "dev-2"} {
-		d.dial(t, d.Derived(id)).Register(t, "")
+		d.register(t, d.Derived(id))
 	}
 	c := attesttest.Leaf(t, d.Root, "dev-3")
-	d.dial(t, registrationtest.ByCertificate("dev-3", c.TLS())).Register(t, "")
+	d.register(t, registrationtest.ByCertificate("dev-3", c.TLS()))
 	if _, b := o.call(t, "POST", "/registrations/keys/query", ""); strings.Count(string(b), `"deviceId"`) != 2 || strings.Contains(string(b), "dev-3") {
 		t.Errorf("registrations of a group: %s", b)
 	}
@@ -375,7 +321,7 @@ func TestServiceAuthorization(t *testing.T) {
 
 	// DPS-S 60 to 62: what each right is good for.
 	calls := []struct{ method, path, body string }{
-		{"GET", "/enrollments/own-key", ""}, {"POST", "/enrollmentGroups/query", "{}"}, {"PUT", "/enrollments/own-key", individual("own-key", newKeys)},
+		{"GET", "/enrollments/own-key", ""}, {"POST", "/enrollmentGroups/query", "{}"}, {"PUT", "/enrollments/own-key", ofDevice("own-key", newKeys)},
 		{"DELETE", "/enrollments/nobody", ""}, {"POST", "/enrollments/own-key/attestationmechanism", ""}, {"GET", "/registrations/nobody", ""},
 		{"POST", "/registrations/keys/query", ""}, {"DELETE", "/registrations/nobody", ""}, {"POST", "/touchmark/groupKeys/keys", "{}"},
 	}
