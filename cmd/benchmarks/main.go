@@ -51,6 +51,10 @@ func main() {
 		check(runLedgerChild(os.Args[2], os.Args[3]))
 		return
 	}
+	if len(os.Args) == 4 && os.Args[1] == scaleChild {
+		check(runScaleChild(os.Args[2], os.Args[3]))
+		return
+	}
 	asJSON := flag.Bool("json", false, "print JSON only")
 	short := flag.Bool("short", false, "a tenth of the work")
 	only := flag.String("only", "", "run the benchmarks whose name has this in it")
@@ -82,10 +86,10 @@ func main() {
 		{"tpm-create", b.tpmCreate}, {"tpm-sign", b.tpmSign}, {"tpm-challenge", b.tpmChallenge},
 		{"register-https", func() { b.register("https", false) }}, {"register-mqtt", func() { b.register("mqtt", false) }}, {"register-amqp", func() { b.register("amqp", false) }},
 		{"register-https-key", func() { b.register("https", true) }}, {"register-mqtt-key", func() { b.register("mqtt", true) }},
-		{"idle-mqtt", func() { b.idle("mqtt", 34) }}, {"idle-amqp", func() { b.idle("amqp", 40) }}, {"import", b.importBundle},
+		{"idle-mqtt", func() { b.idle("mqtt", 34) }}, {"idle-amqp", func() { b.idle("amqp", 40) }}, {"import", b.importBundle}, {"import-scale", b.importScale},
 		{"limit-overhead limit-refusal", b.limitOverhead}, {"limit-fairness", b.limitFairness},
 		{"refusal-https", func() { b.refusal("https") }}, {"refusal-mqtt", func() { b.refusal("mqtt") }},
-		{"lookup-x509", b.lookupX509}, {"lookup-key", b.lookupKey},
+		{"lookup-x509", b.lookupX509}, {"lookup-key", b.lookupKey}, {"allocation", b.allocation},
 		{"ledger-append", func() { b.ledgerAppend("ledger-append", temp, ledgerGroup) }}, {"ledger-append-disk", func() { b.ledgerAppend("ledger-append-disk", disk, ledgerGroup) }},
 		{"ledger-append-one-disk", func() { b.ledgerAppend("ledger-append-one-disk", disk, 1) }},
 		{"ledger-verify", b.ledgerVerify}, {"ledger-verify-million ledger-resume-million station-resume-million", b.ledgerMillion},

@@ -23,6 +23,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/order"
 	"github.com/touchmark/touchmark/pkg/registration"
 	"github.com/touchmark/touchmark/pkg/settings"
+	"github.com/touchmark/touchmark/pkg/sqlstore"
 	"github.com/touchmark/touchmark/pkg/stamp"
 	"github.com/touchmark/touchmark/pkg/station/screen"
 )
@@ -65,9 +66,13 @@ var environmentTopic = &cobra.Command{
   TOUCHMARK_PKCS11_TIMEOUT   how long a PKCS#11 module in a process of its own (module-path=p11-kit:…) may be
                              silent before that process is killed and started again; 60s if unset
   TOUCHMARK_LINE             the line's directory, instead of --line
+  TOUCHMARK_SERVICE          file with a registration service's connection string, instead of --service
+  TOUCHMARK_MANAGEMENT       file that says where a management API is, instead of --management
   TOUCHMARK_TPM              key URI of the TPM, instead of --tpm
   TOUCHMARK_TPM_OWNER_AUTH_FILE, TOUCHMARK_TPM_ENDORSEMENT_AUTH_FILE, TOUCHMARK_TPM_LOCKOUT_AUTH_FILE
                              files that hold the authorization values of the TPM's hierarchies, where they have some
+  TOUCHMARK_STORE_FILE       file that holds the address of the database that serve keeps its store in, instead of --store-file
+  TOUCHMARK_STORE            the address itself; PGPASSFILE, PGPASSWORD and their like count as they do for psql
   NO_COLOR                   no colour, whatever its value
 
 A PIN or passphrase is looked for in the key URI's pin-source first, then here, then asked for on the terminal.`,
@@ -203,7 +208,7 @@ func classify(ctx context.Context, err error) (code int, help string) {
 	case errors.Is(err, evidence.ErrResidency):
 		suggest("mint with a profile whose keys are made in a token or TPM, or take the bundle without --require-residency")
 		return exitUnverified, help
-	case errors.Is(err, signed.ErrCorrupt), errors.Is(err, errNoImage):
+	case errors.Is(err, signed.ErrCorrupt), errors.Is(err, errNoImage), errors.Is(err, sqlstore.ErrDamaged):
 		return exitUnverified, help
 	case errors.Is(err, ledger.ErrStation):
 		suggest("name the public key of the station that keeps this ledger with --trust")

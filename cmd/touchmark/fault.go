@@ -11,6 +11,7 @@ import (
 
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/emulate"
+	"github.com/touchmark/touchmark/pkg/operator"
 	"github.com/touchmark/touchmark/pkg/serviceapi"
 )
 
@@ -59,8 +60,8 @@ func (a *app) runFault(ctx context.Context, o *faultOptions, method string, text
 		Faults []emulate.FaultState `json:"faults"`
 	}
 	if err := svc.callJSON(ctx, method, "/touchmark/faults", faults, &res); err != nil {
-		var answer *serviceError
-		if errors.As(err, &answer) && answer.code == dps.CodeNotFound {
+		var answer *operator.Error
+		if errors.As(err, &answer) && answer.Code == dps.CodeNotFound {
 			return hint(err, "only an emulator has faults: touchmark serve --ephemeral")
 		}
 		return importError(err)

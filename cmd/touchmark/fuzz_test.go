@@ -4,7 +4,6 @@ import (
 	"encoding/base64"
 	"strings"
 	"testing"
-	"time"
 	"unicode"
 
 	"github.com/touchmark/touchmark/pkg/stamp/fat"
@@ -13,21 +12,6 @@ import (
 	"github.com/touchmark/touchmark/pkg/stamp/raw"
 	"github.com/touchmark/touchmark/pkg/stamp/ubootenv"
 )
-
-func FuzzConnectionString(f *testing.F) {
-	f.Add("HostName=dps.example.net:8443;SharedAccessKeyName=owner;SharedAccessKey=AAAA\n")
-	f.Add("hostname=[::1]:443;sharedaccesskeyname=o;sharedaccesskey=AAAA;x")
-	f.Fuzz(func(t *testing.T, text string) {
-		s, err := parseConnectionString(text)
-		if err != nil {
-			return
-		}
-		token := s.token(time.Unix(1, 0))
-		if s.host == "" || len(s.key) == 0 || strings.ContainsAny(token, "\r\n") {
-			t.Fatalf("%q gives %q, %q", text, s.host, token)
-		}
-	})
-}
 
 // Whatever an image holds, no private key is shown, and only text that cannot play with a terminal is.
 func FuzzOpenImage(f *testing.F) {

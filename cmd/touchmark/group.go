@@ -14,6 +14,7 @@ import (
 
 	"github.com/touchmark/touchmark/hsm/sealing"
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/operator"
 )
 
 type groupKeyOptions struct {
@@ -43,10 +44,11 @@ line's token.`,
 	f.StringVar(&o.out, "out", "", "the sealed file to write (required)")
 	f.StringVar(&o.ca, "ca", "", "PEM file with the CA of the service's certificate (default: ca.pem beside --service, else the system's)")
 	f.BoolVar(&o.force, "force", false, "overwrite the file")
-	for _, name := range []string{"service", "recipient", "out"} {
+	for _, name := range []string{"recipient", "out"} {
 		_ = key.MarkFlagRequired(name)
 	}
-	return parent("group", "Enrollment groups", key, newGroupClose(a, true), newGroupClose(a, false))
+	verbs := append(enrollmentVerbs(a, operator.Group), newEnrollmentImport(a, operator.Group), newEnrollmentExport(a, operator.Group))
+	return parent("group", "Enrollment groups", append(verbs, key, newGroupClose(a, true), newGroupClose(a, false), newGroupRoll(a, false), newGroupRoll(a, true))...)
 }
 
 func newGroupClose(a *app, closed bool) *cobra.Command {
@@ -68,7 +70,6 @@ named it. What a bundle retired is refused still.`
 	}
 	c.Flags().StringVar(&service, "service", "", "file with the service's connection string (required)")
 	c.Flags().StringVar(&ca, "ca", "", "PEM file with the CA of the service's certificate (default: ca.pem beside --service, else the system's)")
-	_ = c.MarkFlagRequired("service")
 	return c
 }
 

@@ -106,8 +106,8 @@ func TestNodeHub(t *testing.T) {
 		}
 	}
 	e := startEmulator(t, dir, "--hub", "builtin", "--ca-out", "ca.pem")
-	out := runNode(t, e, dir, "hub.js", port(t, e.word("https")), port(t, e.word("mqtt")), dir)
-	if want := `["identities","bulk","parents","twins","mqtt","mqtt-ws","mqtt-sha1","mqtt-ws-sha256"]`; strings.TrimSpace(string(out)) != want {
+	out := runNode(t, e, dir, "hub.js", port(t, e.word("https")), port(t, e.word("mqtt")), port(t, e.word("amqp")), dir)
+	if want := `["identities","bulk","parents","twins","amqp","mqtt","mqtt-ws","mqtt-sha1","mqtt-ws-sha256"]`; strings.TrimSpace(string(out)) != want {
 		t.Errorf("%s", out)
 	}
 }

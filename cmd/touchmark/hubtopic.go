@@ -20,7 +20,7 @@ MANAGE IT
   either it is on the ready line as hubConnectionString:
     const { Registry, Client } = require('azure-iothub')
     Registry.fromConnectionString(text)            devices, twins, queries, bulk
-    Client.fromConnectionString(text)              invokeDeviceMethod
+    Client.fromConnectionString(text)              invokeDeviceMethod, and send over AMQP on 5671, in WebSockets with AmqpWs on 443
   The policies are Azure's: iothubowner, service, device, registryRead, registryReadWrite. NODE_EXTRA_CA_CERTS is ca.pem.
   Queries are SELECT * FROM devices, with WHERE path = value AND …: other text is refused.
 
@@ -32,6 +32,6 @@ MESSAGES
 
 WHAT IT IS NOT
   It is for development and tests. It takes 10,000 devices, runs in one process, and forgets messages when it stops; devices and
-  twins stay with --data. There are no modules, jobs, configurations, routes, file uploads, feedback, and no AMQP: azure-iothub's
-  Client.send does not reach a device, the call above does. Updates of desired properties that a device missed it reads from its twin.`,
+  twins stay with --data. There are no modules, jobs, configurations, routes, file uploads and feedback, and devices speak MQTT, not AMQP.
+  Updates of desired properties that a device missed it reads from its twin.`,
 }

@@ -17,13 +17,16 @@ import (
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/evidence"
+	"github.com/touchmark/touchmark/pkg/operator"
 	"github.com/touchmark/touchmark/pkg/registration"
 )
 
 type importOptions struct {
-	bundle, service, trust, ca string
-	holder, residency          string
-	dryRun, requireOrder       bool
+	serviceOptions
+	rowsOptions
+	bundle, trust, identity string
+	holder, residency       string
+	dryRun, requireOrder    bool
 }
 
 func newImport(a *app) *cobra.Command {
@@ -37,9 +40,14 @@ content are conflicts: they are counted and named, and nothing is overwritten. I
 
 A reworked unit's newer revision takes the place of the older one, and what was retired never registers again, in whatever
 order bundles are imported. A bundle that was made on a production order is held against it: what the order does not have,
-and what goes beyond its quantity, is refused and named.`,
+and what goes beyond its quantity, is refused and named.
+
+A service that is not touchmark's knows no bundles: the bundle is verified here and its enrollments go over one by one, as touchmark
+enrollment import does it. --update, --skip-existing, --stop-on-error, --parallel, --rename-hub and --identity are for that. Instead of a bundle it takes a
+file that touchmark export wrote, for any service.`,
 		Example: `  touchmark import monday.tmb --service service/owner.connection --trust line-3/station.pem --dry-run
-  touchmark import monday.tmb --service service/owner.connection --trust line-3/station.pem`,
+  touchmark import monday.tmb --service service/owner.connection --trust line-3/station.pem
+  touchmark import monday.tmb --service azure.connection --trust line-3/station.pem --identity operator.key`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.bundle = args[0]
@@ -47,14 +55,14 @@ and what goes beyond its quantity, is refused and named.`,
 		},
 	}
 	f := c.Flags()
-	f.StringVar(&o.service, "service", "", "file with the service's connection string (required)")
+	o.serviceOptions.flags(c)
 	f.StringVar(&o.trust, "trust", "", "PEM file with the public key of the station that signed (default: what the service trusts)")
-	f.StringVar(&o.ca, "ca", "", "PEM file with the CA of the service's certificate (default: ca.pem beside --service, else the system's)")
 	residencyFlag(c, &o.residency)
 	f.StringVar(&o.holder, "holder", "", "PEM file with the public key of the station that holds the order, for a bundle of a lease (default: what the service trusts)")
 	f.BoolVar(&o.requireOrder, "require-order", false, "refuse the bundle unless it was made on a production order of an owner's")
+	f.StringVar(&o.identity, "identity", "", "file with the age identity that keys are sealed to, for a service that takes no bundles")
+	o.rowsOptions.flags(c)
 	f.BoolVar(&o.dryRun, "dry-run", false, "count what would happen, and change nothing")
-	_ = c.MarkFlagRequired("service")
 	return c
 }
 
@@ -68,11 +76,22 @@ func (a *app) runImport(ctx context.Context, o *importOptions) error {
 		return err
 	}
 	defer f.Close()
-	var info struct {
-		IDScope string `json:"idScope"`
+	rows, err := isRows(f)
+	if err != nil {
+		return err
 	}
-	if err := svc.call(ctx, http.MethodGet, "/touchmark/info", nil, nil, nil, &info); err != nil {
+	if rows {
+		return importError(a.importRows(ctx, svc, o.bundle, "", &o.rowsOptions, o.dryRun))
+	}
+	info, err := svc.Info(ctx)
+	if errors.Is(err, operator.ErrUnsupported) {
+		return importError(a.unpackBundle(ctx, svc, o))
+	}
+	if err != nil {
 		return importError(err)
+	}
+	if o.update || o.skip || o.stop || o.identity != "" || len(o.hubs) > 0 {
+		return usageError{errors.New("--update, --skip-existing, --stop-on-error, --rename-hub and --identity are for services that take no bundles: this one does")}
 	}
 	header := http.Header{"Content-Type": {"application/x-tar"}}
 	residency, err := parseResidency(o.residency)
@@ -147,20 +166,20 @@ func setKey(header http.Header, name string, pub crypto.PublicKey) error {
 
 // importError gives the service's refusals the exit code that the same fault has here.
 func importError(err error) error {
-	var se *serviceError
+	var se *operator.Error
 	if !errors.As(err, &se) {
-		return err
+		return connectHint(err)
 	}
 	switch {
-	case se.code.Status() == http.StatusUnauthorized:
+	case errors.Is(err, operator.ErrUnauthorized):
 		return hint(refusedError{err}, "the connection string is not this service's, or not any more: take the one in owner.connection of its data directory")
-	case se.code == dps.CodeBundleUntrusted:
+	case se.Code == dps.CodeBundleUntrusted:
 		return fmt.Errorf("%w: %w", signed.ErrUntrusted, err)
-	case se.code == dps.CodeBundleResidency:
+	case se.Code == dps.CodeBundleResidency:
 		return fmt.Errorf("%w: %w", evidence.ErrResidency, err)
-	case se.code == dps.CodeBundleOrder:
+	case se.Code == dps.CodeBundleOrder:
 		return fmt.Errorf("%w: %w", registration.ErrOrder, err)
-	case se.code == dps.CodeBundleCorrupt:
+	case se.Code == dps.CodeBundleCorrupt:
 		return fmt.Errorf("%w: %w", bundle.ErrCorrupt, err)
 	}
 	return err

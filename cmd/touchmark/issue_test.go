@@ -213,7 +213,7 @@ func TestNodeAtOnce(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	store, err := sqlstore.Open(t.Context(), sqlstore.Config{Path: filepath.Join(dir, storeFile), DataKey: d.dataKey})
+	store, err := sqlstore.Open(t.Context(), sqlstore.Config{Path: filepath.Join(dir, storeFile), DataKey: make([]byte, 32)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -185,7 +185,7 @@ func (a *app) runLoad(ctx context.Context, o *loadOptions) (err error) {
 		if err := a.loopback(ctx, svc, o); err != nil {
 			return err
 		}
-		cfg.RootCAs = svc.roots
+		cfg.RootCAs = svc.cfg.Roots
 	} else if cfg.RootCAs, err = loadRoots(o.ca); err != nil {
 		return err
 	}
@@ -267,7 +267,7 @@ func loadHint(rep *load.Report) string {
 
 // loopback makes sure that the service API is on this machine, and is called where it was looked up.
 func (a *app) loopback(ctx context.Context, svc *service, o *loadOptions) error {
-	address := svc.host
+	address := svc.Host()
 	if _, _, err := net.SplitHostPort(address); err != nil {
 		address = net.JoinHostPort(address, "443")
 	}

@@ -22,6 +22,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/ca"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/load"
+	"github.com/touchmark/touchmark/pkg/operator"
 )
 
 // ownGroups are the enrollment groups that a load made for itself.
@@ -175,6 +176,5 @@ func (g *ownGroups) delete(ctx context.Context, path string) error {
 }
 
 func notThere(err error) bool {
-	var se *serviceError
-	return errors.As(err, &se) && se.code.Status() == http.StatusNotFound
+	return errors.Is(err, operator.ErrNotFound)
 }

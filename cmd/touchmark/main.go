@@ -100,22 +100,29 @@ The journey:  init → mint → (bundle) → serve → import → register`,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w\nusage: %s", err, cmd.UseLine())}
 	})
-	root.AddGroup(&cobra.Group{ID: "journey", Title: "The journey:"}, &cobra.Group{ID: "tools", Title: "The toolkit:"})
-	journey := []*cobra.Command{newInit(a), newMint(a), newStation(a), newServe(a), newImport(a), newRegister(a)}
-	tools := []*cobra.Command{newKey(a), newToken(a), newTPM(a), newCert(a), newData(a), newCA(a), newOrder(a), newUnit(a), newOperator(a), newLabel(a), newStamp(a), newLedger(a), newBundle(a), newGroup(a), newFault(a), newReconcile(a), newLoad(a)}
-	for _, c := range journey {
-		c.GroupID = "journey"
-		root.AddCommand(c)
-	}
-	for _, c := range tools {
-		c.GroupID = "tools"
-		root.AddCommand(c)
+	for _, g := range []struct {
+		id, title string
+		commands  []*cobra.Command
+	}{
+		{"journey", "The journey:", []*cobra.Command{newInit(a), newMint(a), newStation(a), newServe(a), newImport(a), newRegister(a)}},
+		{"factory", "The factory's toolkit:", []*cobra.Command{newKey(a), newToken(a), newTPM(a), newCert(a), newData(a), newCA(a), newOrder(a), newUnit(a),
+			newOperator(a), newLabel(a), newStamp(a), newLedger(a), newBundle(a)}},
+		{"service", "Operators of a service:", []*cobra.Command{newEnrollment(a), newGroup(a), newRegistration(a), newExport(a), newDiagnose(a), newReconcile(a),
+			newUsage(a), newScope(a), newHub(a), newPolicy(a), newCertificate(a), newStore(a), newBackup(a), newRestore(a)}},
+		{"developers", "Developers of devices:", []*cobra.Command{newFault(a), newLoad(a)}},
+	} {
+		root.AddGroup(&cobra.Group{ID: g.id, Title: g.title})
+		for _, c := range g.commands {
+			c.GroupID = g.id
+			root.AddCommand(c)
+		}
 	}
 	root.AddCommand(newVersion(a), newMan(a))
 	root.AddCommand(exitCodesTopic, environmentTopic, hsmTopic, technicianTopic, lineTopic, ownerTopic) // pages of the factory
 	root.AddCommand(issuersTopic, emulatorTopic, limitsTopic, proxiesTopic, monitoringTopic)            // of the doors
 	root.AddCommand(
-		hubsTopic,
+		operatingTopic, migrationTopic,
+		allocationTopic, hubsTopic,
 		builtinHubTopic,
 	)
 	root.SetHelpCommand(newHelp(root))

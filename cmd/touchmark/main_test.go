@@ -62,7 +62,7 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"softhsm": softhsmCmd, "serve": serveCmd, "emulator": emulatorCmd, "serials": serialsCmd, "flip": flipCmd, "swtpm": swtpmCmd, "exits": exitsCmd, "stdout2file": saveCmd,
+			"softhsm": softhsmCmd, "serve": serveCmd, "emulator": emulatorCmd, "serials": serialsCmd, "flip": flipCmd, "swtpm": swtpmCmd, "exits": exitsCmd, "stdout2file": saveCmd, "azure": azureCmd(t),
 		},
 		Condition: func(cond string) (bool, error) {
 			switch cond {

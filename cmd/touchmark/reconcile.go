@@ -14,14 +14,15 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/touchmark/touchmark/pkg/bundle"
-	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/operator"
 	"github.com/touchmark/touchmark/pkg/order"
 	"github.com/touchmark/touchmark/pkg/registration"
 )
 
 type reconcileOptions struct {
-	report, service, ca string
-	trust               []string
+	serviceOptions
+	report string
+	trust  []string
 }
 
 func newReconcile(a *app) *cobra.Command {
@@ -43,10 +44,8 @@ shown, and are not missing.`,
 		},
 	}
 	f := c.Flags()
-	f.StringVar(&o.service, "service", "", "file with the service's connection string (required)")
+	o.serviceOptions.flags(c)
 	f.StringArrayVar(&o.trust, "trust", nil, "PEM file with the public key of the station that signed the report (required); again for more")
-	f.StringVar(&o.ca, "ca", "", "PEM file with the CA of the service's certificate (default: ca.pem beside --service, else the system's)")
-	_ = c.MarkFlagRequired("service")
 	_ = c.MarkFlagRequired("trust")
 	return c
 }
@@ -133,8 +132,7 @@ func (a *app) runReconcile(ctx context.Context, o *reconcileOptions) error {
 func (s *service) order(ctx context.Context, id string) (*registration.OrderView, error) {
 	v := &registration.OrderView{Grant: &registration.Grant{}}
 	err := s.call(ctx, http.MethodGet, "/touchmark/orders/"+url.PathEscape(id), nil, nil, nil, v)
-	var se *serviceError
-	if errors.As(err, &se) && se.code == dps.CodeNotFound {
+	if errors.Is(err, operator.ErrNotFound) {
 		err = nil
 	}
 	return v, err
@@ -195,12 +193,12 @@ func (s *service) fillIn(ctx context.Context, r *order.Report, known *registrati
 	path := "/touchmark/orders/" + url.PathEscape(r.Order)
 	ours := func(d *registration.OrderedDevice) bool { return r.Grant == r.Order || d.Grant == r.Grant }
 	if known.Refused > 0 {
-		if rec.Refused, err = pages[*registration.Refusal](ctx, s, path+"/refusals", maxNamed); err != nil {
+		if rec.Refused, err = operator.List[*registration.Refusal](ctx, s.Client, path+"/refusals", maxNamed); err != nil {
 			return err
 		}
 	}
 	if known.Imported > known.Seen {
-		unseen, err := pages[*registration.OrderedDevice](ctx, s, path+"/unseen", 10*maxNamed)
+		unseen, err := operator.List[*registration.OrderedDevice](ctx, s.Client, path+"/unseen", 10*maxNamed)
 		if err != nil {
 			return err
 		}
@@ -230,7 +228,7 @@ func (s *service) fillIn(ctx context.Context, r *order.Report, known *registrati
 	for _, u := range r.Missing {
 		have[u.Serial] = true
 	}
-	devices, err := pages[*registration.OrderedDevice](ctx, s, path+"/devices", maxSerials)
+	devices, err := operator.List[*registration.OrderedDevice](ctx, s.Client, path+"/devices", maxSerials)
 	if err != nil {
 		return err
 	}

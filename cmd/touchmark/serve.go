@@ -16,7 +16,6 @@ import (
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/registration"
 	"github.com/touchmark/touchmark/pkg/serviceapi"
-	"github.com/touchmark/touchmark/pkg/sqlstore"
 )
 
 type serveOptions struct {
@@ -33,6 +32,8 @@ type serveOptions struct {
 	issue  issueOptions
 	accessOptions
 	hubOptions
+	store storeOptions
+	provisionOptions
 	meter meterOptions
 	emulatorOptions
 }
@@ -88,6 +89,8 @@ register in are there already, and faults happen on demand. touchmark help emula
 	o.issue.flags(c)
 	o.accessOptions.flags(c)
 	o.hubOptions.flags(c)
+	o.store.flags(c)
+	o.provisionOptions.flags(c)
 	o.meter.flags(c)
 	o.bind(c)
 	_ = c.MarkFlagDirname("data")
@@ -128,15 +131,15 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := d.load(o); err != nil {
-		return err
-	}
 	log := o.meter.logger(a)
-	store, err := sqlstore.Open(ctx, sqlstore.Config{Path: d.store(), DataKey: d.dataKey})
+	store, closeStore, err := o.store.open(ctx, a, d, log)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, store.Close()) }()
+	defer func() { err = errors.Join(err, closeStore()) }()
+	if err := d.load(o); err != nil {
+		return err
+	}
 	owner, err := d.owner(ctx, store)
 	if err != nil {
 		return err
@@ -181,6 +184,13 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	hubs, err := o.provisioning(&shared)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, hubs.Close()) }()
+	shared.OpenHub = hub.openedBy(dps.Fold(d.scope), hubs.Hub)
+	watched.provisioning(&shared)
 	scopes := registration.NewScopes(registration.ScopesConfig{
 		Config: shared,
 		Own: func(sc *registration.Scope, cfg *registration.Config) error {
@@ -189,6 +199,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 			}
 			return nil
 		}})
+	defer startProvisioning(scopes)()
 	svc, err := scopes.Service(ctx, d.scope)
 	if err != nil {
 		return fmt.Errorf("opening ID scope %s: %w", d.scope, err)

@@ -57,15 +57,18 @@ const ownerPolicy = "provisioningserviceowner"
 
 // serviceData is what a service keeps beside its store: a data directory, or, without one, memory.
 type serviceData struct {
-	dir             string             // empty: nothing is kept
-	seed            emulate.Seed       // what secrets are made of where nothing is kept; nil: chance
-	stations        []crypto.PublicKey // trusted beside those in the trust folder
-	scope           string
-	dataKey         []byte
-	identity        *age.X25519Identity
-	recipient       string
-	managementToken string // where nothing is kept
-	caPEM           []byte // of the service's own CA; set by certificate, nil where TLS has files
+	dir       string             // empty: nothing is kept
+	seed      emulate.Seed       // what secrets are made of where nothing is kept; nil: chance
+	stations  []crypto.PublicKey // trusted beside those in the trust folder
+	scope     string
+	identity  *age.X25519Identity
+	recipient string
+	// managementToken is the one that may everything, where nothing is kept.
+	managementToken string
+	// share has what all replicas have of sharedFiles, once the store is open. With secretsShared the store alone keeps the secret ones.
+	share         func(name string, local []byte, make func() ([]byte, error)) ([]byte, error)
+	secretsShared bool
+	caPEM         []byte // of the service's own CA; set by certificate, nil where TLS has files
 }
 
 func (d *serviceData) path(name string) string { return filepath.Join(d.dir, name) }
@@ -101,11 +104,19 @@ func (d *serviceData) ensure(name string, mode fs.FileMode, make func() ([]byte,
 		return make()
 	}
 	b, err := readSmall(d.path(name))
-	if !errors.Is(err, fs.ErrNotExist) {
-		return b, err
-	}
-	if b, err = make(); err != nil {
+	there := err == nil
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
+	}
+	switch shared := d.share != nil && slices.Contains(sharedFiles, name); {
+	case shared:
+		b, err = d.share(name, b, make)
+		there = there || d.secretsShared && mode == 0o600
+	case !there:
+		b, err = make()
+	}
+	if there || err != nil {
+		return b, err
 	}
 	return b, writeFile(d.path(name), b, mode, false)
 }
@@ -126,11 +137,6 @@ func (d *serviceData) load(o *serveOptions) error {
 	}
 	if o.idScope != "" && o.idScope != d.scope {
 		return usageError{fmt.Errorf("the service in %s has ID scope %s, not %s: it was decided at its first start", d.dir, d.scope, o.idScope)}
-	}
-	if d.dataKey, err = d.ensure(dataKeyFile, 0o600, func() ([]byte, error) {
-		return d.seed.Bytes("data key", 32), nil
-	}); err != nil {
-		return fmt.Errorf("data key: %w", err)
 	}
 	identity, err := d.ensure(identityFile, 0o600, func() ([]byte, error) {
 		id, err := d.seed.Identity("recipient")

@@ -87,7 +87,7 @@ func (o *serveOptions) listen(what, address string) (net.Listener, error) {
 }
 
 // serveDoors has devices answered at the open doors until the context ends.
-func (o *serveOptions) serveDoors(ctx context.Context, eg *errgroup.Group, open map[string]net.Listener, front *front, registrar registration.Registrar, overloaded func(*registration.Request) bool, hub mqttd.Hub, https httpd.Config) {
+func (o *serveOptions) serveDoors(ctx context.Context, eg *errgroup.Group, open map[string]net.Listener, front *front, registrar registration.Registrar, overloaded func(*registration.Request) bool, hub hubDoors, https httpd.Config) {
 	delay := o.delay
 	if delay == 0 {
 		delay = -1
@@ -96,7 +96,7 @@ func (o *serveOptions) serveDoors(ctx context.Context, eg *errgroup.Group, open 
 		return mqttd.New(mqttd.Config{Hub: hub, Registrar: registrar, Overloaded: overloaded, Protocol: protocol, Log: front.log, ResponseDelay: delay}).Handle
 	}
 	amqp := func(protocol string) door.Handler {
-		return amqpd.New(amqpd.Config{Registrar: registrar, Protocol: protocol, Log: front.log, ResponseDelay: delay}).Handle
+		return amqpd.New(amqpd.Config{Hub: hub, Registrar: registrar, Protocol: protocol, Log: front.log, ResponseDelay: delay}).Handle
 	}
 	if l := open["https"]; l != nil {
 		https.Registrar, https.Door, https.Forwarded = registrar, front.door("https"), httpd.ForwardedCertificate(o.front.forwarded)

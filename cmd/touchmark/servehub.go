@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto/hkdf"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -14,9 +16,11 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/touchmark/touchmark/pkg/amqpd"
 	"github.com/touchmark/touchmark/pkg/devhub"
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/mqttd"
+	"github.com/touchmark/touchmark/pkg/registration"
 )
 
 // hubOptions are what serve takes for the hub in its own process.
@@ -75,7 +79,11 @@ func (a *app) openHub(ctx context.Context, o *serveOptions, d *serviceData, read
 	if err != nil {
 		return nil, nil, fmt.Errorf("key of the built-in hub: %w", err)
 	}
-	cfg := devhub.Config{Name: o.hostnames[0], Hosts: []string{"localhost", "127.0.0.1", "::1"}, Secret: secret, DataKey: d.dataKey, Log: log}
+	dataKey, err := hkdf.Expand(sha256.New, secret, "data at rest", 32)
+	if err != nil {
+		return nil, nil, fmt.Errorf("key of the built-in hub: %w", err)
+	}
+	cfg := devhub.Config{Name: o.hostnames[0], Hosts: []string{"localhost", "127.0.0.1", "::1"}, Secret: secret, DataKey: dataKey, Log: log}
 	if d.dir != "" {
 		cfg.Path = d.path(hubFile)
 	}
@@ -112,8 +120,27 @@ func (a *app) openHub(ctx context.Context, o *serveOptions, d *serviceData, read
 	}, nil
 }
 
-// door is what the MQTT doors hand devices over to.
-func (r *runningHub) door() mqttd.Hub {
+// openedBy returns what opens linked hubs: the built-in one, which is the first scope's, is asked without a connection.
+func (r *runningHub) openedBy(first string, open func(string, registration.LinkedHub) (registration.Hub, error)) func(string, registration.LinkedHub) (registration.Hub, error) {
+	return func(scope string, h registration.LinkedHub) (registration.Hub, error) {
+		switch {
+		case h.Kind != registration.HubBuiltin:
+			return open(scope, h)
+		case r == nil || scope != first:
+			return nil, errors.New("the built-in hub is not running, or is another scope's: start the service with --hub builtin")
+		}
+		return r.Linked(), nil
+	}
+}
+
+// hubDoors is what the doors hand devices and services over to.
+type hubDoors interface {
+	mqttd.Hub
+	amqpd.Hub
+}
+
+// door returns the hub for the doors, or nil.
+func (r *runningHub) door() hubDoors {
 	if r == nil {
 		return nil
 	}

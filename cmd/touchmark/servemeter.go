@@ -202,3 +202,21 @@ func (w *watched) serve(l net.Listener, ready *meter.Readiness) {
 func (w *watched) hub(name string, h registration.Hub) registration.Hub {
 	return w.meter.WatchHub(name, w.traces.hub(name, h))
 }
+
+// provisioning watches what is told to hubs, and what webhooks are asked.
+func (w *watched) provisioning(cfg *registration.Config) {
+	open := cfg.OpenHub
+	cfg.OpenHub = func(scope string, h registration.LinkedHub) (registration.Hub, error) {
+		hub, err := open(scope, h)
+		if hub == nil || err != nil {
+			return nil, err
+		}
+		return w.hub(h.Name, hub), nil
+	}
+	cfg.Webhook = w.meter.WatchWebhook(cfg.Webhook)
+	cfg.OnProvision = func(p registration.Provisioning) {
+		if a := p.Attempt(time.Now()); a != nil {
+			w.attempt(p.Scope, a)
+		}
+	}
+}

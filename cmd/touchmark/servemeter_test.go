@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -15,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -26,6 +28,7 @@ import (
 	collector "go.opentelemetry.io/proto/otlp/collector/trace/v1"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/touchmark/touchmark/pkg/attest/attesttest"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/meter"
 	"github.com/touchmark/touchmark/pkg/registration"
@@ -117,12 +120,12 @@ func TestMonitoring(t *testing.T) {
 	if err := get("/touchmark/diagnose/symmetric-individual000001", nil, &d); err != nil {
 		t.Fatal(err)
 	}
-	if len(d.Attempts) != 2 || d.Attempts[0].Rule != "signature" || d.Attempts[0].Times != 2 || d.Attempts[1].Result != "assigned" || d.Attempts[0].Remote != "127.0.0.0" ||
+	if len(d.Attempts) != 2 || d.Attempts[1].Rule != "signature" || d.Attempts[1].Times != 2 || d.Attempts[0].Result != "assigned" || d.Attempts[1].Remote != "127.0.0.0" ||
 		d.Enrollment == nil || d.Registration == nil || !slices.ContainsFunc(d.Explanation, func(s string) bool { return strings.Contains(s, "signed with another key") }) {
 		t.Errorf("%+v", d)
 	}
 	var a registration.Attempt
-	if err := get("/touchmark/attempts/"+d.Attempts[0].TrackingID, nil, &a); err != nil || a.RegistrationID != "symmetric-individual000001" {
+	if err := get("/touchmark/attempts/"+d.Attempts[1].TrackingID, nil, &a); err != nil || a.RegistrationID != "symmetric-individual000001" {
 		t.Errorf("%+v, %v", a, err)
 	}
 	if err := get("/touchmark/attempts/"+dps.NewUUID(), nil, &a); err == nil {
@@ -237,13 +240,74 @@ func TestMonitoring(t *testing.T) {
 	}
 }
 
-func openTestService(t *testing.T, dir string) *service {
+// plainService is a service that a test calls without a client's patience.
+type plainService struct {
+	host   string
+	key    []byte
+	client *http.Client
+}
+
+func openTestService(t *testing.T, dir string) *plainService {
 	t.Helper()
-	svc, err := (&app{}).openService(filepath.Join(dir, "svc", "owner.connection"), "")
+	b, err := os.ReadFile(filepath.Join(dir, "svc", "owner.connection"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	return svc
+	s := &plainService{}
+	for part := range strings.SplitSeq(strings.TrimSpace(string(b)), ";") {
+		switch name, value, _ := strings.Cut(part, "="); name {
+		case "HostName":
+			s.host = value
+		case "SharedAccessKey":
+			if s.key, err = base64.StdEncoding.DecodeString(value); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	roots, err := loadRoots(filepath.Join(dir, "svc", "ca.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.client = &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}}
+	t.Cleanup(s.client.CloseIdleConnections)
+	return s
+}
+
+func (s *plainService) token() string {
+	host, _, _ := strings.Cut(s.host, ":")
+	return attesttest.ServiceToken(s.key, host, "provisioningserviceowner", time.Now().Add(time.Hour))
+}
+
+// call makes one call. What is not 2xx is a *dps.Error.
+func (s *plainService) call(ctx context.Context, method, path string, query url.Values, header http.Header, body io.Reader, out any) error {
+	if query == nil {
+		query = url.Values{}
+	}
+	query.Set("api-version", "2021-10-01")
+	req, err := http.NewRequestWithContext(ctx, method, "https://"+s.host+path+"?"+query.Encode(), body)
+	if err != nil {
+		return err
+	}
+	for k, v := range header {
+		req.Header[k] = v
+	}
+	req.Header.Set("Authorization", s.token())
+	res, err := s.client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	if res.StatusCode/100 != 2 {
+		var doc struct{ ErrorCode dps.Code }
+		if err := json.NewDecoder(res.Body).Decode(&doc); err != nil {
+			return err
+		}
+		return &dps.Error{Code: doc.ErrorCode, RetryAfter: res.Header.Get("Retry-After")}
+	}
+	if out == nil {
+		return nil
+	}
+	return json.NewDecoder(res.Body).Decode(out)
 }
 
 // The profile azure refuses an operator's calls above a thousand in a minute with 429, 429001 and an integer Retry-After. DPS-S 100.
@@ -251,37 +315,25 @@ func TestQuotaProfile(t *testing.T) {
 	dir := t.TempDir()
 	cmd, _, _ := startServe(t, dir, "--https", "127.0.0.1:0", "--mqtt", "off", "--amqp", "off", "--quotas", "azure", "--quiet")
 	svc := openTestService(t, dir)
-	var refused *serviceError
+	var refused *dps.Error
 	n := 0
 	for ; n < 2100 && refused == nil; n++ { // a minute may end meanwhile
-		err := svc.call(t.Context(), "GET", "/enrollments/nobody", nil, nil, nil, nil)
-		if e := new(serviceError); errors.As(err, &e) && e.code != dps.CodeNoEnrollment {
+		if e := new(dps.Error); errors.As(svc.call(t.Context(), "GET", "/enrollments/nobody", nil, nil, nil, nil), &e) && e.Code != dps.CodeNoEnrollment {
 			refused = e
 		}
 	}
-	if refused == nil || refused.code != dps.CodeThrottled || n <= 1000 {
+	if refused == nil || refused.Code != dps.CodeThrottled || n <= 1000 {
 		t.Fatalf("after %d calls: %v", n, refused)
 	}
-	req, err := http.NewRequest("GET", "https://"+svc.host+"/enrollments/nobody?api-version="+apiVersion, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	req.Header.Set("Authorization", svc.token(time.Now()))
-	res, err := svc.client.Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	_ = res.Body.Close()
-	var wait int
-	if _, err := fmt.Sscan(res.Header.Get("Retry-After"), &wait); res.StatusCode == 429 && (err != nil || wait < 1 || wait > 60) {
-		t.Errorf("%d, Retry-After %q", res.StatusCode, res.Header.Get("Retry-After"))
+	if wait, err := strconv.Atoi(refused.RetryAfter); err != nil || wait < 1 || wait > 60 {
+		t.Errorf("Retry-After %q", refused.RetryAfter)
 	}
 	stopServe(t, cmd)
 	// The profile is the scope's: the next start need not name it, and may take it away.
 	startServe(t, dir, "--https", "127.0.0.1:0", "--mqtt", "off", "--amqp", "off", "--quotas", "none", "--quiet")
 	svc = openTestService(t, dir)
 	for range 1100 {
-		if e := new(serviceError); errors.As(svc.call(t.Context(), "GET", "/enrollments/nobody", nil, nil, nil, nil), &e) && e.code != dps.CodeNoEnrollment {
+		if e := new(dps.Error); errors.As(svc.call(t.Context(), "GET", "/enrollments/nobody", nil, nil, nil, nil), &e) && e.Code != dps.CodeNoEnrollment {
 			t.Fatal(e)
 		}
 	}

@@ -26,8 +26,20 @@ import (
 	"github.com/touchmark/touchmark/pkg/registration"
 )
 
+// A Hub takes over the connections of services that send to devices: their SDK takes no port, so a hub on the same machine
+// answers at the same door.
+type Hub interface {
+	// OwnsHost reports whether a connection that was opened for this host, and has shown nothing of who it is, is for the hub.
+	OwnsHost(host string) bool
+	// ServeAMQP holds the conversation behind the open, which was read already; more may be in the reader. The connection is closed
+	// when it returns.
+	ServeAMQP(ctx context.Context, c *door.Conn, r *bufio.Reader, open *amqp.Open) error
+}
+
 // Config is what a server needs.
 type Config struct {
+	// Hub has its services at this door too; nil for none.
+	Hub       Hub
 	Registrar registration.Registrar
 	// Protocol is the door's name in records; empty means "amqp".
 	Protocol string
@@ -337,8 +349,10 @@ func (c *conn) serve(ctx context.Context) error {
 		}
 	}
 	c.out = amqp.AppendHeader(c.out, amqp.AMQP)
-	if err := c.open(); err != nil {
+	if other, err := c.open(); err != nil {
 		return err
+	} else if other != nil {
+		return c.s.cfg.Hub.ServeAMQP(ctx, c.Conn, c.r, other)
 	}
 	c.within(conversationTime)
 	for {
@@ -364,13 +378,23 @@ func (c *conn) header(wanted amqp.Protocol) (amqp.Protocol, error) {
 	return p, err
 }
 
-// open exchanges opens. Who has shown nothing of who it is learns here that it is refused (device API, section 12.8).
-func (c *conn) open() error {
+// open exchanges opens. Who has shown nothing of who it is learns here that it is refused (device API, section 12.8), or is for
+// the hub: then its open is returned.
+func (c *conn) open() (other *amqp.Open, err error) {
 	f, err := c.read(maxOpen)
 	if err != nil && !malformed(err) {
-		return err
+		return nil, err
 	}
 	in, ok := f.Body.(*amqp.Open)
+	if ok && c.s.cfg.Hub != nil && len(c.req.Proof.Certificates) == 0 && c.req.Proof.Token == "" && c.s.cfg.Hub.OwnsHost(in.Hostname) {
+		return in, c.flush()
+	}
+	return nil, c.answerOpen(in, err)
+}
+
+// answerOpen answers an open; nil is none, for which err may say why.
+func (c *conn) answerOpen(in *amqp.Open, err error) error {
+	ok := in != nil
 	out := &amqp.Open{ContainerID: "touchmark", MaxFrameSize: maxFrame, ChannelMax: maxChannel, IdleTimeout: silence * 1000 / 2}
 	if ok && in.MaxFrameSize >= amqp.MinMaxFrameSize {
 		c.maxFrame = in.MaxFrameSize

@@ -35,6 +35,14 @@ func NewGroupKey(key []byte) GroupKey {
 	return g
 }
 
+// Derive returns the key that a device has in the group, from its registration ID as the device writes it.
+func (k GroupKey) Derive(registrationID string) []byte {
+	r := Trial{h: sha256.New()}
+	r.resume(k.inner, []byte(registrationID))
+	r.resume(k.outer, r.sum[:])
+	return r.sum[:]
+}
+
 func pad(block *[sha256.BlockSize]byte, key []byte, with byte) []byte {
 	n := copy(block[:], key)
 	clear(block[n:])

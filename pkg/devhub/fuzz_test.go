@@ -1,13 +1,18 @@
 package devhub
 
 import (
+	"bufio"
+	"bytes"
 	"encoding/json"
 	"maps"
+	"net"
 	"reflect"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/touchmark/touchmark/pkg/amqp"
+	"github.com/touchmark/touchmark/pkg/door"
 	"github.com/touchmark/touchmark/pkg/mqtt"
 )
 
@@ -131,5 +136,48 @@ func FuzzPublish(f *testing.F) {
 		d := h.devices["dev-1"]
 		d.session, d.subs = s, map[string]byte{twinFilter: 1, desiredFilter: 0}
 		_ = s.publish(&mqtt.Packet{Topic: topic, Payload: payload, QoS: qos % 3, ID: 1})
+	})
+}
+
+// deaf is a connection that takes everything and says nothing.
+type deaf struct{ net.Conn }
+
+func (deaf) Write(b []byte) (int, error)      { return len(b), nil }
+func (deaf) SetWriteDeadline(time.Time) error { return nil }
+
+// Whatever frames a service sends, the hub neither panics nor keeps more than it may.
+func FuzzService(f *testing.F) {
+	id, credit := uint32(0), uint32(9)
+	var talk []byte
+	for _, body := range []amqp.Performative{&amqp.Begin{IncomingWindow: 9}, &amqp.Attach{Name: "a", Target: &amqp.Target{Address: "$cbs"}}, &amqp.Attach{Name: "b", Handle: 1, Role: amqp.Receiver, Source: &amqp.Source{Address: "$cbs"}},
+		&amqp.Flow{IncomingWindow: 9, Handle: &credit, LinkCredit: &credit}, &amqp.Attach{Name: "c", Handle: 2, Target: &amqp.Target{Address: "/messages/devicebound"}}} {
+		talk = amqp.AppendFrame(talk, 0, body, nil)
+	}
+	message := &amqp.Message{Properties: &amqp.Properties{To: "/devices/dev-1/messages/devicebound", MessageID: "1"}, ApplicationProperties: amqp.Map{{Key: "operation", Value: "put-token"}}, Value: "x"}
+	for handle := range uint32(3) {
+		f.Add(amqp.AppendFrame(talk, 0, &amqp.Transfer{Handle: handle, DeliveryID: &id}, amqp.AppendMessage(nil, message)))
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		h, err := Open(t.Context(), Config{Name: "hub", Secret: make([]byte, 16)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := h.put("dev-1", object{"deviceId": "dev-1"}, ""); err != nil {
+			t.Fatal(err)
+		}
+		s := &sender{h: h, c: &door.Conn{Conn: deaf{}}, trusted: true, maxFrame: 512, links: make(map[uint32]*serviceLink)}
+		for r := bufio.NewReader(bytes.NewReader(b)); ; {
+			frame, err := amqp.ReadFrame(r, maxServiceFrame)
+			if err != nil || s.frame(frame) != nil {
+				break
+			}
+			kept := 0
+			for _, l := range s.links {
+				kept += len(l.partial)
+			}
+			if len(s.links) > maxServiceHandle+1 || len(s.held) > maxHeld || kept > (maxServiceHandle+1)*maxServiceMessage {
+				t.Fatalf("%d links, %d answers, %d octets", len(s.links), len(s.held), kept)
+			}
+		}
 	})
 }

@@ -117,6 +117,10 @@ type Enrollment struct {
 
 	// ClientCertificateIssuancePolicy lets devices have operational certificates; without it they get none.
 	ClientCertificateIssuancePolicy *ClientCertificateIssuancePolicy `json:"clientCertificateIssuancePolicy,omitempty"`
+
+	// Parent is the edge device that the device is put below at its hub: its registration ID or its device ID. An extension of this
+	// service, which does not go into portable exports.
+	Parent string `json:"parent,omitempty"`
 }
 
 // ClientCertificateIssuancePolicy names the CA that signs operational certificates for an enrollment's devices (service API,

@@ -17,6 +17,7 @@ const (
 	CodeBadRequest       Code = 400000
 	CodeInvalidArgument  Code = 400004
 	CodeBadCSR           Code = 400012
+	CodeCustomAllocation Code = 400207
 	CodeNoHub            Code = 400208
 	CodeHubRefused       Code = 400209
 	CodeUnauthorized     Code = 401002

@@ -45,6 +45,31 @@ func call[T any](h *hub, operation string, do func() (T, error)) (T, error) {
 	return v, err
 }
 
+// WatchWebhook returns a webhook whose calls are counted; nil for nil.
+func (m *Meter) WatchWebhook(next registration.Webhook) registration.Webhook {
+	if next == nil {
+		return nil
+	}
+	return &webhook{next, m}
+}
+
+type webhook struct {
+	next registration.Webhook
+	m    *Meter
+}
+
+// Call implements [registration.Webhook].
+func (w *webhook) Call(ctx context.Context, url string, body []byte) (answer []byte, status int, err error) {
+	begun := time.Now()
+	answer, status, err = w.next.Call(ctx, url, body)
+	code := strconv.Itoa(status)
+	if err != nil {
+		code = "error"
+	}
+	w.m.Webhook(code, time.Since(begun))
+	return answer, status, err
+}
+
 func (h *hub) Check(ctx context.Context) error {
 	_, err := call(h, "check", func() (struct{}, error) { return struct{}{}, h.next.Check(ctx) })
 	return err

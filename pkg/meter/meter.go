@@ -41,8 +41,6 @@ type Config struct {
 
 // Sources are asked when metrics are. They answer at once, from memory. Nil ones are left out.
 type Sources struct {
-	// Outbox is how many hub changes wait to be made.
-	Outbox func() int
 	// Certificates are those whose end is watched: of TLS servers, of scopes, of issuers.
 	Certificates func() []Certificate
 	// Doors are the connections of each door.
@@ -74,6 +72,7 @@ type Meter struct {
 	webhookTime                                                                                       prometheus.Histogram
 	lost                                                                                              prometheus.Counter
 	objects, hubUp                                                                                    *prometheus.GaugeVec
+	outbox                                                                                            prometheus.Gauge
 
 	scopes, hubs, versions names
 
@@ -116,11 +115,12 @@ func New(cfg Config) *Meter {
 	m.lost = prometheus.NewCounter(prometheus.CounterOpts{Namespace: "touchmark", Subsystem: "dps", Name: "attempts_lost_total",
 		Help: "Attempts of devices that are in no log of attempts, because there were too many."})
 	m.objects = prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: "touchmark", Subsystem: "dps", Name: "objects", Help: "What scopes have, as it was last counted."}, []string{"scope", "type"})
+	m.outbox = prometheus.NewGauge(prometheus.GaugeOpts{Namespace: "touchmark", Subsystem: "dps", Name: "outbox_depth", Help: "Devices that hubs have yet to be told about, as it was last counted."})
 	m.hubUp = prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: "touchmark", Subsystem: "dps", Name: "hub_up", Help: "Whether a linked hub answered when it was last called."}, []string{"hub"})
 	// Of the memory statistics a gauge and a counter have one name in OpenMetrics, which its parsers refuse; the runtime's own have not.
 	runtime := collectors.NewGoCollector(collectors.WithGoCollectorMemStatsMetricsDisabled(),
 		collectors.WithGoCollectorRuntimeMetrics(collectors.MetricsMemory, collectors.MetricsGC, collectors.MetricsScheduler))
-	m.registry.MustRegister(m.webhookTime, m.lost, m.objects, m.hubUp, sources{m}, runtime, collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.registry.MustRegister(m.webhookTime, m.lost, m.objects, m.hubUp, m.outbox, sources{m}, runtime, collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 
@@ -174,10 +174,17 @@ func (n *names) of(name string) string {
 
 // Attempt counts what a device tried; for the hook of that name in [registration.Config].
 func (m *Meter) Attempt(scope string, a *registration.Attempt) {
+	scope = m.scopes.of(scope)
+	if a.Operation == "provision" || a.Operation == "register" && a.Result != "assigning" { // what is being provisioned has another end
+		hub := m.hubs.of(a.Hub)
+		m.registrations.WithLabelValues(scope, hub, a.Result).Inc()
+		if a.Result == "assigned" {
+			m.assignments.WithLabelValues(scope, hub, a.Substatus).Inc()
+		}
+	}
 	if a.Operation != "register" {
 		return
 	}
-	scope = m.scopes.of(scope)
 	status := "success"
 	switch a.Code.Status() {
 	case 401:
@@ -195,12 +202,7 @@ func (m *Meter) Attempt(scope string, a *registration.Attempt) {
 	case "assigned", "assigning", "failed": // whatever became of it, the device proved itself
 		status = "success"
 	}
-	m.attestations.WithLabelValues(scope, status, a.Protocol, a.Proof.Kind).Inc()
-	hub := m.hubs.of(a.Hub)
-	m.registrations.WithLabelValues(scope, hub, a.Result).Inc()
-	if a.Result == "assigned" {
-		m.assignments.WithLabelValues(scope, hub, a.Substatus).Inc()
-	}
+	m.attestations.WithLabelValues(scope, status, a.Protocol, a.Proof).Inc()
 }
 
 // Lost counts attempts that are in no log; for the hook of that name in [registration.AttemptsConfig].
@@ -238,9 +240,6 @@ func (s sources) Collect(out chan<- prometheus.Metric) {
 		out <- prometheus.MustNewConstMetric(d, t, v, labels...)
 	}
 	src := s.m.cfg.Sources
-	if src.Outbox != nil {
-		send(gauge("outbox_depth", "Changes that wait to be made at hubs."), prometheus.GaugeValue, float64(src.Outbox()))
-	}
 	if src.Certificates != nil {
 		ends := make(map[string]float64) // of one name the first end counts
 		for _, c := range src.Certificates() {

@@ -175,7 +175,7 @@ func TestBoundedLabels(t *testing.T) {
 	m := meter.New(meter.Config{Store: f.Store})
 	for i := range 500 {
 		m.Hub(fmt.Sprintf("hub-%d", i), "check", "200", 0)
-		m.Attempt(fmt.Sprintf("scope-%d", i), &registration.Attempt{Operation: "register", Result: "refused", Code: 401002, Protocol: "mqtt", Proof: &registration.Presented{Kind: "x509"}})
+		m.Attempt(fmt.Sprintf("scope-%d", i), &registration.Attempt{Operation: "register", Result: "refused", Code: 401002, Protocol: "mqtt", Proof: "x509"})
 		r := httptest.NewRequest("PUT", fmt.Sprintf("/touchmark/made-up-%d/x?api-version=%d", i, i), nil)
 		m.Handler(func(*http.Request) string { return "" }, http.NotFoundHandler()).ServeHTTP(httptest.NewRecorder(), r)
 	}
@@ -203,7 +203,6 @@ func TestGauges(t *testing.T) {
 	}
 	end := f.Now().Add(time.Hour)
 	m := meter.New(meter.Config{Store: f.Store, Sources: meter.Sources{
-		Outbox: func() int { return 7 },
 		Certificates: func() []meter.Certificate {
 			return []meter.Certificate{{Name: "tls", NotAfter: end.Add(time.Hour)}, {Name: "tls", NotAfter: end}, {Name: `odd "name"`, NotAfter: end}}
 		},
@@ -217,7 +216,7 @@ func TestGauges(t *testing.T) {
 	all := samples(t, m)
 	scope := ",type="
 	for name, want := range map[string]float64{
-		"outbox_depth{}": 7, "certificate_expiry_timestamp_seconds{name=tls}": float64(end.Unix()), `certificate_expiry_timestamp_seconds{name=odd "name"}`: float64(end.Unix()),
+		"outbox_depth{}": 0, "certificate_expiry_timestamp_seconds{name=tls}": float64(end.Unix()), `certificate_expiry_timestamp_seconds{name=odd "name"}`: float64(end.Unix()),
 		"door_connections{door=https}": 3, "door_handshakes_total{door=https,result=success}": 9, "door_handshakes_total{door=https,result=failed}": 1,
 		"objects{scope=0ne00c0ffee" + scope + "enrollment}": 2, "objects{scope=0ne00c0ffee" + scope + "group}": 2, "objects{scope=0ne00c0ffee" + scope + "hub}": 2,
 		"objects{scope=0ne00c0ffee" + scope + "registration}": 0,

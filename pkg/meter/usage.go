@@ -121,7 +121,7 @@ func (m *Meter) Count(ctx context.Context) error {
 			name := m.scopes.of(after)
 			totals[[2]string{name, "hub"}] += float64(len(sc.Hubs))
 			for kind, whats := range map[string][]registration.Counted{
-				"enrollment": {registration.CountEnrollments}, "group": {registration.CountX509Groups, registration.CountSymmetricGroups}, "registration": {registration.CountRegistrations},
+				"enrollment": {registration.CountEnrollments}, "group": {registration.CountX509Groups, registration.CountSymmetricGroups}, "registration": {registration.CountRegistrations}, "task": {registration.CountTasks},
 			} {
 				for _, what := range whats {
 					var n int64
@@ -138,9 +138,15 @@ func (m *Meter) Count(ctx context.Context) error {
 		}
 	}
 	m.objects.Reset()
+	waiting := 0.0
 	for k, n := range totals {
+		if k[1] == "task" {
+			waiting += n
+			continue
+		}
 		m.objects.WithLabelValues(k[0], k[1]).Set(n)
 	}
+	m.outbox.Set(waiting)
 	return nil
 }
 

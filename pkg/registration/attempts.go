@@ -26,21 +26,25 @@ type Attempt struct {
 	RegistrationID string    `json:"registrationId"`
 	At             time.Time `json:"at"` // the last time
 	// First is when the same happened for the first time, and Times how often; zero for once.
-	First     time.Time `json:"first,omitzero"`
-	Times     int64     `json:"times,omitempty"`
-	Operation string    `json:"operation"` // "register", "status", "lookup" or "challenge"
+	First time.Time `json:"first,omitzero"`
+	Times int64     `json:"times,omitempty"`
+	// Operation is "register", "status", "lookup" or "challenge", or "provision" for what became of it at its hub.
+	Operation string `json:"operation"`
 	// Result is "assigned", "assigning", "failed" or "disabled", "challenged" for a TPM that has yet to prove itself, "refused", or
 	// "error" where the fault is the service's.
 	Result     string   `json:"result"`
 	Code       dps.Code `json:"code,omitempty"`
 	TrackingID string   `json:"trackingId,omitempty"`
 	// Reason says why, for operators only; Rule names it for programs, where there is a name.
-	Reason        string     `json:"reason,omitempty"`
-	Rule          string     `json:"rule,omitempty"`
-	Protocol      string     `json:"protocol"`
-	Remote        string     `json:"remote,omitempty"`
-	Group         string     `json:"group,omitempty"`
-	Proof         *Presented `json:"proof,omitempty"`
+	Reason   string `json:"reason,omitempty"`
+	Rule     string `json:"rule,omitempty"`
+	Protocol string `json:"protocol"`
+	Remote   string `json:"remote,omitempty"`
+	Group    string `json:"group,omitempty"`
+	// Proof is what kind of proof it brought: "x509", "symmetricKey", "tpm" or "none".
+	Proof string `json:"proof"`
+	// Certificate is the one that it brought, or tried to; nil for none.
+	Certificate   *Presented `json:"certificate,omitempty"`
 	APIVersion    string     `json:"apiVersion,omitempty"`
 	ClientVersion string     `json:"clientVersion,omitempty"`
 	OperationID   string     `json:"operationId,omitempty"`
@@ -48,9 +52,8 @@ type Attempt struct {
 	Substatus     string     `json:"substatus,omitempty"`
 }
 
-// Presented is what a device proved itself with, or tried to.
+// Presented is a device's certificate.
 type Presented struct {
-	Kind       string    `json:"kind"` // "x509", "symmetricKey", "tpm" or "none"
 	Subject    string    `json:"subject,omitempty"`
 	Issuer     string    `json:"issuer,omitempty"`
 	Thumbprint string    `json:"thumbprint,omitempty"` // hex SHA-256 of the leaf
@@ -71,23 +74,24 @@ const (
 // attempt describes a request.
 func attempt(req *Request, what string, at time.Time) *Attempt {
 	a := &Attempt{RegistrationID: clip(req.RegistrationID), At: at, Operation: what, Protocol: req.Protocol, Remote: clip(req.Remote),
-		APIVersion: clip(req.APIVersion), ClientVersion: clip(req.ClientVersion), Proof: &Presented{Kind: "none"}}
-	switch p := a.Proof; {
+		APIVersion: clip(req.APIVersion), ClientVersion: clip(req.ClientVersion), Proof: "none"}
+	switch {
 	case req.Proof.TPM != nil:
-		p.Kind = "tpm"
+		a.Proof = "tpm"
 	case req.Proof.Token != "":
-		p.Kind = "symmetricKey"
+		a.Proof = "symmetricKey"
 	case len(req.Proof.Certificates) > 0:
 		leaf := req.Proof.Certificates[0]
 		sum := sha256.Sum256(leaf.Raw)
-		*p = Presented{Kind: "x509", Subject: clip(leaf.Subject.String()), Issuer: clip(leaf.Issuer.String()), Thumbprint: hex.EncodeToString(sum[:]),
+		a.Proof = "x509"
+		a.Certificate = &Presented{Subject: clip(leaf.Subject.String()), Issuer: clip(leaf.Issuer.String()), Thumbprint: hex.EncodeToString(sum[:]),
 			NotAfter: leaf.NotAfter.UTC(), Chain: len(req.Proof.Certificates)}
 	}
 	return a
 }
 
-// tell writes an attempt into the log, and hands it to whoever keeps and counts attempts.
-func (s *Service) tell(req *Request, level slog.Level, message string, a *Attempt) {
+// noted writes an attempt into the log, and hands it to whoever keeps and counts attempts.
+func (s *Service) noted(req *Request, level slog.Level, message string, a *Attempt) {
 	result, status := "Success", 200
 	switch {
 	case a.Code.Status() >= 500:
@@ -109,7 +113,7 @@ func (s *Service) tell(req *Request, level slog.Level, message string, a *Attemp
 	if !req.Began.IsZero() {
 		attrs = append(attrs, slog.Float64("durationMs", float64(time.Since(req.Began).Microseconds())/1000))
 	}
-	attrs = append(attrs, slog.String("proof", a.Proof.Kind), slog.String("apiVersion", a.APIVersion), slog.String("protocol", a.Protocol), slog.String("remote", a.Remote))
+	attrs = append(attrs, slog.String("proof", a.Proof), slog.String("apiVersion", a.APIVersion), slog.String("protocol", a.Protocol), slog.String("remote", a.Remote))
 	s.cfg.Log.LogAttrs(context.Background(), level, message, attrs...)
 	if s.cfg.Attempt != nil {
 		s.cfg.Attempt(s.scope, a)
@@ -125,7 +129,7 @@ func (s *Service) logged(req *Request, what string, err error) error {
 	if e.Code.Status() >= 500 {
 		level, a.Result = slog.LevelError, "error"
 	}
-	s.tell(req, level, "refused", a)
+	s.noted(req, level, "refused", a)
 	return e
 }
 
@@ -137,20 +141,40 @@ func (s *Service) succeeded(req *Request, v *verdict, after *Registration) {
 	if a.Code = dps.Code(st.ErrorCode); a.Code != 0 {
 		a.Reason = st.ErrorMessage
 	}
-	if v.tpm != nil {
-		a.Proof.Kind = "tpm"
+	if why := v.reason(); why != "" { // of the policy, or of the webhook, that chose
+		a.Reason = clipTo(why, 512)
 	}
-	s.tell(req, slog.LevelInfo, "registration", a)
+	if v.tpm != nil {
+		a.Proof = "tpm"
+	}
+	s.noted(req, slog.LevelInfo, "registration", a)
+}
+
+// Attempt is a step of telling hubs as an entry of the log of attempts; nil for one that is no end.
+func (p *Provisioning) Attempt(at time.Time) *Attempt {
+	a := &Attempt{RegistrationID: p.RegistrationID, At: at, Operation: "provision", Result: p.Outcome, Hub: p.Hub, Substatus: string(p.Substatus), Proof: "none",
+		OperationID: p.OperationID}
+	switch p.Outcome {
+	case "assigned":
+	case "failed":
+		a.Code = dps.CodeHubRefused
+	default:
+		return nil
+	}
+	if p.Err != nil {
+		a.Reason = clipTo(p.Err.Error(), 512)
+	}
+	return a
 }
 
 // wasChallenged writes down that a TPM was challenged, and why it had to be, where it was refused.
 func (s *Service) wasChallenged(req *Request, refusal *dps.Error) {
 	a := attempt(req, "challenge", s.now())
-	a.Proof.Kind, a.Result = "tpm", "challenged"
+	a.Proof, a.Result = "tpm", "challenged"
 	if refusal != nil {
 		a.TrackingID, a.Reason = refusal.TrackingID, clipTo(refusal.Error(), 512)
 	}
-	s.tell(req, slog.LevelInfo, "TPM challenged", a)
+	s.noted(req, slog.LevelInfo, "TPM challenged", a)
 }
 
 func (s *Service) now() time.Time {
@@ -233,9 +257,9 @@ type attemptKey struct {
 
 func (a *Attempt) key() attemptKey {
 	k := attemptKey{device: dps.Fold(a.RegistrationID), operation: a.Operation, result: a.Result, rule: a.Rule, reason: a.Reason, address: addressBlock(a.Remote),
-		code: a.Code, own: a.OperationID}
-	if a.Proof != nil {
-		k.proof = a.Proof.Kind + a.Proof.Thumbprint
+		code: a.Code, own: a.OperationID, proof: a.Proof}
+	if a.Certificate != nil {
+		k.proof += a.Certificate.Thumbprint
 	}
 	return k
 }
@@ -432,6 +456,16 @@ func keep(tx Tx, scope, device string, fresh []*Attempt) error {
 			merged.again(&a)
 			merged.ID, merged.Class, forget[merged.ID] = a.ID, a.Class, true
 			a = merged
+			kept = slices.Delete(kept, i, i+1)
+		}
+		// What became of a registration at its hub completes its entry.
+		if i := slices.IndexFunc(kept, func(k *Attempt) bool { return a.Operation == "provision" && k.Result == "assigning" && k.OperationID == a.OperationID }); i >= 0 {
+			whole := *kept[i]
+			whole.Result, whole.Hub, whole.Substatus, whole.Code, whole.Reason = a.Result, a.Hub, a.Substatus, a.Code, a.Reason
+			forget[whole.ID] = true
+			delete(put, whole.ID)
+			whole.ID = a.ID
+			a = whole
 			kept = slices.Delete(kept, i, i+1)
 		}
 		put[a.ID] = &a

@@ -68,14 +68,14 @@ func TestAttempts(t *testing.T) {
 	if err != nil || len(all) != 3 {
 		t.Fatalf("%d attempts, %v", len(all), err)
 	}
-	if a := all[0]; a.Result != "refused" || a.Rule != "kind" || a.TrackingID != kind.TrackingID || a.Code != 401002 || a.Proof.Kind != "x509" || a.Proof.Subject != "CN=own-key" ||
-		len(a.Proof.Thumbprint) != 64 || a.Remote != "[2001:db8::1]:5" || a.Protocol != "mqtt" || a.ClientVersion != "sdk/1.0" || !strings.Contains(a.Reason, "does not attest by certificate") {
+	if a := all[0]; a.Result != "refused" || a.Rule != "kind" || a.TrackingID != kind.TrackingID || a.Code != 401002 || a.Proof != "x509" || a.Certificate.Subject != "CN=own-key" ||
+		len(a.Certificate.Thumbprint) != 64 || a.Remote != "[2001:db8::1]:5" || a.Protocol != "mqtt" || a.ClientVersion != "sdk/1.0" || !strings.Contains(a.Reason, "does not attest by certificate") {
 		t.Errorf("%+v", a)
 	}
 	if a := all[1]; a.Result != "assigned" || a.Hub != "hub-a.example" || a.Substatus != "initialAssignment" || a.OperationID == "" || a.TrackingID != "" || a.Class != registration.AttemptProven {
 		t.Errorf("%+v", a)
 	}
-	if a := all[2]; a.Times != 2 || a.Rule != "signature" || a.TrackingID != again.TrackingID || a.At.Sub(a.First) != time.Minute || a.Proof.Kind != "symmetricKey" || a.Class != registration.AttemptKnown {
+	if a := all[2]; a.Times != 2 || a.Rule != "signature" || a.TrackingID != again.TrackingID || a.At.Sub(a.First) != time.Minute || a.Proof != "symmetricKey" || a.Class != registration.AttemptKnown {
 		t.Errorf("%+v", a)
 	}
 	if a, err := other.ByTracking(t.Context(), registrationtest.Scope, strings.ToUpper(again.TrackingID)); err != nil || a.Times != 2 {
@@ -113,7 +113,7 @@ func TestAttemptsOfOneDevice(t *testing.T) {
 	scope := strings.ToLower(registrationtest.Scope)
 	add := func(remote, result, reason string) {
 		f.Advance(time.Minute)
-		log.Add(scope, &registration.Attempt{RegistrationID: "own-key", At: f.Now(), Operation: "register", Result: result, Reason: reason, Remote: remote, Proof: &registration.Presented{Kind: "none"}})
+		log.Add(scope, &registration.Attempt{RegistrationID: "own-key", At: f.Now(), Operation: "register", Result: result, Reason: reason, Remote: remote, Proof: "none"})
 	}
 	add("192.0.2.1:1", "assigned", "")
 	for i := range 3 {
@@ -157,7 +157,7 @@ func TestAttemptsFlood(t *testing.T) {
 	scope := strings.ToLower(registrationtest.Scope)
 	one := func(id, remote, result string) *registration.Attempt {
 		return &registration.Attempt{RegistrationID: id, At: f.Now(), Operation: "register", Result: result, Code: 401002, TrackingID: dps.NewUUID(), Reason: "no enrollment", Remote: remote,
-			Proof: &registration.Presented{Kind: "symmetricKey"}}
+			Proof: "symmetricKey"}
 	}
 	log.Add(scope, one("own-key", "192.0.2.1:1", "refused"))
 	log.Add(scope, one("own-cert", "192.0.2.1:1", "assigned"))

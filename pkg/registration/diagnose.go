@@ -72,7 +72,7 @@ type Diagnosis struct {
 	RegistrationID string                 `json:"registrationId"`
 	Enrollment     *Enrolled              `json:"enrollment"`
 	Registration   *dps.RegistrationState `json:"registration"`
-	// Attempts are the last ones, newest first.
+	// Attempts are the last ones, the newest at the end.
 	Attempts []*Attempt `json:"attempts"`
 	// Trial is what would become of the certificates that were handed in; nil without.
 	Trial *Trial `json:"trial,omitempty"`
@@ -109,6 +109,7 @@ func (s *Service) Diagnose(ctx context.Context, registrationID string, log *Atte
 		if err != nil {
 			return nil, err
 		}
+		slices.Reverse(all)
 		d.Attempts = append(d.Attempts, all...)
 	}
 	var device *Device
@@ -221,7 +222,7 @@ func (d *Diagnosis) explain(device *Device) (say []string) {
 		}
 	}
 	if len(d.Attempts) > 0 {
-		a := d.Attempts[0]
+		a := d.Attempts[len(d.Attempts)-1]
 		at := fmt.Sprintf("%s over %s from %s", a.At.UTC().Format(time.RFC3339), a.Protocol, a.Remote)
 		if a.Times > 1 {
 			at += fmt.Sprintf(", %d times since %s", a.Times, a.First.UTC().Format(time.RFC3339))
@@ -232,9 +233,16 @@ func (d *Diagnosis) explain(device *Device) (say []string) {
 			if text := adviceOn[a.Rule]; text != "" {
 				add("%s", text)
 			}
-			if i := slices.IndexFunc(d.Attempts, (*Attempt).proven); i > 0 {
-				add("It last proved itself at %s, over %s from %s.", d.Attempts[i].At.UTC().Format(time.RFC3339), d.Attempts[i].Protocol, d.Attempts[i].Remote)
+			for _, was := range slices.Backward(d.Attempts) {
+				if was.proven() && was.Remote != "" {
+					add("It last proved itself at %s, over %s from %s.", was.At.UTC().Format(time.RFC3339), was.Protocol, was.Remote)
+					break
+				}
 			}
+		case a.Operation == "provision" && a.Result == "failed":
+			add("It was let in, and hub %s would not have it: %s.", a.Hub, a.Reason)
+		case a.Operation == "provision":
+			add("It was let in, and is known to hub %s since %s.", a.Hub, a.At.UTC().Format(time.RFC3339))
 		case a.Result == "challenged":
 			add("Its TPM was challenged and has not come back with a token (%s).", at)
 			add("%s", adviceOn["challenge"])

@@ -208,6 +208,9 @@ func (s *Service) put(ctx context.Context, by Actor, in *sent, ifMatch string) (
 		attestation := *base.Attestation
 		base.Attestation = &attestation
 		base.CreatedDateTimeUTC, base.LastUpdatedDateTimeUTC, base.ETag = &now, &now, newETag()
+		if err := s.checkParent(tx, &d); err != nil {
+			return err
+		}
 		old, err := tx.Record(s.scope, kind, dps.Fold(id))
 		var before *document
 		switch {

@@ -61,7 +61,7 @@ func (s *Service) foresee(req *Request) *verdict {
 	}
 	v, err := s.groupOf(recall{s}, req, token)
 	set := s.settings.Load()
-	if err != nil || set == nil || set.revision != v.revision {
+	if err != nil || set == nil || set.revision != v.revision || v.isCustom() || v.enrollment.Parent != "" {
 		return nil
 	}
 	v.settings = set.Settings
@@ -69,10 +69,10 @@ func (s *Service) foresee(req *Request) *verdict {
 }
 
 // registerForeseen registers a device whose group was foreseen. The error is errUnforeseen when anything is otherwise.
-func (s *Service) registerForeseen(ctx context.Context, req *Request, body *dps.RegisterRequest, v *verdict, proof []byte) (op *Operation, after *Registration, err error) {
+func (s *Service) registerForeseen(ctx context.Context, req *Request, body *dps.RegisterRequest, v *verdict, proof []byte) (op *Operation, after *Registration, task *Task, err error) {
 	id := dps.Fold(req.RegistrationID)
 	err = s.cfg.Store.Update(ctx, func(tx Tx) error {
-		op, after = nil, nil
+		op, after, task = nil, nil, nil
 		v := *v
 		if r, err := found(tx.Record(s.scope, Individual, id)); err != nil || r != nil {
 			return errors.Join(err, errUnforeseen)
@@ -97,9 +97,9 @@ func (s *Service) registerForeseen(ctx context.Context, req *Request, body *dps.
 			return nil
 		}
 		after = s.decide(req, body, &v, before, proof, nil)
-		after.keepAssignment(before)
 		op = &after.Operations[0]
-		if err := tx.PutRegistration(s.scope, after); err != nil || after.State.Status != dps.Assigned {
+		decided := after.State.Status
+		if task, err = s.putDecision(tx, req, &v, before, after, nil); err != nil || decided != dps.Assigned {
 			return err
 		}
 		return s.firstSeen(tx, v.device)
@@ -107,7 +107,7 @@ func (s *Service) registerForeseen(ctx context.Context, req *Request, body *dps.
 	if errors.Is(err, ErrConflict) || err != nil && dps.AsError(err).Code.Status() < 500 {
 		err = errUnforeseen
 	}
-	return op, after, err
+	return op, after, task, err
 }
 
 // recentTime is for how long an operation is answered for from memory, and maxRecent how many are remembered, twice.

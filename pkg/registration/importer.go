@@ -165,31 +165,42 @@ func (in *intake) chunk(ctx context.Context, entries []prepared) (ImportResult, 
 	if in.cfg.DryRun {
 		run = in.s.cfg.Store.View
 	}
-	var c *chunk
-	err := run(ctx, func(tx Tx) error {
-		c = &chunk{intake: in, tx: tx, scope: in.s.scope} // the transaction may be run again
-		var err error
-		if c.tallies, err = in.tallies(tx); err != nil {
-			return err
-		}
-		if c.endings, err = tx.HasEndings(c.scope); err != nil {
-			return err
-		}
-		for i := range entries {
-			if err := c.take(&entries[i]); err != nil {
+	for fresh := freshOnes(entries); ; fresh = false {
+		var c *chunk
+		err := run(ctx, func(tx Tx) error {
+			c = &chunk{intake: in, tx: tx, scope: in.s.scope} // the transaction may be run again
+			var err error
+			if c.tallies, err = in.tallies(tx); err != nil {
 				return err
 			}
+			if c.endings, err = tx.HasEndings(c.scope); err != nil {
+				return err
+			}
+			taken := false
+			if fresh {
+				if taken, err = c.takeFresh(entries); err != nil {
+					return err
+				}
+			}
+			for i := 0; !taken && i < len(entries); i++ {
+				if err := c.take(&entries[i]); err != nil {
+					return err
+				}
+			}
+			if err := c.book(); err != nil || in.cfg.DryRun || c.res.New+c.res.Replaced+c.res.Retired+c.res.Refused == 0 {
+				return err
+			}
+			what := fmt.Sprintf("bundle/%s: %d new, %d replaced, %d retired, %d refused", in.cfg.Station, c.res.New, c.res.Replaced, c.res.Retired, c.res.Refused)
+			return in.s.audit(tx, in.cfg.By, "import", what, nil, c.res)
+		})
+		switch {
+		case errors.Is(err, errNotFresh):
+			continue
+		case err != nil:
+			return ImportResult{}, err
 		}
-		if err := c.book(); err != nil || in.cfg.DryRun || c.res.New+c.res.Replaced+c.res.Retired+c.res.Refused == 0 {
-			return err
-		}
-		what := fmt.Sprintf("bundle/%s: %d new, %d replaced, %d retired, %d refused", in.cfg.Station, c.res.New, c.res.Replaced, c.res.Retired, c.res.Refused)
-		return in.s.audit(tx, in.cfg.By, "import", what, nil, c.res)
-	})
-	if err != nil {
-		return ImportResult{}, err
+		return c.res, nil
 	}
-	return c.res, nil
 }
 
 // prepared is an entry ready for the store.

@@ -35,6 +35,20 @@ type verdict struct {
 	key      string          // hex SHA-256 of the public key that it proved itself with, empty without
 	leaf     [32]byte        // SHA-256 of the certificate, for a group by certificate
 	tpm      *attest.TPMKeys // of the TPM that it proved itself with, nil without
+
+	// Where the device goes.
+	keys      [][]byte          // of an individual enrollment by symmetric key
+	groupKeys []attest.GroupKey // of a group by symmetric key
+	chosen    *choice           // by a webhook
+	parentHub string            // where its parent is, empty where it has none, or none yet
+	refused   error             // why it goes nowhere
+}
+
+func (v *verdict) reason() string {
+	if v.refused == nil {
+		return ""
+	}
+	return v.refused.Error()
 }
 
 // fingerprint names what a device proves itself with. Where there is a token it decides.
@@ -156,6 +170,11 @@ func (s *Service) judgeIndividual(tx Tx, r *Record, req *Request, token *attest.
 		return nil, err
 	}
 	v := &verdict{revision: revision, enrollment: &e.Enrollment, deviceID: e.DeviceID, disabled: e.ProvisioningStatus == dps.EnrollmentDisabled, x509: token == nil, document: r.Document}
+	if r.Keys != nil {
+		if v.keys, err = keysOf(r); err != nil {
+			return nil, err
+		}
+	}
 	if token != nil && e.Attestation.Type == dps.AttestationTPM {
 		err = s.proveTPM(tx, v, &e, req, token)
 	} else {
@@ -262,7 +281,7 @@ func (s *Service) judgeByKey(tx groupReader, req *Request, token *attest.Token) 
 	if g.disabled {
 		return nil, because("group-disabled", "group %q is disabled", g.id)
 	}
-	return &verdict{enrollment: &g.enrollment, group: g.id, closed: g.closed, revision: revision}, nil
+	return &verdict{enrollment: &g.enrollment, group: g.id, closed: g.closed, revision: revision, groupKeys: g.keys}, nil
 }
 
 // keyedGroup returns the group whose key signed a token, nil for none. The token names no group: the one that the device

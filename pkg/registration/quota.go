@@ -42,7 +42,7 @@ func (s *Settings) Limits() Quotas {
 	return q
 }
 
-// Counted names what a quota is on.
+// Counted names what is counted, for quotas and for metrics.
 type Counted string
 
 // What is counted.
@@ -51,6 +51,7 @@ const (
 	CountX509Groups      Counted = "X.509 groups"
 	CountSymmetricGroups Counted = "symmetric-key groups"
 	CountRegistrations   Counted = "registrations"
+	CountTasks           Counted = "tasks" // that hubs have yet to be told
 )
 
 // Exceeds returns the refusal of what would be more than a quota, or nil. n is how many there are already.
@@ -97,16 +98,8 @@ type quotaTx struct {
 
 // PutRecord implements [Tx].
 func (t *quotaTx) PutRecord(scope string, r *Record) error {
-	if !t.read { // from the store: an operator who has just changed it must find it changed
-		sc, err := found(t.Scope(scope))
-		if err != nil {
-			return err
-		}
-		if t.read = true; sc != nil {
-			t.has = sc.Limits()
-		} else {
-			t.has = t.q.s.cfg.Settings.Limits()
-		}
+	if err := t.readQuotas(scope); err != nil {
+		return err
 	}
 	what, quota := CountEnrollments, t.has.Enrollments
 	switch {
@@ -118,7 +111,7 @@ func (t *quotaTx) PutRecord(scope string, r *Record) error {
 	if quota > 0 {
 		before, err := found(t.Record(scope, r.Kind, dps.Fold(r.ID)))
 		if err == nil && before == nil {
-			err = t.room(scope, what, quota)
+			err = t.room(scope, what, quota, 1)
 		}
 		if err != nil {
 			return err
@@ -127,11 +120,39 @@ func (t *quotaTx) PutRecord(scope string, r *Record) error {
 	return t.Tx.PutRecord(scope, r)
 }
 
+// PutFresh implements [Tx].
+func (t *quotaTx) PutFresh(scope string, records []*Record, devices []*Device) error {
+	if err := t.readQuotas(scope); err != nil {
+		return err
+	}
+	if quota := t.has.Enrollments; quota > 0 {
+		if err := t.room(scope, CountEnrollments, quota, int64(len(records))); err != nil {
+			return err
+		}
+	}
+	return t.Tx.PutFresh(scope, records, devices)
+}
+
+func (t *quotaTx) readQuotas(scope string) error {
+	if !t.read { // from the store: an operator who has just changed it must find it changed
+		sc, err := found(t.Scope(scope))
+		if err != nil {
+			return err
+		}
+		if t.read = true; sc != nil {
+			t.has = sc.Limits()
+		} else {
+			t.has = t.q.s.cfg.Settings.Limits()
+		}
+	}
+	return nil
+}
+
 // PutRegistration implements [Tx].
 func (t *quotaTx) PutRegistration(scope string, r *Registration) error {
 	if set := t.q.s.settings.Load(); set != nil && r.Version == 0 {
 		if quota := set.Limits().Registrations; quota > 0 {
-			if err := t.room(scope, CountRegistrations, quota); err != nil {
+			if err := t.room(scope, CountRegistrations, quota, 1); err != nil {
 				return err
 			}
 		}
@@ -139,7 +160,8 @@ func (t *quotaTx) PutRegistration(scope string, r *Registration) error {
 	return t.Tx.PutRegistration(scope, r)
 }
 
-func (t *quotaTx) room(scope string, what Counted, quota int64) error {
+// room holds some more against a quota.
+func (t *quotaTx) room(scope string, what Counted, quota, more int64) error {
 	t.q.mu.Lock()
 	defer t.q.mu.Unlock()
 	c := t.q.counts[what]
@@ -152,9 +174,9 @@ func (t *quotaTx) room(scope string, what Counted, quota int64) error {
 		c = &count{n: n, until: begun.Add(took + min(100*took, countFor))}
 		t.q.counts[what] = c
 	}
-	err := Exceeds(what, c.n, quota)
+	err := Exceeds(what, c.n+more-1, quota)
 	if err == nil {
-		c.n++ // where the transaction comes to nothing the next count puts it right
+		c.n += more // where the transaction comes to nothing the next count puts it right
 	}
 	return err
 }

@@ -18,22 +18,20 @@ import (
 	"context"
 	"crypto"
 	"crypto/rand"
-	"crypto/sha256"
 	"crypto/x509"
 	"encoding/base64"
-	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
-	"math"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/touchmark/touchmark/pkg/allocation"
 	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/dps"
 )
@@ -66,6 +64,16 @@ type Config struct {
 	UnlinkedHubs bool
 	// HTTPWebhooks lets enrollments name webhooks of this machine without TLS.
 	HTTPWebhooks bool
+	// OpenHub returns a linked hub of a scope that is told about devices; nil: the service knows hubs of kind record alone.
+	OpenHub func(scope string, h LinkedHub) (Hub, error)
+	// Webhook calls what chooses hubs for enrollments with custom allocation; nil: there are none.
+	Webhook Webhook
+	// Latency is what is known of the ways to hubs, for the policy geoLatency; nil is nothing.
+	Latency *allocation.Table
+	// GiveUp is for how long a device waits for its hub before its registration fails; 0 is [DefaultGiveUp].
+	GiveUp time.Duration
+	// OnProvision is told of every step of telling hubs; it must not block. May be nil.
+	OnProvision func(Provisioning)
 	// Attempt is told what each device tried, and what came of it, with the folded ID scope; an empty one is none of the
 	// service's. It must not wait. Nil is nobody.
 	Attempt func(scope string, a *Attempt)
@@ -184,10 +192,10 @@ func (s *Service) registerShared(ctx context.Context, req *Request, body *dps.Re
 func (s *Service) register(ctx context.Context, req *Request, body *dps.RegisterRequest, proof []byte) (*dps.OperationStatus, error) {
 	if !asksCertificate(body) {
 		if v := s.foresee(req); v != nil {
-			op, after, err := s.registerForeseen(ctx, req, body, v, proof)
+			op, after, task, err := s.registerForeseen(ctx, req, body, v, proof)
 			if err == nil {
 				s.wrote(req, v, after)
-				return s.registered(req, op), nil
+				return s.registered(req, s.workFirst(ctx, req, op, task)), nil
 			}
 			if !errors.Is(err, errUnforeseen) {
 				return nil, err
@@ -199,6 +207,7 @@ func (s *Service) register(ctx context.Context, req *Request, body *dps.Register
 		var before *Registration
 		var begun *Operation
 		var v *verdict
+		var record *Record // where a webhook is to see it
 		err := s.judging(ctx, req, func(tx Tx, req *Request) (err error) {
 			if before, err = found(tx.Registration(s.scope, id)); err != nil {
 				return err
@@ -209,7 +218,19 @@ func (s *Service) register(ctx context.Context, req *Request, body *dps.Register
 			if v, err = s.judge(tx, req); err == nil {
 				v.settings, err = s.settingsAt(tx, v.revision)
 			}
-			return err
+			if record = nil; err != nil || v.disabled {
+				return err
+			}
+			if v.isCustom() {
+				kind, of := Individual, id
+				if v.group != "" {
+					kind, of = Group, dps.Fold(v.group)
+				}
+				if record, err = tx.Record(s.scope, kind, of); err != nil {
+					return err
+				}
+			}
+			return s.findParent(tx, v, id)
 		})
 		if err != nil {
 			return nil, err
@@ -224,21 +245,26 @@ func (s *Service) register(ctx context.Context, req *Request, body *dps.Register
 		if op := s.repeated(req, v, before, proof, csrHash(body), want); op != nil {
 			return s.registered(req, op), nil
 		}
-		after := s.decide(req, body, v, before, proof, want)
-		if err := handKey(v, before, after); err != nil {
+		if record != nil && v.refused == nil {
+			v.chosen, v.refused = s.ask(ctx, req, body, v, before, record)
+		}
+		decided := s.decide(req, body, v, before, proof, want)
+		if err := handKey(v, before, decided); err != nil {
 			return nil, err
 		}
 		var cert *Issued
-		if want != nil && after.State.Status == dps.Assigned {
-			cert, err = s.certify(ctx, after, want)
+		if want != nil && decided.State.Status == dps.Assigned {
+			cert, err = s.certify(ctx, decided, want)
 		}
-		after.keepAssignment(before)
+		var after *Registration
+		var task *Task
 		if err == nil {
 			err = s.cfg.Store.Update(ctx, func(tx Tx) error {
 				if err := s.stillHolds(tx, id, v); err != nil {
 					return err
 				}
-				if err := tx.PutRegistration(s.scope, after); err != nil || after.State.Status != dps.Assigned {
+				after = decided.copy()
+				if task, err = s.putDecision(tx, req, v, before, after, cert); err != nil || decided.State.Status != dps.Assigned {
 					return err
 				}
 				if err := s.putIssued(tx, cert); err != nil {
@@ -258,7 +284,7 @@ func (s *Service) register(ctx context.Context, req *Request, body *dps.Register
 			s.cfg.Log.Info("certificate issued", "registrationId", req.RegistrationID, "issuer", cert.Issuer, "serialNumber", cert.SerialNumber,
 				"sha256", cert.Thumbprint, "notAfter", cert.NotAfter, "operationId", after.Operations[0].ID)
 		}
-		return s.registered(req, &after.Operations[0]), nil
+		return s.registered(req, s.workFirst(ctx, req, &after.Operations[0], task)), nil
 	}
 	return nil, dps.NewError(dps.CodeServiceOverloaded, "Try again later", errors.New("the registration kept changing"))
 }
@@ -282,7 +308,7 @@ func (s *Service) repeated(req *Request, v *verdict, before *Registration, proof
 	}
 	op := &before.Operations[0]
 	marked := req.Repeat && bytes.Equal(op.Proof, proof)
-	same := want != nil && op.State.Status == dps.Assigned && before.Issued.by(want)
+	same := want != nil && (op.State.Status == dps.Assigned || op.State.Status == dps.Assigning) && before.Issued.by(want)
 	if !marked && !same || !bytes.Equal(op.CSR, asked) || s.cfg.Now().Sub(op.Started) >= repeatTime {
 		return nil
 	}
@@ -291,7 +317,7 @@ func (s *Service) repeated(req *Request, v *verdict, before *Registration, proof
 
 // registered answers a register request. Only who is known to take it is told the end at once.
 func (s *Service) registered(req *Request, op *Operation) *dps.OperationStatus {
-	if s.atOnce(req) {
+	if s.atOnce(req) && op.State.Status.Terminal() {
 		return &dps.OperationStatus{OperationID: op.ID, Status: op.State.Status, RegistrationState: &op.State}
 	}
 	return &dps.OperationStatus{OperationID: op.ID, Status: dps.Assigning}
@@ -351,16 +377,21 @@ func (s *Service) decide(req *Request, body *dps.RegisterRequest, v *verdict, be
 	case v.group != "":
 		st.SymmetricKey = &dps.SymmetricKeyState{EnrollmentGroupID: v.group}
 	}
-	switch hub, err := allocate(req, v, before); {
+	switch chosen, err := s.allocate(req, v, before); {
 	case v.disabled:
 		st.Status = dps.Disabled
 	case want == nil && asksCertificate(body):
 		// There is no issuer for the device's operational certificates; to assign without one would hide it (device API, section 15.2).
 		st.Status, st.ErrorCode, st.ErrorMessage = dps.Failed, int(dps.CodeBadRequest), "Certificate issuance is not configured"
 	case err != nil:
-		st.Status, st.ErrorCode, st.ErrorMessage = dps.Failed, int(dps.CodeNoHub), "No IoT hub could be chosen"
+		code, message := dps.CodeNoHub, "No IoT hub could be chosen"
+		var refused *notAllocated
+		if errors.As(err, &refused) {
+			code, message = refused.code, refused.message
+		}
+		st.Status, st.ErrorCode, st.ErrorMessage, v.refused = dps.Failed, int(code), message, err
 	default:
-		st.Status, st.AssignedHub, st.DeviceID = dps.Assigned, hub, v.deviceID
+		st.Status, st.AssignedHub, st.DeviceID, st.Payload = dps.Assigned, chosen.hub, v.deviceID, chosen.payload
 		if st.DeviceID == "" {
 			st.DeviceID = req.RegistrationID
 			if _, was := before.assignment(); dps.Fold(was) == dps.Fold(req.RegistrationID) {
@@ -385,48 +416,6 @@ func substatus(before *Registration, st *dps.RegistrationState, p *dps.Reprovisi
 		return dps.DeviceDataReset
 	}
 	return dps.DeviceDataMigrated
-}
-
-// allocate chooses a hub among those that the enrollment allows.
-func allocate(req *Request, v *verdict, before *Registration) (string, error) {
-	e := v.enrollment
-	if was, _ := before.assignment(); was != "" {
-		sticky := e.ReprovisionPolicy != nil && !e.ReprovisionPolicy.UpdateHubAssignment ||
-			e.ReprovisionPolicy == nil && req.APIVersion <= "2018-04-01"
-		if sticky {
-			return was, nil
-		}
-	}
-	allowed := e.IoTHubs
-	if e.IoTHubHostName != "" {
-		allowed = []string{e.IoTHubHostName}
-	}
-	var hubs []string
-	for _, h := range v.settings.Hubs {
-		named := slices.ContainsFunc(allowed, func(a string) bool { return strings.EqualFold(a, h.Name) })
-		if named || len(allowed) == 0 && !h.Reserved {
-			hubs = append(hubs, h.Name)
-		}
-	}
-	if len(hubs) == 0 {
-		return "", errNoHub
-	}
-	return rendezvous(dps.Fold(req.RegistrationID), hubs), nil
-}
-
-var errNoHub = errors.New("no hub is linked that the enrollment allows")
-
-// rendezvous picks the hub with the highest hash of hub and device: even, the same every time, and when a hub goes away
-// only its own devices move.
-func rendezvous(id string, hubs []string) string {
-	best, score := "", -1.0
-	for _, h := range hubs {
-		sum := sha256.Sum256([]byte(strings.ToLower(h) + "\x00" + id))
-		if x := float64(binary.BigEndian.Uint64(sum[:8])) / math.MaxUint64; x > score {
-			best, score = h, x
-		}
-	}
-	return best
 }
 
 // Status implements [Registrar].

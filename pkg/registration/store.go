@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -63,6 +64,10 @@ type Tx interface {
 	// PutRecord writes a record over the one of that kind and ID, if there is one. ErrConflict: one of its certificates, or
 	// its endorsement key, belongs to another record. ErrSameCA: a group's CA that it did not have before is another group's, by name and key.
 	PutRecord(scope string, r *Record) error
+	// PutFresh writes individual enrollments and what is known of their devices, many at once: PutRecord and PutDevice for each,
+	// with nothing of them there before. ErrConflict: something is there, a registration of such an ID or a certificate that was
+	// issued for such a key among it; the transaction is to be given up then, for a part may have been written.
+	PutFresh(scope string, records []*Record, devices []*Device) error
 	// DeleteRecord removes a record, or says ErrNotFound.
 	DeleteRecord(scope string, kind Kind, id string) error
 	// Records returns up to limit records whose ID is greater than after, in the order of IDs.
@@ -82,7 +87,7 @@ type Tx interface {
 	// PutRegistration writes a registration whose Version is the one that was read (0: there was none), and raises it.
 	// ErrConflict: somebody else wrote it meanwhile.
 	PutRegistration(scope string, r *Registration) error
-	// DeleteRegistration removes a registration, or says ErrNotFound.
+	// DeleteRegistration removes a registration and what the device is below ([Kin]), or says ErrNotFound.
 	DeleteRegistration(scope, id string) error
 	// Registrations returns up to limit registrations that came in by a group, IDs greater than after, in order.
 	Registrations(scope, group, after string, limit int) ([]*Registration, error)
@@ -159,6 +164,8 @@ type Tx interface {
 	// TrimAttempts forgets up to limit of the oldest attempts of a class: all but the newest keep, and those whose ID is not
 	// greater than before. It returns how many it forgot.
 	TrimAttempts(scope string, class AttemptClass, keep int, before string, limit int) (int64, error)
+
+	Outbox
 }
 
 // Kind tells enrollments from groups.
@@ -210,6 +217,11 @@ type Registration struct {
 	// Hub and DeviceID are those of the last assignment, whatever became of the registration since.
 	Hub      string `json:"hub,omitempty"`
 	DeviceID string `json:"deviceId,omitempty"`
+	// Told is the hex SHA-256 of what that hub was told of the device, or another word where that is not certain; empty where it is told
+	// nothing.
+	Told string `json:"told,omitempty"`
+	// Outbox says that there is a [Task] of the device's, or was a moment ago.
+	Outbox bool `json:"outbox,omitempty"`
 	// DeviceKey is the key that the device's TPM was handed with its assignment, for its hub; nil for others. The store encrypts it.
 	DeviceKey []byte `json:"-"`
 	// Operations are the last few, newest first. They live in the registration, so there is nothing to clean up.
@@ -225,6 +237,13 @@ func (r *Registration) assignment() (hub, deviceID string) {
 		return r.State.AssignedHub, r.State.DeviceID
 	}
 	return r.Hub, r.DeviceID
+}
+
+// copy returns a registration whose operations can be changed.
+func (r *Registration) copy() *Registration {
+	c := *r
+	c.Operations = slices.Clone(r.Operations)
+	return &c
 }
 
 // keepAssignment keeps the assignment that this is, or else the one before: a device that was disabled for a while, or whose

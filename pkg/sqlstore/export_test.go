@@ -4,26 +4,77 @@ import (
 	"context"
 	"database/sql"
 	"errors"
-	"io/fs"
 
 	"github.com/pressly/goose/v3"
+
+	"github.com/touchmark/touchmark/pkg/registration"
 )
 
+// Legacy seals everything in a closed store's file as it was before there were data keys, and removes those.
+func Legacy(ctx context.Context, path string, key []byte) error {
+	s, err := Open(ctx, Config{Path: path, DataKey: key})
+	if err != nil {
+		return err
+	}
+	old, err := newAEAD(key)
+	if err != nil {
+		return errors.Join(err, s.Close())
+	}
+	err = s.Update(ctx, func(x registration.Tx) error {
+		t := x.(*tx)
+		for i, c := range sealedColumns {
+			rows, err := t.sealedRows(i, make([]string, 1+len(c.key)), 1000)
+			if err != nil {
+				return err
+			}
+			for _, r := range rows {
+				if r.value == nil {
+					continue
+				}
+				plain, err := t.unseal(r.value, c.labels(r.key)...)
+				if err != nil {
+					return err
+				}
+				args := []any{old.Seal(nil, nil, plain, bind(c.labels(r.key)))}
+				for _, k := range r.key {
+					args = append(args, k)
+				}
+				if _, err := t.exec(t.st.putSealed[i], args...); err != nil {
+					return err
+				}
+			}
+		}
+		_, err := t.exec(t.st.dropKeys, 1<<40)
+		return err
+	})
+	return errors.Join(err, s.Close())
+}
+
 // Down takes a closed store's file back to an older version of the tables.
-func Down(ctx context.Context, path string, version int64) (err error) {
+func Down(ctx context.Context, path string, key []byte, version int64) (err error) {
+	if err := Legacy(ctx, path, key); err != nil {
+		return err
+	}
 	db, err := sql.Open("sqlite", path)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, db.Close()) }()
-	dir, err := fs.Sub(migrations, "migrations")
-	if err != nil {
-		return err
+	p, err := (&Store{write: db}).provider(goose.DialectSQLite3)
+	if err == nil {
+		_, err = p.DownTo(ctx, version)
 	}
-	p, err := goose.NewProvider(goose.DialectSQLite3, db, dir, goose.WithGoMigrations(lookups))
-	if err != nil {
-		return err
+	return err
+}
+
+// DownAndUp takes every migration back on PostgreSQL, and makes it again.
+func (s *Store) DownAndUp(ctx context.Context) error {
+	p, err := s.provider(goose.DialectPostgres)
+	if err == nil {
+		_, err = p.DownTo(ctx, 0)
 	}
-	_, err = p.DownTo(ctx, version)
+	if err == nil {
+		_, err = p.Up(ctx)
+	}
 	return err
 }

@@ -59,7 +59,7 @@ func TestIndexOfOlderStores(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if err := sqlstore.Down(t.Context(), path, 4); err != nil {
+	if err := sqlstore.Down(t.Context(), path, key, 4); err != nil {
 		t.Fatal(err)
 	}
 

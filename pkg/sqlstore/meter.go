@@ -25,6 +25,7 @@ var countedTables = [...]struct {
 	{registration.CountX509Groups, `records WHERE scope = $1 AND kind = 'group' AND "symmetric" = 0`},
 	{registration.CountSymmetricGroups, `records WHERE scope = $1 AND kind = 'group' AND "symmetric" = 1`},
 	{registration.CountRegistrations, `registrations WHERE scope = $1`},
+	{registration.CountTasks, `outbox WHERE scope = $1`},
 }
 
 const attemptColumns = `SELECT id, class, body FROM attempts `

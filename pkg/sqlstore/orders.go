@@ -1,12 +1,8 @@
 package sqlstore
 
 import (
-	"errors"
 	"fmt"
 	"time"
-
-	"modernc.org/sqlite"
-	sqlite3 "modernc.org/sqlite/lib"
 
 	"github.com/touchmark/touchmark/pkg/registration"
 )
@@ -32,8 +28,7 @@ func (t *tx) DeviceBySerial(scope, serial string) (*registration.Device, error) 
 func (t *tx) PutDevice(scope string, d *registration.Device) error {
 	_, err := t.exec(t.st.putDevice, scope, d.ID, d.Group, d.Serial, d.KeyHash, d.Revision, d.Ended, string(d.State), d.Station, d.Order(), d.Grant,
 		bit(d.Moved), bit(d.Seen), bit(d.Disabled))
-	var se *sqlite.Error
-	if errors.As(err, &se) && se.Code() == sqlite3.SQLITE_CONSTRAINT_UNIQUE {
+	if taken(err) {
 		return registration.ErrConflict
 	}
 	return err

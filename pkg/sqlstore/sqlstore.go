@@ -1,30 +1,38 @@
 // Package sqlstore keeps what the registration service remembers in SQL.
 //
-// [Open] gives a store on SQLite: one file, written by one process, or memory that is gone when the store is closed. Its SQL
-// stays inside what PostgreSQL speaks too.
+// [Open] gives a store on SQLite: one file, written by one process, or memory that is gone when the store is closed; or one on
+// a database that speaks PostgreSQL's protocol, which any number of stores share. The SQL is the same, and stays inside what
+// PostgreSQL, CockroachDB and YugabyteDB have in common.
 //
 // SQLite flushes once per commit, and a flush costs more than everything else in a transaction. So one goroutine writes, and
 // takes every update that waits into one transaction: the callers of a busy moment share a flush. An update that fails
 // before it wrote is left out; one that fails after it wrote is rolled back with the rest, which then run again without it.
 // Readers have connections of their own and do not wait for the writer.
 //
-// Symmetric keys, policies' keys, secrets and what TPMs are challenged with are encrypted with AES-256-GCM under the data key; scope, kind and ID are authenticated
-// with them, so that a ciphertext serves in its own row only.
+// On PostgreSQL several goroutines write, each in transactions of its own, which are SERIALIZABLE: what would come out otherwise
+// than one after the other is run again, as is what a lost connection cut off. A transaction whose COMMIT was not answered is
+// looked for before anything is repeated, so that every update happens once.
+//
+// Symmetric keys, policies' keys, secrets, settings of scopes and what TPMs are challenged with are sealed with AES-256-GCM under
+// a data key; scope, kind and ID are authenticated with them, so that a ciphertext serves in its own row only. Data keys are in
+// the store, wrapped under a [WrappingKey] that is not. What is sealed names its data key, so that the data key can be changed
+// while the service runs ([Store.Rotate]).
 package sqlstore
 
 import (
+	"cmp"
 	"context"
-	"crypto/aes"
 	"crypto/cipher"
 	"database/sql"
+	"database/sql/driver"
 	"embed"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
+	"log/slog"
 	"slices"
-	"strings"
 	"sync"
+	"time"
 
 	"github.com/pressly/goose/v3"
 	"modernc.org/sqlite" // also registers the driver
@@ -44,8 +52,21 @@ var ErrFull = errors.New("disk is full")
 type Config struct {
 	// Path of the SQLite file; it is made when it is not there. Empty is a store of its own in memory, which touches no file.
 	Path string
-	// DataKey encrypts secrets at rest: 32 octets.
-	DataKey []byte
+	// DSN is the address of a PostgreSQL database, postgres://…, and takes Path's place. The environment (PGPASSFILE, PGPASSWORD
+	// and their like) fills in what it leaves out, as libpq has it. It may hold a password, and is never shown.
+	DSN string
+	// Connections bounds those to the database (8 if zero), half of which write; StatementTimeout is how long it may take over a
+	// statement (30 s if zero). They are for a DSN alone, as is Patience.
+	Connections      int
+	StatementTimeout time.Duration
+	// Patience is for how long a transaction is tried again that the database did not take (20 s if zero).
+	Patience time.Duration
+	// DataKey is the key, 32 octets, that the store's data keys are wrapped under where Wrapping is nil. A store from before
+	// there were data keys has its secrets under this one, and needs it once more to be opened.
+	DataKey  []byte
+	Wrapping *WrappingKey
+	// Log is told of what fails in the background; nil for nobody.
+	Log *slog.Logger
 }
 
 const (
@@ -57,7 +78,9 @@ const (
 type Store struct {
 	write *sql.DB
 	read  *sql.DB
-	aead  cipher.AEAD
+	side  *sql.DB // one connection for what cannot wait for the others
+	keys  dataKeys
+	log   *slog.Logger
 	w     *statements
 	r     *statements
 
@@ -65,10 +88,19 @@ type Store struct {
 	// them work beside each other. On a file it is nil.
 	guard *sync.RWMutex
 
+	pg                     bool
+	serializable, snapshot *sql.TxOptions // of Update and View; nil is the engine's own way
+	writers, batch         int            // how many goroutines write, and how many updates at once
+	patience               time.Duration
+
 	updates chan *update
 	stop    chan struct{}
-	once    sync.Once
-	stopped sync.WaitGroup
+	// Data keys are to be changed, or there is something to seal anew.
+	rotations, resealing chan struct{}
+	once                 sync.Once
+	turn                 sync.Mutex     // held by the one transaction that runs again after a conflict
+	writing              sync.WaitGroup // the writers
+	others               sync.WaitGroup // goroutines that may wait for a writer
 }
 
 var _ registration.Store = (*Store)(nil)
@@ -76,72 +108,102 @@ var _ registration.Store = (*Store)(nil)
 type update struct {
 	ctx  context.Context
 	f    func(registration.Tx) error
+	err  error // what f said the last time that it ran
 	done chan error
+	// alone has it share no transaction: what it writes is for others to see when it is committed.
+	alone bool
 }
 
 // Open opens a store and brings its tables up to date.
 func Open(ctx context.Context, cfg Config) (*Store, error) {
-	block, err := aes.NewCipher(cfg.DataKey)
-	if err != nil || len(cfg.DataKey) != 32 {
-		return nil, errors.New("the store's data key must have 32 octets")
+	s := &Store{updates: make(chan *update, maxBatch), stop: make(chan struct{}), rotations: make(chan struct{}, 1), resealing: make(chan struct{}, 1),
+		patience: cmp.Or(cfg.Patience, defaultPatience), log: cfg.Log, keys: dataKeys{wrapping: cfg.Wrapping, aead: make(map[int64]cipher.AEAD)}}
+	var err error
+	if s.keys.wrapping == nil {
+		if s.keys.wrapping, err = KeyFile(cfg.DataKey); err != nil {
+			return nil, err
+		}
 	}
-	s := &Store{updates: make(chan *update, maxBatch), stop: make(chan struct{})}
-	if s.aead, err = cipher.NewGCMWithRandomNonce(block); err != nil {
-		return nil, err
-	}
-	// Every connection keeps 2,000 KiB of pages, SQLite's default. That memory is outside of Go's heap, and a page of 4 KiB takes 8
-	// there: 20 MiB in all. The inner pages of the indexes fit, and the system caches the rest. More would fill as the store
-	// grows, for months, and makes neither registering nor importing faster.
-	name := "file:" + strings.NewReplacer("%", "%25", "?", "%3f", "#", "%23").Replace(cfg.Path) + "?_pragma=busy_timeout(10000)"
-	if cfg.Path == "" {
-		// SQLite's memdb: connections share what has the same name and begins with a slash, as long as one of them is open.
-		name = "file:/" + dps.NewUUID() + "?vfs=memdb&_pragma=temp_store(MEMORY)"
-		s.guard = new(sync.RWMutex)
-	}
-	if s.write, err = sql.Open("sqlite", name+"&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_txlock=immediate"); err != nil {
-		return nil, err
-	}
-	s.write.SetMaxOpenConns(1)
 	fail := func(err error) (*Store, error) {
-		return nil, errors.Join(fmt.Errorf("opening store %s: %w", cfg.Path, full(err)), s.closeDatabases())
+		return nil, errors.Join(fmt.Errorf("opening store %s: %w", cmp.Or(cfg.Path, "in the database"), full(err)), s.closeDatabases())
 	}
-	dir, err := fs.Sub(migrations, "migrations")
+	if s.pg = cfg.DSN != ""; s.pg {
+		err = s.openPostgres(ctx, &cfg)
+	} else {
+		err = s.openSQLite(ctx, cfg.Path)
+	}
 	if err != nil {
 		return fail(err)
 	}
-	provider, err := goose.NewProvider(goose.DialectSQLite3, s.write, dir, goose.WithGoMigrations(lookups))
-	if err != nil {
-		return fail(err)
-	}
-	if _, err := provider.Up(ctx); err != nil {
-		return fail(err)
-	}
-	if s.read, err = sql.Open("sqlite", name+"&_pragma=query_only(1)"); err != nil {
-		return fail(err)
-	}
-	s.read.SetMaxOpenConns(readers)
-	s.read.SetMaxIdleConns(readers)
 	if s.w, err = prepare(ctx, s.write); err != nil {
 		return fail(err)
 	}
 	if s.r, err = prepare(ctx, s.read); err != nil {
 		return fail(err)
 	}
-	s.stopped.Add(1)
-	go s.writer()
+	for range s.writers {
+		s.writing.Add(1)
+		go s.writer()
+	}
+	if s.pg {
+		s.others.Add(1)
+		go s.forgetTokens()
+	}
+	if err := s.openKeys(ctx, cfg.DataKey); err != nil {
+		return nil, errors.Join(fmt.Errorf("opening store %s: %w", cmp.Or(cfg.Path, "in the database"), err), s.Close())
+	}
+	s.others.Add(1)
+	go s.resealer()
 	return s, nil
+}
+
+// openSQLite opens a file, or memory.
+func (s *Store) openSQLite(ctx context.Context, path string) (err error) {
+	s.writers, s.batch, s.snapshot = 1, maxBatch, &sql.TxOptions{ReadOnly: true}
+	// Every connection keeps 2,000 KiB of pages, SQLite's default. That memory is outside of Go's heap, and a page of 4 KiB takes 8
+	// there: 20 MiB in all. The inner pages of the indexes fit, and the system caches the rest. More would fill as the store
+	// grows, for months, and makes neither registering nor importing faster.
+	name := sqliteName(path)
+	if path == "" {
+		// SQLite's memdb: connections share what has the same name and begins with a slash, as long as one of them is open.
+		name = "file:/" + dps.NewUUID() + "?vfs=memdb&_pragma=temp_store(MEMORY)"
+		s.guard = new(sync.RWMutex)
+	}
+	if s.write, err = sql.Open("sqlite", name+"&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_txlock=immediate"); err != nil {
+		return err
+	}
+	s.write.SetMaxOpenConns(1)
+	provider, err := s.provider(goose.DialectSQLite3)
+	if err != nil {
+		return err
+	}
+	if _, err := provider.Up(ctx); err != nil {
+		return err
+	}
+	if s.read, err = sql.Open("sqlite", name+"&_pragma=query_only(1)"); err != nil {
+		return err
+	}
+	s.read.SetMaxOpenConns(readers)
+	s.read.SetMaxIdleConns(readers)
+	if s.side, err = sql.Open("sqlite", name+"&_pragma=query_only(1)"); err != nil {
+		return err
+	}
+	s.side.SetMaxOpenConns(1)
+	s.side.SetMaxIdleConns(0) // hardly ever needed
+	return nil
 }
 
 // Close waits for the updates under way and closes the store.
 func (s *Store) Close() error {
 	s.once.Do(func() { close(s.stop) })
-	s.stopped.Wait()
+	s.others.Wait()
+	s.writing.Wait()
 	return s.closeDatabases()
 }
 
 func (s *Store) closeDatabases() error {
 	var errs []error
-	for _, db := range []*sql.DB{s.read, s.write} {
+	for _, db := range []*sql.DB{s.side, s.read, s.write} {
 		if db != nil {
 			errs = append(errs, db.Close())
 		}
@@ -149,10 +211,10 @@ func (s *Store) closeDatabases() error {
 	return errors.Join(errs...)
 }
 
-// full marks SQLite's answer to a full disk.
+// full marks the answer to a full disk.
 func full(err error) error {
 	var se *sqlite.Error
-	if errors.As(err, &se) && se.Code()&0xff == sqlite3.SQLITE_FULL {
+	if errors.As(err, &se) && se.Code()&0xff == sqlite3.SQLITE_FULL || sqlState(err) == "53100" {
 		return fmt.Errorf("%w: %w", ErrFull, err)
 	}
 	return err
@@ -164,12 +226,31 @@ func (s *Store) View(ctx context.Context, f func(registration.Tx) error) error {
 		s.guard.RLock()
 		defer s.guard.RUnlock()
 	}
-	t, err := s.read.BeginTx(ctx, &sql.TxOptions{ReadOnly: true})
-	if err != nil {
-		return fmt.Errorf("reading the store: %w", err)
+	for begun, attempt := time.Now(), 0; ; attempt++ {
+		err, trouble := s.view(ctx, f)
+		switch {
+		case trouble == nil || !s.pg || !again(trouble):
+			return err
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case time.Since(begun) > s.patience || !s.pause(ctx, attempt):
+			return unavailable(trouble)
+		}
 	}
-	err = f(&tx{ctx: ctx, tx: t, s: s, st: s.r})
-	return errors.Join(err, ignoreDone(t.Rollback()))
+}
+
+// view runs f once. Trouble is what the database said, whatever f made of it.
+func (s *Store) view(ctx context.Context, f func(registration.Tx) error) (err, trouble error) {
+	t, err := s.read.BeginTx(ctx, s.snapshot)
+	if err != nil {
+		return fmt.Errorf("reading the store: %w", err), err
+	}
+	x := &tx{ctx: ctx, tx: t, s: s, st: s.r}
+	err = f(x)
+	if rb := ignoreDone(t.Rollback()); err != nil || !s.pg {
+		err = errors.Join(err, rb)
+	} // what was read is good, whatever becomes of the connection
+	return err, x.failed
 }
 
 func ignoreDone(err error) error {
@@ -183,20 +264,23 @@ var errClosed = errors.New("store is closed")
 
 // Update implements [registration.Store].
 func (s *Store) Update(ctx context.Context, f func(registration.Tx) error) error {
-	u := &update{ctx: ctx, f: f, done: make(chan error, 1)}
+	return s.update(&update{ctx: ctx, f: f, done: make(chan error, 1)})
+}
+
+func (s *Store) update(u *update) error {
 	select {
 	case s.updates <- u:
 	case <-s.stop:
 		return errClosed
-	case <-ctx.Done():
-		return ctx.Err()
+	case <-u.ctx.Done():
+		return u.ctx.Err()
 	}
 	// Once it is taken the answer is waited for: whether it was committed must not be left open.
 	select {
 	case err := <-u.done:
 		return err
 	case <-s.stop:
-		s.stopped.Wait() // the writer answers what it had taken before it ends
+		s.writing.Wait() // the writer answers what it had taken before it ends
 		select {
 		case err := <-u.done:
 			return err
@@ -208,7 +292,7 @@ func (s *Store) Update(ctx context.Context, f func(registration.Tx) error) error
 
 // writer commits what waits, batch by batch.
 func (s *Store) writer() {
-	defer s.stopped.Done()
+	defer s.writing.Done()
 	var batch []*update
 	for {
 		select {
@@ -218,9 +302,13 @@ func (s *Store) writer() {
 			return
 		}
 	more:
-		for len(batch) < maxBatch {
+		for len(batch) < s.batch && !batch[0].alone {
 			select {
 			case u := <-s.updates:
+				if u.alone {
+					s.commit(batch)
+					batch = batch[:0]
+				}
 				batch = append(batch, u)
 			default:
 				break more
@@ -230,69 +318,105 @@ func (s *Store) writer() {
 	}
 }
 
-// commit runs a batch in one transaction and answers every caller. COMMIT returns when the write-ahead log is on disk, and
-// only then is anyone told: what was acknowledged survives the process and the power.
+// commit runs a batch in one transaction and answers every caller. COMMIT returns when what was written is on disk, and
+// only then is anyone told: what was acknowledged survives the process and the power. Those that failed without writing are told
+// then too, for what they had read counts only if it was committed with the rest.
 func (s *Store) commit(batch []*update) {
-	for len(batch) > 0 {
-		done, failed, err := s.try(batch)
-		if failed == nil {
-			for _, u := range done {
-				u.done <- err
-			}
-			return
+	begun, late := time.Now(), false
+	for attempt := 0; len(batch) > 0; attempt++ {
+		// Those whom others were in the way of take turns: they would be in each other's way again.
+		if late {
+			s.turn.Lock()
 		}
-		// It wrote and then failed: the transaction was rolled back, the others run again.
-		failed.done <- err
-		kept := make([]*update, 0, len(batch))
+		failed, err := s.try(batch)
+		if late {
+			s.turn.Unlock()
+		}
+		late = conflict(err)
+		switch {
+		case failed != nil: // it wrote and then failed: the transaction was rolled back, the others run again
+			failed.done <- err
+			batch = slices.DeleteFunc(slices.Clone(batch), func(u *update) bool { return u == failed })
+			continue
+		case err != nil && s.pg && again(err):
+			if time.Since(begun) < s.patience && s.pause(context.Background(), attempt) {
+				continue
+			}
+			err = unavailable(err)
+		}
 		for _, u := range batch {
-			if u != failed && len(u.done) == 0 {
-				kept = append(kept, u)
+			if err != nil {
+				u.err = fmt.Errorf("writing the store: %w", full(err))
 			}
+			u.done <- u.err
 		}
-		batch = kept
+		return
 	}
 }
 
-// try runs a batch. It answers updates that failed without writing by itself. When one failed after writing it is returned
-// with its error, and nothing was committed; else the result of the commit holds for all that are done.
-func (s *Store) try(batch []*update) (done []*update, failed *update, err error) {
+// try runs a batch. When an update failed after it had written, it is returned with its error, and nothing was committed. Else
+// the error, or none, holds for all of the batch, and what each of them said is in it.
+func (s *Store) try(batch []*update) (failed *update, err error) {
 	if s.guard != nil {
 		s.guard.Lock()
 		defer s.guard.Unlock()
 	}
 	ctx := context.Background() // a caller who goes away must not take the others' transaction along
-	t, err := s.write.BeginTx(ctx, nil)
-	if err != nil {
-		return batch, nil, fmt.Errorf("writing the store: %w", full(err))
+	if s.pg {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, attemptTime)
+		defer cancel()
 	}
-	var refused []func()
+	t, err := s.write.BeginTx(ctx, s.serializable)
+	if err != nil {
+		return nil, err
+	}
+	dirty := false
 	for _, u := range batch {
 		x := &tx{ctx: ctx, tx: t, s: s, st: s.w, writable: true}
-		err := u.ctx.Err()
-		if err == nil {
-			err = u.f(x)
+		if u.err = u.ctx.Err(); u.err == nil {
+			u.err = u.f(x)
 		}
-		switch {
-		case err == nil:
-			done = append(done, u)
-		case x.dirty:
-			return nil, u, errors.Join(full(err), ignoreDone(t.Rollback()))
-		default:
-			refused = append(refused, func() { u.done <- err })
+		if s.pg && x.failed != nil {
+			if again(x.failed) { // whatever f made of it
+				_ = t.Rollback()
+				return nil, x.failed
+			}
+			x.dirty = true // PostgreSQL goes on with no transaction in which a statement failed
+			u.err = cmp.Or(u.err, x.failed)
 		}
+		if u.err != nil && x.dirty {
+			return u, errors.Join(full(u.err), ignoreDone(t.Rollback()))
+		}
+		dirty = dirty || x.dirty
 	}
-	for _, answer := range refused {
-		answer()
-	}
-	if len(done) == 0 {
+	if !dirty && !s.pg {
 		_ = t.Rollback()
-		return nil, nil, nil
+		return nil, nil
 	}
-	if err := t.Commit(); err != nil {
-		return done, nil, fmt.Errorf("writing the store: %w", full(err))
+	var token []byte
+	if dirty && s.pg {
+		token = newToken()
+		if _, err := t.ExecContext(ctx, putToken, token, time.Now().Unix()); err != nil {
+			_ = t.Rollback()
+			return nil, err
+		}
 	}
-	return done, nil, nil
+	if err = t.Commit(); err == nil || token == nil || !unknown(err) {
+		return nil, err
+	}
+	committed, cause := s.settle(ctx, token)
+	switch {
+	case cause != nil:
+		return nil, unavailable(cause)
+	case committed:
+		return nil, nil
+	}
+	return nil, errUncommitted
 }
+
+// errUncommitted says that a transaction is known not to have been committed, and may run again.
+var errUncommitted = fmt.Errorf("the connection went before the commit: %w", driver.ErrBadConn)
 
 // statements are prepared once per database.
 type statements struct {
@@ -311,6 +435,9 @@ type statements struct {
 	planned, putIssued, keyTaken, keyIssued                                  *sql.Stmt
 	challenge, putChallenge, forgetChallenges                                *sql.Stmt
 	scopeStatements
+	keyStatements
+	freshStatements
+	outboxStatements
 	meterStatements
 }
 
@@ -326,7 +453,7 @@ type statement struct {
 }
 
 func (st *statements) all() []statement {
-	return append(slices.Concat(st.scopeStatements.all(), st.meterStatements.all()), []statement{
+	return slices.Concat(st.scopeStatements.all(), st.keyStatements.all(), st.outboxStatements.all(), st.freshStatements.all(), st.meterStatements.all(), []statement{
 		{&st.revision, `SELECT groups_revision FROM scopes WHERE scope = $1`},
 		{&st.bumpRevision, `INSERT INTO scopes (scope, groups_revision) VALUES ($1, 1) ON CONFLICT (scope) DO UPDATE SET groups_revision = scopes.groups_revision + 1`},
 		{&st.record, recordColumns + `WHERE scope = $1 AND kind = $2 AND id = $3`},
@@ -397,7 +524,7 @@ func (st *statements) all() []statement {
 		{&st.putChallenge, `INSERT INTO challenges (scope, id, body, expires) VALUES ($1, $2, $3, $4)
 			ON CONFLICT (scope, id) DO UPDATE SET body = excluded.body, expires = excluded.expires`},
 		{&st.forgetChallenges, `DELETE FROM challenges WHERE scope = $1 AND id IN (SELECT id FROM challenges WHERE scope = $1 AND expires < $2 ORDER BY expires LIMIT $3)`},
-	}...)
+	})
 }
 
 func prepare(ctx context.Context, db *sql.DB) (*statements, error) {
@@ -419,20 +546,44 @@ type tx struct {
 	s        *Store
 	st       *statements
 	writable bool
-	dirty    bool // something was written
+	dirty    bool  // something was written
+	failed   error // the first statement that did, whatever became of its error
+	broken   error // what has the next statement fail
+
+	sealer   cipher.AEAD // the newest data key, once it was asked for
+	sealerID int64
 }
 
-func (t *tx) row(st *sql.Stmt, args ...any) *sql.Row {
-	return t.tx.StmtContext(t.ctx, st).QueryRowContext(t.ctx, args...)
+// said remembers what the database says that is no answer.
+func (t *tx) said(err error) error {
+	if err != nil && t.failed == nil && !errors.Is(err, sql.ErrNoRows) {
+		t.failed = err
+	}
+	return err
+}
+
+// A row is what a statement found, or sql.ErrNoRows.
+type row struct {
+	row *sql.Row
+	t   *tx
+}
+
+func (r row) Scan(dst ...any) error { return r.t.said(r.row.Scan(dst...)) }
+
+func (t *tx) row(st *sql.Stmt, args ...any) row {
+	return row{t.tx.StmtContext(t.ctx, st).QueryRowContext(t.ctx, args...), t}
 }
 
 func (t *tx) exec(st *sql.Stmt, args ...any) (int64, error) {
 	if !t.writable {
 		return 0, errors.New("a View cannot write")
 	}
+	if t.broken != nil {
+		return 0, t.said(t.broken)
+	}
 	t.dirty = true
 	res, err := t.tx.StmtContext(t.ctx, st).ExecContext(t.ctx, args...)
-	if err != nil {
+	if t.said(err) != nil {
 		return 0, err
 	}
 	return res.RowsAffected()
@@ -443,18 +594,6 @@ func absent(err error) error {
 		return registration.ErrNotFound
 	}
 	return err
-}
-
-func (t *tx) seal(plain []byte, labels ...string) []byte {
-	return t.s.aead.Seal(nil, nil, plain, []byte(strings.Join(labels, "\x00")))
-}
-
-func (t *tx) unseal(sealed []byte, labels ...string) ([]byte, error) {
-	b, err := t.s.aead.Open(nil, nil, sealed, []byte(strings.Join(labels, "\x00")))
-	if err != nil {
-		return nil, fmt.Errorf("secret of %s in the store does not decrypt: it is damaged, or the data key is another one", strings.Join(labels, " "))
-	}
-	return b, nil
 }
 
 func (t *tx) Revision(scope string) (int64, error) {
@@ -575,7 +714,7 @@ func (t *tx) DeleteRecord(scope string, kind registration.Kind, id string) error
 // each returns what scan makes of every row.
 func each[T any](t *tx, scan func(scanner) (T, error), st *sql.Stmt, args ...any) ([]T, error) {
 	rows, err := t.tx.StmtContext(t.ctx, st).QueryContext(t.ctx, args...)
-	if err != nil {
+	if t.said(err) != nil {
 		return nil, err
 	}
 	var all []T
@@ -586,7 +725,7 @@ func each[T any](t *tx, scan func(scanner) (T, error), st *sql.Stmt, args ...any
 		}
 		all = append(all, x)
 	}
-	return all, rows.Err()
+	return all, t.said(rows.Err())
 }
 
 type scanner interface{ Scan(...any) error }
@@ -629,23 +768,19 @@ func (t *tx) PutRegistration(scope string, r *registration.Registration) error {
 	if r.DeviceKey != nil {
 		key = t.seal(r.DeviceKey, scope, "registration", r.ID)
 	}
-	var n int64
 	if r.Version == 0 {
-		n, err = t.exec(t.st.insertRegistration, scope, r.ID, r.Group, body, key)
-	} else {
-		n, err = t.exec(t.st.updateRegistration, scope, r.ID, r.Group, body, key, r.Version)
+		return t.ifChanged(t.st.insertRegistration, scope, r.ID, r.Group, body, key)
 	}
-	if err == nil && n == 0 {
-		t.dirty = false // the statement changed nothing
-		return registration.ErrConflict
-	}
-	return err
+	return t.ifChanged(t.st.updateRegistration, scope, r.ID, r.Group, body, key, r.Version)
 }
 
 func (t *tx) DeleteRegistration(scope, id string) error {
 	n, err := t.exec(t.st.deleteRegistration, scope, id)
 	if err == nil && n == 0 {
 		return registration.ErrNotFound
+	}
+	if err == nil {
+		err = t.DeleteKin(scope, id)
 	}
 	return err
 }

@@ -1,6 +1,6 @@
 // Has Azure's service SDK manage the built-in hub, and Azure's device SDK talk to it, both unmodified. What is not as it should be
 // is an assertion that fails. Prints the names of the parts that were done, as one line of JSON.
-// usage: HUB_CONNECTION=… node hub.js HTTPS-PORT MQTT-PORT DIRECTORY-WITH-CERTIFICATE
+// usage: HUB_CONNECTION=… node hub.js HTTPS-PORT MQTT-PORT AMQP-PORT DIRECTORY-WITH-CERTIFICATE
 'use strict';
 const assert = require('assert').strict;
 const fs = require('fs');
@@ -8,17 +8,18 @@ const https = require('https');
 const path = require('path');
 const crypto = require('crypto');
 const { Registry, Client: ServiceClient } = require('azure-iothub');
-const { NoRetry, SharedAccessSignature } = require('azure-iot-common');
+const { Message: C2DMessage, NoRetry, SharedAccessSignature } = require('azure-iot-common');
 const { Client: DeviceClient, Message } = require('azure-iot-device');
 const { MqttWs } = require('azure-iot-device-mqtt');
 
-const [httpsPort, mqttPort, certificates] = process.argv.slice(2);
+const [httpsPort, mqttPort, amqpPort, certificates] = process.argv.slice(2);
 const host = 'localhost';
 const service = process.env.HUB_CONNECTION.replace(/HostName=[^;]*/, 'HostName=' + host);
 const { Mqtt, webSocketAgent } = require('./ports')(host, httpsPort, mqttPort);
 
 const registry = Registry.fromConnectionString(service);
 const methods = ServiceClient.fromConnectionString(service);
+const messages = ServiceClient.fromConnectionString(service.replace(host, `${host}:${amqpPort}`)); // AMQP takes a port
 const did = [];
 
 async function refused(promise, name) {
@@ -27,7 +28,7 @@ async function refused(promise, name) {
   return err;
 }
 
-// call is for what the SDK sends over AMQP, and for what the hub shows.
+// call is for calls that only this hub has.
 function call(method, where, headers, body) {
   const key = Buffer.from(/SharedAccessKey=([^;]*)/.exec(service)[1], 'base64');
   const se = Math.floor(Date.now() / 1000) + 60;
@@ -164,11 +165,23 @@ async function talk(name, Transport, x509) {
   assert.deepEqual(answer, { status: 207, payload: { sum: 5 } });
   await refused(methods.invokeDeviceMethod('nobody', { methodName: 'add' }), 'DeviceNotFoundError');
 
+  // One listener for both: the SDK unsubscribes when the last one goes.
+  let received;
+  let arrived = new Promise((resolve) => { received = resolve; });
+  client.on('message', (message) => received(message));
   const sent = await call('POST', `/devices/${id}/messages/devicebound`, { 'iothub-messageid': 'c2d 1', 'iothub-app-colour': 'blue & red' }, 'hello');
   assert.equal(sent.status, 204);
-  const got = await once(client, 'message');
+  const got = await arrived;
   assert.deepEqual([got.data.toString(), got.messageId, got.properties.getValue('colour')], ['hello', 'c2d 1', 'blue & red']);
   await client.complete(got);
+  const out = new C2DMessage('x'.repeat(60 * 1024)); // more than fits one frame of some
+  out.messageId = 'c2d 2';
+  out.properties.add('colour', 'green');
+  arrived = new Promise((resolve) => { received = resolve; });
+  await messages.send(id, out);
+  const second = await arrived;
+  assert.deepEqual([second.data.length, second.messageId, second.properties.getValue('colour')], [60 * 1024, 'c2d 2', 'green']);
+  await client.complete(second);
 
   if (!x509) {
     // The same device from somewhere else: the first is hung up on, and can come back.
@@ -206,10 +219,16 @@ async function talk(name, Transport, x509) {
 
 (async () => {
   await manage();
+  await messages.open();
+  await refused(messages.send('nobody', new C2DMessage('x')), 'DeviceNotFoundError');
+  const stranger = ServiceClient.fromConnectionString(service.replace(host, `${host}:${amqpPort}`).replace(/SharedAccessKey=..../, 'SharedAccessKey=AAAA'));
+  assert.equal((await refused(stranger.open(), 'Error')).amqpError.name, 'UnauthorizedError');
+  did.push('amqp');
   await talk('mqtt', Mqtt);
   await talk('mqtt-ws', MqttWs);
   await talk('mqtt-sha1', Mqtt, 'sha1');
   await talk('mqtt-ws-sha256', MqttWs, 'sha256');
+  await messages.close();
   console.log(JSON.stringify(did));
   process.exit(0);
 })().catch((err) => {

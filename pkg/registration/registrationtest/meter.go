@@ -76,7 +76,7 @@ func attempts(t *testing.T, s registration.Store) {
 		t.Helper()
 		at = at.Add(time.Second)
 		a := &registration.Attempt{ID: dps.NewOrderedID(at), Class: class, RegistrationID: device, At: at, Operation: "register", Result: "refused", TrackingID: tracking,
-			Proof: &registration.Presented{Kind: "x509", Subject: "CN=" + device}}
+			Proof: "x509", Certificate: &registration.Presented{Subject: "CN=" + device}}
 		ids = append(ids, a.ID)
 		update(t, s, func(tx registration.Tx) error { return tx.PutAttempt(scope, device, a) })
 	}
@@ -94,7 +94,7 @@ func attempts(t *testing.T, s registration.Store) {
 				return nil
 			}
 			for i, a := range all {
-				if a.ID != ids[want[i]] || a.RegistrationID != device || a.Proof.Subject != "CN="+device {
+				if a.ID != ids[want[i]] || a.RegistrationID != device || a.Certificate.Subject != "CN="+device {
 					t.Errorf("%s, %d: %+v", device, i, a)
 				}
 			}

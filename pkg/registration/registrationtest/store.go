@@ -22,7 +22,7 @@ import (
 // Run runs the suite on a store that open returns; each call gives an empty one.
 func Run(t *testing.T, open func(t *testing.T) registration.Store) {
 	for name, f := range map[string]func(*testing.T, registration.Store){
-		"records": records, "certificates": certificates, "registrations": registrations, "scopes": scopes, "tenants": tenants, "updates": updates, "devices": devices, "orders": orders, "endings": endings, "authorities": authorities, "changes": changes, "issued": issuedCertificates, "challenges": challenges, "counts": counts, "usage": usage, "attempts": attempts,
+		"records": records, "certificates": certificates, "registrations": registrations, "scopes": scopes, "tenants": tenants, "updates": updates, "devices": devices, "orders": orders, "endings": endings, "authorities": authorities, "changes": changes, "issued": issuedCertificates, "challenges": challenges, "fresh": fresh, "outbox": outbox, "counts": counts, "usage": usage, "attempts": attempts,
 	} {
 		t.Run(name, func(t *testing.T) { f(t, open(t)) })
 	}
@@ -443,6 +443,72 @@ func updates(t *testing.T, s registration.Store) {
 			if bad := i%7 == 1 || i%5 == 1; bad != errors.Is(err, registration.ErrNotFound) {
 				t.Errorf("device %d: %v", i, err)
 			}
+		}
+		return nil
+	})
+}
+
+// fresh: what is written together is what PutRecord and PutDevice write, and nothing of it is when anything is there.
+func fresh(t *testing.T, s registration.Store) {
+	const n = 123
+	devices := func(prefix string) (records []*registration.Record, devices []*registration.Device) {
+		for i := range n {
+			id := fmt.Sprintf("%s-%03d", prefix, i)
+			c := registration.Certificate{Fingerprint: sha256.Sum256([]byte(id)), Subject: sha256.Sum256([]byte("s" + id))}
+			records = append(records, &registration.Record{Kind: registration.Individual, ID: strings.ToUpper(id), Document: []byte(id), Keys: []byte("k" + id), Content: []byte{byte(i)}, Certificates: []registration.Certificate{c}})
+			devices = append(devices, &registration.Device{ID: id, Serial: "SN" + id, KeyHash: "0a" + id, Revision: 3, Station: "st", Grant: "PO-1/a"})
+		}
+		return records, devices
+	}
+	put := func(prefix string, edit func([]*registration.Record, []*registration.Device)) error {
+		r, d := devices(prefix)
+		edit(r, d)
+		return s.Update(t.Context(), func(tx registration.Tx) error { return tx.PutFresh("scope", r, d) })
+	}
+	nothing := func([]*registration.Record, []*registration.Device) {}
+	if err := put("a", nothing); err != nil {
+		t.Fatal(err)
+	}
+	update(t, s, func(tx registration.Tx) error {
+		return errors.Join(tx.PutRegistration("scope", &registration.Registration{ID: "b-100"}),
+			tx.PutIssued("scope", &registration.Issued{ID: "x", SerialNumber: "1", KeyHash: "0ac-007", Plan: []byte("p")}))
+	})
+	wantRecords, wantDevices := devices("a")
+	view(t, s, func(tx registration.Tx) error {
+		for i, want := range wantRecords {
+			r, err := tx.Record("scope", registration.Individual, wantDevices[i].ID)
+			if err != nil {
+				return err
+			}
+			if r.ID != want.ID || string(r.Document) != string(want.Document) || string(r.Keys) != string(want.Keys) || string(r.Content) != string(want.Content) || r.Closed || r.Symmetric {
+				t.Errorf("%+v", r)
+			}
+			if d, err := tx.DeviceBySerial("scope", wantDevices[i].Serial); err != nil || *d != *wantDevices[i] {
+				t.Errorf("%+v, %v", d, err)
+			}
+			if kind, id, err := tx.CertificateOwner("scope", want.Certificates[0].Fingerprint); err != nil || kind != registration.Individual || id != wantDevices[i].ID {
+				t.Errorf("certificate of %s %s, %v", kind, id, err)
+			}
+		}
+		return nil
+	})
+	for what, err := range map[string]error{
+		"the same": put("a", nothing),
+		"an ID":    put("d", func(r []*registration.Record, d []*registration.Device) { r[n-1].ID, d[n-1].ID = "a-000", "a-000" }),
+		"twice":    put("d", func(r []*registration.Record, d []*registration.Device) { r[9].ID, d[9].ID = r[8].ID, d[8].ID }),
+		"a serial": put("d", func(_ []*registration.Record, d []*registration.Device) { d[60].Serial = "SNa-000" }),
+		"a certificate": put("d", func(r []*registration.Record, _ []*registration.Device) {
+			r[3].Certificates[0].Fingerprint = wantRecords[5].Certificates[0].Fingerprint
+		}),
+		"a registration": put("b", nothing), "an issued key": put("c", nothing),
+	} {
+		if !errors.Is(err, registration.ErrConflict) {
+			t.Errorf("%s is there: %v", what, err)
+		}
+	}
+	view(t, s, func(tx registration.Tx) error {
+		if all, err := tx.Records("scope", registration.Individual, "", 1000); err != nil || len(all) != n {
+			t.Errorf("%d records, %v", len(all), err)
 		}
 		return nil
 	})

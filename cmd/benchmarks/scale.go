@@ -1,0 +1,174 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"database/sql"
+	"encoding/base64"
+	"encoding/binary"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"io"
+	"iter"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"sync/atomic"
+	"time"
+
+	"github.com/touchmark/touchmark/pkg/bundle"
+	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/registration"
+)
+
+const scaleChild = "scale-child"
+
+// A fleet is a file of certificates of individual devices, each of its own key: what a certificate is made of is changed in one
+// that was signed, for the signature of an individual's certificate is nobody's to look at.
+type fleet struct {
+	dir string
+	n   int
+}
+
+func scaleID(i int) string { return fmt.Sprintf("dev-%08d", i) }
+
+func newFleet(dir string, n int) *fleet {
+	a := newAuthority()
+	name := scaleID(0)
+	model := a.issue(name, x509.ExtKeyUsageClientAuth).Certificate[0]
+	leaf := must(x509.ParseCertificate(model))
+	point := must(leaf.PublicKey.(*ecdsa.PublicKey).Bytes())
+	atName, atPoint := bytes.LastIndex(model, []byte(name)), bytes.Index(model, point)
+	f := bufio.NewWriterSize(must(os.Create(filepath.Join(dir, "fleet"))), 1<<20)
+	const block = 10_000
+	for from := 0; from < n; from += block {
+		all := make([][]byte, min(block, n-from))
+		var next atomic.Int64
+		rate(len(all), func() {
+			i := int(next.Add(1)) - 1
+			der := bytes.Clone(model)
+			copy(der[atName:], scaleID(from+i))
+			copy(der[atPoint:], must(must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)).PublicKey.Bytes()))
+			all[i] = der
+		})
+		for _, der := range all {
+			must(f.Write(binary.BigEndian.AppendUint16(nil, uint16(len(der)))))
+			must(f.Write(der))
+		}
+	}
+	check(f.Flush())
+	return &fleet{dir, n}
+}
+
+// certificates yields those from a number on.
+func (f *fleet) certificates(from, n int) iter.Seq2[int, []byte] {
+	return func(yield func(int, []byte) bool) {
+		file := must(os.Open(filepath.Join(f.dir, "fleet")))
+		defer file.Close()
+		r := bufio.NewReaderSize(file, 1<<20)
+		for i := range from + n {
+			var size [2]byte
+			must(io.ReadFull(r, size[:]))
+			der := make([]byte, binary.BigEndian.Uint16(size[:]))
+			must(io.ReadFull(r, der))
+			if i >= from && !yield(i, der) {
+				return
+			}
+		}
+	}
+}
+
+func scaleEnrollment(i int, der []byte) *dps.IndividualEnrollment {
+	return &dps.IndividualEnrollment{RegistrationID: scaleID(i), Enrollment: dps.Enrollment{Attestation: &dps.Attestation{Type: dps.AttestationX509,
+		X509: &dps.X509Attestation{ClientCertificates: &dps.X509Certificates{Primary: &dps.X509Certificate{Certificate: base64.StdEncoding.EncodeToString(der)}}}}}}
+}
+
+// entries yields the fleet as a bundle does.
+func (f *fleet) entries(from, n int) iter.Seq2[bundle.Entry, error] {
+	return func(yield func(bundle.Entry, error) bool) {
+		for i, der := range f.certificates(from, n) {
+			if !yield(bundle.Entry{Serial: "SN" + scaleID(i), Individual: scaleEnrollment(i, der)}, nil) {
+				return
+			}
+		}
+	}
+}
+
+// importFrom imports a part of the fleet into the service in a directory.
+func (f *fleet) importFrom(svc *registration.Service, from, n int) {
+	res := must(svc.Import(context.Background(), f.entries(from, n), registration.ImportConfig{Station: "station"}))
+	if res.New != n {
+		check(fmt.Errorf("%+v", res))
+	}
+}
+
+func runScaleChild(dir, n string) error {
+	f := &fleet{dir, must(strconv.Atoi(n))}
+	store, svc := newService(dir)
+	start := time.Now()
+	f.importFrom(svc, 0, f.n)
+	check(store.Close())
+	return json.NewEncoder(os.Stdout).Encode(map[string]float64{"seconds": time.Since(start).Seconds(), "mib": peakMiB()})
+}
+
+// bare inserts the rows of the fleet into SQLite, with the service's tables and indexes, row by row and by prepared statements in
+// transactions of the same size, and nothing else; the JSON and the hashes are made in between.
+func (f *fleet) bare() float64 {
+	dir := must(os.MkdirTemp(f.dir, "bare-*"))
+	store, svc := newService(dir)
+	f.importFrom(svc, 0, 1)
+	check(store.Close())
+	db := must(sql.Open("sqlite", "file:"+filepath.Join(dir, "service.db")+"?_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_txlock=immediate"))
+	defer db.Close()
+	db.SetMaxOpenConns(1)
+	var document []byte
+	check(db.QueryRow(`SELECT document FROM records WHERE kind = 'individual'`).Scan(&document))
+	record := must(db.Prepare(`INSERT INTO records (scope, kind, id, name, document, keys, "symmetric", content, closed, revision) VALUES ($1, 'individual', $2, $2, $3, NULL, 0, $4, 0, 0)`))
+	certificate := must(db.Prepare(`INSERT INTO certificates (scope, fingerprint, subject, kind, id) VALUES ($1, $2, $3, 'individual', $4)`))
+	device := must(db.Prepare(`INSERT INTO devices (scope, id, group_id, serial, key_hash, revision, ended, state, station, order_id, grant_id, moved, seen, disabled)
+		VALUES ($1, $2, '', $3, $4, 0, 0, '', 'station', '', '', 0, 0, 0)`))
+	start := time.Now()
+	var tx *sql.Tx
+	for i, der := range f.certificates(1, f.n-1) {
+		if tx == nil {
+			tx = must(db.Begin())
+		}
+		id, sum := scaleID(i), sha256.Sum256(der)
+		subject := sha256.Sum256([]byte(id))
+		must(tx.Stmt(record).Exec(benchScope, id, document, sum[:]))
+		must(tx.Stmt(certificate).Exec(benchScope, sum[:], subject[:], id))
+		must(tx.Stmt(device).Exec(benchScope, id, "SN"+id, hex.EncodeToString(subject[:])))
+		if i%500 == 0 || i == f.n-1 {
+			check(tx.Commit())
+			tx = nil
+		}
+	}
+	return float64(f.n) / time.Since(start).Seconds()
+}
+
+// import-scale: individual X.509 enrollments, a million of them, by the import's way into a fresh store; against bare inserts of the
+// same rows. Its memory is that of a process of its own, against what it may have.
+func (b *bench) importScale() {
+	f := newFleet(tempDir(), 100_000*b.scale)
+	var mib float64
+	rounds := b.rounds
+	b.rounds = 1 // a minute or two each
+	defer func() { b.rounds = rounds }()
+	b.compare("import-scale", "rows/s", func() float64 {
+		cmd := exec.Command(must(os.Executable()), scaleChild, f.dir, strconv.Itoa(f.n))
+		cmd.Stderr = os.Stderr
+		var r struct{ Seconds, MiB float64 }
+		check(json.Unmarshal(must(cmd.Output()), &r))
+		mib = r.MiB
+		return float64(f.n) / r.Seconds
+	}, f.bare)
+	b.report(result{"import-scale-memory", mib, 256, mib / 256, "MiB peak"})
+}

@@ -1,0 +1,178 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/touchmark/touchmark/pkg/operator"
+)
+
+type rollOptions struct {
+	serviceOptions
+	key, certificate string
+	dryRun, yes      bool
+}
+
+const rollText = ` has three states, and the service itself says which one it is in, so the same command can be run at any time, after any interruption:
+
+  fresh     the new one is not there. The first run puts it into the secondary slot: from then on the group admits devices with the
+            old one and devices with the new one.
+  waiting   devices are being moved. Each run shows which ones came in with the old one last, and does nothing as long as there are some,
+            or some of which nobody knows. touchmark tells; other services do not.
+  done      the new one has taken the place of the old one, which admits nobody any more.
+
+--yes goes on regardless of devices that use what goes: they are shut out until they are moved. --dry-run shows the plan.`
+
+func newGroupRoll(a *app, ca bool) *cobra.Command {
+	o := &rollOptions{}
+	c := &cobra.Command{
+		Use: "roll-key NAME --new-key FILE --service FILE", Short: "Roll a group's symmetric key over to a new one, step by step", Args: cobra.ExactArgs(1),
+		Long: "A roll-over of a key" + rollText + `
+
+The new key is in the file that --new-key names, base64; the first run makes it there (mode 0600). Give it to the line that derives devices'
+keys, and delete the file in the end.`,
+		Example: "  touchmark group roll-key pumps --new-key pumps-2027.key --service service/owner.connection --dry-run\n  touchmark group roll-key pumps --new-key pumps-2027.key --service service/owner.connection",
+	}
+	f := c.Flags()
+	if ca {
+		c.Use, c.Short = "roll-ca NAME --certificate FILE --service FILE", "Roll a group's CA over to a new one, step by step"
+		c.Long = "A roll-over of a CA" + rollText + `
+
+The certificate is that of the new CA, PEM or DER. On Azure it has to be verified there first.`
+		c.Example = "  touchmark group roll-ca pumps --certificate issuing-2027.pem --service service/owner.connection"
+		f.StringVar(&o.certificate, "certificate", "", "certificate of the new CA (required)")
+		_ = c.MarkFlagRequired("certificate")
+	} else {
+		f.StringVar(&o.key, "new-key", "", "file with the new key; made if it is not there (required)")
+		_ = c.MarkFlagRequired("new-key")
+	}
+	c.RunE = func(cmd *cobra.Command, args []string) error {
+		if err := checkID(operator.Group, args[0]); err != nil {
+			return err
+		}
+		return a.onService(cmd.Context(), &o.serviceOptions, func(ctx context.Context, svc *service) error { return a.runGroupRoll(ctx, svc, args[0], o) })
+	}
+	o.serviceOptions.flags(c)
+	f.BoolVar(&o.dryRun, "dry-run", false, "show the plan and who uses what, and change nothing")
+	f.BoolVar(&o.yes, "yes", false, "go on although devices are shut out by it")
+	return c
+}
+
+// A rollReport is what a run of a roll-over did and found.
+type rollReport struct {
+	Group  string             `json:"group"`
+	Before operator.RollState `json:"before"`
+	State  operator.RollState `json:"state"`
+	// Devices counts what the group's devices came in with last, before the step. Shut are the first of those that need what it takes away.
+	Devices map[string]int `json:"devices"`
+	Shut    []operator.Use `json:"shut,omitempty"`
+	DryRun  bool           `json:"dryRun"`
+}
+
+func (a *app) runGroupRoll(ctx context.Context, svc *service, name string, o *rollOptions) error {
+	roll, err := a.openRoll(ctx, svc, name, o)
+	if err != nil {
+		return err
+	}
+	r := &rollReport{Group: roll.Group, Before: roll.State, State: roll.State, Devices: make(map[string]int), DryRun: o.dryRun}
+	if roll.State != operator.RollDone {
+		err := roll.Uses(ctx, func(u operator.Use) error {
+			r.Devices[u.Slot]++
+			// Before the first step nothing is known to be in the secondary slot, unless the service says so.
+			if (u.Slot == roll.Slot() || u.Slot == "unknown" && roll.State == operator.RollWaiting) && len(r.Shut) < maxNamed {
+				r.Shut = append(r.Shut, u)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	stop := len(r.Shut) > 0 && !o.yes
+	if !o.dryRun && !stop {
+		if err := roll.Next(ctx); err != nil {
+			if errors.Is(err, operator.ErrChanged) {
+				return hint(err, "somebody else changed the group just now: look at it, and run the same command again")
+			}
+			return err
+		}
+		r.State = roll.State
+	}
+	if err := a.printRoll(r, roll, stop); err != nil || o.dryRun {
+		return err
+	}
+	switch {
+	case stop:
+		return hint(partialError{error: fmt.Errorf("devices of group %s still use what this step takes away", name)}, "move them and run the same command again; --yes shuts them out")
+	case r.State == operator.RollWaiting:
+		a.note("now move the devices, then run the same command again")
+	}
+	return nil
+}
+
+func (a *app) openRoll(ctx context.Context, svc *service, name string, o *rollOptions) (*operator.Roll, error) {
+	if o.certificate != "" {
+		b, err := readSmall(o.certificate)
+		if err != nil {
+			return nil, usageError{fmt.Errorf("reading the new certificate: %w", err)}
+		}
+		cert, err := operator.Certificate(b)
+		if err != nil {
+			return nil, usageError{fmt.Errorf("%s: %w", o.certificate, err)}
+		}
+		return svc.RollCA(ctx, name, cert)
+	}
+	if _, err := os.Stat(o.key); errors.Is(err, fs.ErrNotExist) {
+		b := make([]byte, 64)
+		_, _ = rand.Read(b) // crypto/rand.Read never fails
+		text := base64.StdEncoding.EncodeToString(b)
+		if o.dryRun {
+			return svc.RollKey(ctx, name, text)
+		}
+		if err := writeFile(o.key, []byte(text+"\n"), 0o600, false); err != nil {
+			return nil, err
+		}
+		a.note("made a new key in %s", o.key)
+	}
+	key, err := a.readKeyFile("--new-key", o.key)
+	if err != nil {
+		return nil, err
+	}
+	return svc.RollKey(ctx, name, key)
+}
+
+func (a *app) printRoll(r *rollReport, roll *operator.Roll, stop bool) error {
+	if a.json {
+		return a.printJSON(r)
+	}
+	plan := map[operator.RollState]string{
+		operator.RollFresh:   "put the new one beside the old one, into the secondary slot",
+		operator.RollWaiting: "put the new one into the primary slot too: the old one admits nobody any more",
+		operator.RollDone:    "nothing is left to do",
+	}
+	rows := [][]string{{"Group", r.Group}, {"  state", string(r.State)}}
+	if r.DryRun || stop {
+		rows = append(rows, []string{"  next step", plan[r.State]})
+	}
+	for _, slot := range []string{"primary", "secondary", "unknown"} {
+		if n := r.Devices[slot]; n > 0 {
+			rows = append(rows, []string{"  devices by the " + slot, fmt.Sprint(n)})
+		}
+	}
+	if err := a.table(nil, rows); err != nil || len(r.Shut) == 0 {
+		return err
+	}
+	rows = nil
+	for _, u := range r.Shut {
+		rows = append(rows, []string{u.RegistrationID, u.Slot, shortTime(u.LastSeen)})
+	}
+	fmt.Fprintln(a.out)
+	return a.table([]string{"DEVICE", "CAME IN BY", "LAST SEEN"}, rows)
+}

@@ -1,0 +1,259 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/touchmark/touchmark/pkg/operator"
+)
+
+// managementOptions say which management API a command speaks to, and about which scope.
+type managementOptions struct{ management, ca, scope string }
+
+func (o *managementOptions) flags(c *cobra.Command, scope bool) {
+	f := c.Flags()
+	f.StringVar(&o.management, "management", "", "file that says where the management API is, with a token: Endpoint=https://…;Token=…;Subscription=…;ResourceGroup=… (default: $TOUCHMARK_MANAGEMENT)")
+	f.StringVar(&o.ca, "ca", "", "PEM file with the CA of the API's certificate (default: ca.pem beside --management, else the system's)")
+	if scope {
+		f.StringVar(&o.scope, "scope", "", "name of the scope (default: the one of --management, or the only one)")
+	}
+}
+
+// onManagement opens the management API and has something done there.
+func (a *app) onManagement(ctx context.Context, o *managementOptions, do func(context.Context, *operator.Management) error) error {
+	path := o.management
+	if path == "" {
+		if path = a.getenv("TOUCHMARK_MANAGEMENT"); path == "" {
+			return hint(usageError{errors.New("required flag --management is not set, nor is TOUCHMARK_MANAGEMENT")}, "touchmark serve writes management.connection into its data directory; for Azure write one (touchmark help operating)")
+		}
+	}
+	b, err := readSmall(path)
+	if err != nil {
+		return usageError{fmt.Errorf("reading the management connection: %w", err)}
+	}
+	connection, err := operator.ParseManagement(string(b))
+	clear(b)
+	if err != nil {
+		return usageError{fmt.Errorf("%s: %w", path, err)}
+	}
+	roots, err := rootsBeside(path, o.ca)
+	if err != nil {
+		return err
+	}
+	err = do(ctx, operator.NewManagement(operator.Config{Roots: roots}, connection))
+	if errors.Is(err, operator.ErrUnauthorized) {
+		return hint(refusedError{err}, "the token in %s may have run out, or is not for this", path)
+	}
+	return connectHint(err)
+}
+
+// scopeName returns the whole name of the scope that is meant.
+func (o *managementOptions) scopeName(ctx context.Context, m *operator.Management) (string, error) {
+	if o.scope != "" {
+		return o.scope, nil
+	}
+	s, err := m.Scope(ctx, "")
+	if err != nil {
+		return "", hint(err, "name it with --scope")
+	}
+	return s.Name, nil
+}
+
+func newScope(a *app) *cobra.Command {
+	return parent("scope", "Scopes of a service: each with its own enrollments, hubs, policies and certificates", newScopeList(a), newScopeShow(a), newScopePut(a, true), newScopePut(a, false), newScopeDelete(a))
+}
+
+func newScopeList(a *app) *cobra.Command {
+	o := &managementOptions{}
+	c := &cobra.Command{
+		Use: "list --management FILE", Short: "List the scopes", Args: cobra.NoArgs,
+		Long:    "list shows the scopes of a resource group.",
+		Example: "  touchmark scope list --management service/management.connection",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return a.onManagement(cmd.Context(), o, func(ctx context.Context, m *operator.Management) error {
+				all, err := m.Scopes(ctx)
+				if err != nil {
+					return err
+				}
+				var rows [][]string
+				for _, s := range all {
+					if a.json {
+						if err := a.printScope(s); err != nil {
+							return err
+						}
+						continue
+					}
+					rows = append(rows, []string{s.Name, s.Props.IDScope, s.Location, s.Props.State, s.Props.AllocationPolicy, fmt.Sprint(len(s.Props.Hubs)), s.Props.ServiceOperationsHostName})
+				}
+				if a.json {
+					return nil
+				}
+				return a.table([]string{"SCOPE", "ID SCOPE", "LOCATION", "STATE", "ALLOCATION", "HUBS", "HOST"}, rows)
+			})
+		},
+	}
+	o.flags(c, false)
+	return c
+}
+
+func (a *app) printScope(s *operator.Scope) error {
+	if a.json {
+		doc, err := s.Document()
+		if err != nil {
+			return err
+		}
+		return a.printJSON(doc)
+	}
+	rows := [][]string{{"Scope", s.Name}}
+	for _, r := range [][2]string{{"ID scope", s.Props.IDScope}, {"location", s.Location}, {"state", s.Props.State}, {"allocation", s.Props.AllocationPolicy},
+		{"service host", s.Props.ServiceOperationsHostName}, {"devices' host", s.Props.DeviceProvisioningHostName}, {"public network", s.Props.PublicNetworkAccess}, {"etag", s.ETag}} {
+		if r[1] != "" {
+			rows = append(rows, []string{"  " + r[0], r[1]})
+		}
+	}
+	for _, h := range s.Props.Hubs {
+		rows = append(rows, []string{"  hub", h.Name})
+	}
+	for _, k := range slices.Sorted(maps.Keys(s.Tags)) {
+		rows = append(rows, []string{"  tag " + k, s.Tags[k]})
+	}
+	return a.table(nil, rows)
+}
+
+func newScopeShow(a *app) *cobra.Command {
+	o := &managementOptions{}
+	var connection bool
+	c := &cobra.Command{
+		Use: "show [NAME] --management FILE", Short: "Show a scope", Args: cobra.MaximumNArgs(1),
+		Long:    "show prints a scope, without keys. With --connection-string it prints a connection string of the service API, and nothing else.",
+		Example: "  touchmark scope show plant-a --management service/management.connection\n  touchmark scope show plant-a --connection-string --management service/management.connection > plant-a.connection",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.onManagement(cmd.Context(), o, func(ctx context.Context, m *operator.Management) error {
+				s, err := m.Scope(ctx, strings.Join(args, ""))
+				if err != nil {
+					return err
+				}
+				if !connection {
+					return a.printScope(s)
+				}
+				policies, err := m.Policies(ctx, s.Name)
+				if err != nil {
+					return err
+				}
+				for _, p := range policies {
+					if p.Has("EnrollmentWrite") {
+						text := "HostName=" + s.Props.ServiceOperationsHostName + ";SharedAccessKeyName=" + p.Name + ";SharedAccessKey=" + p.Primary
+						if a.json {
+							return a.printJSON(map[string]string{"connectionString": text})
+						}
+						_, err := fmt.Fprintln(a.out, text)
+						return err
+					}
+				}
+				return fmt.Errorf("scope %s has no policy with EnrollmentWrite", s.Name)
+			})
+		},
+	}
+	o.flags(c, false)
+	c.Flags().BoolVar(&connection, "connection-string", false, "print a connection string of a policy that may write enrollments")
+	return c
+}
+
+func newScopePut(a *app, create bool) *cobra.Command {
+	o := &managementOptions{}
+	var location, allocation, access string
+	var tags map[string]string
+	verb, short, long := "update", "Change a scope", "update changes what flags name. Linked hubs, policies and certificates stay."
+	if create {
+		verb, short, long = "create", "Make a scope", "create makes a scope with an ID scope of its own, and waits until it is there."
+	}
+	c := &cobra.Command{
+		Use: verb + " NAME --management FILE", Short: short, Long: long, Args: cobra.ExactArgs(1),
+		Example: "  touchmark scope " + verb + " plant-a --allocation-policy hashed --management service/management.connection",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.onManagement(cmd.Context(), o, func(ctx context.Context, m *operator.Management) error {
+				change := func(s *operator.Scope) error {
+					var errs []error
+					for flag, p := range map[string]struct{ name, value string }{"allocation-policy": {"allocationPolicy", allocation}, "public-network-access": {"publicNetworkAccess", access}} {
+						if cmd.Flags().Changed(flag) {
+							errs = append(errs, s.SetProperty(p.name, p.value))
+						}
+					}
+					if cmd.Flags().Changed("tag") {
+						all := make(map[string]string)
+						maps.Copy(all, s.Tags)
+						for k, v := range tags {
+							if all[k] = v; v == "" {
+								delete(all, k)
+							}
+						}
+						errs = append(errs, s.SetTags(all))
+					}
+					return errors.Join(errs...)
+				}
+				var s *operator.Scope
+				var err error
+				if create {
+					if _, err := m.Scope(ctx, args[0]); !errors.Is(err, operator.ErrNotFound) {
+						if err == nil {
+							err = hint(fmt.Errorf("scope %s exists already", args[0]), "touchmark scope update changes it")
+						}
+						return err
+					}
+					s = operator.NewScope(args[0], location)
+					if err := change(s); err != nil {
+						return err
+					}
+					s, err = m.PutScope(ctx, s)
+				} else {
+					s, err = m.EditScope(ctx, args[0], change)
+				}
+				if err != nil {
+					return err
+				}
+				return a.printScope(s)
+			})
+		},
+	}
+	o.flags(c, false)
+	f := c.Flags()
+	if create {
+		f.StringVar(&location, "location", "local", "where it is: a region")
+	}
+	f.StringVar(&allocation, "allocation-policy", "", "Hashed, GeoLatency or Static")
+	f.StringVar(&access, "public-network-access", "", "Enabled or Disabled")
+	f.StringToStringVar(&tags, "tag", nil, "NAME=VALUE; an empty value takes it away; again for more")
+	_ = c.RegisterFlagCompletionFunc("allocation-policy", cobra.FixedCompletions([]string{"Hashed", "GeoLatency", "Static"}, cobra.ShellCompDirectiveNoFileComp))
+	_ = c.RegisterFlagCompletionFunc("public-network-access", cobra.FixedCompletions([]string{"Enabled", "Disabled"}, cobra.ShellCompDirectiveNoFileComp))
+	return c
+}
+
+func newScopeDelete(a *app) *cobra.Command {
+	o := &managementOptions{}
+	var yes bool
+	c := &cobra.Command{
+		Use: "delete NAME --management FILE", Short: "Delete a scope with all that is in it", Args: cobra.ExactArgs(1),
+		Long:    "delete takes a scope away with its enrollments, registrations, policies and certificates. Its devices find no service any more.",
+		Example: "  touchmark scope delete plant-a --management service/management.connection --yes",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := a.confirm(cmd.Context(), yes, "deleting scope "+args[0]+" with all its enrollments", args[0]); err != nil {
+				return err
+			}
+			return a.onManagement(cmd.Context(), o, func(ctx context.Context, m *operator.Management) error {
+				if err := m.DeleteScope(ctx, args[0]); err != nil {
+					return err
+				}
+				return a.printDone("deleted", "scope", args[0])
+			})
+		},
+	}
+	o.flags(c, false)
+	c.Flags().BoolVar(&yes, "yes", false, "do not ask")
+	return c
+}

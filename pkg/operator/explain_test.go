@@ -1,0 +1,143 @@
+package operator_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"strings"
+	"testing"
+
+	"crypto/x509"
+
+	"github.com/touchmark/touchmark/pkg/attest"
+	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/operator"
+	"github.com/touchmark/touchmark/pkg/operator/azuretest"
+)
+
+// What packages attest and registration give as a reason is explained, each in words of its own.
+func TestExplainReasons(t *testing.T) {
+	words := make(map[string]string)
+	for reason, cause := range map[string]string{
+		attest.ErrExpired.Error(): "token-expired", attest.ErrResource.Error(): "token-resource", attest.ErrMalformed.Error(): "token-malformed", attest.ErrSignature.Error(): "signature",
+		attest.ErrCommonName.Error(): "common-name", attest.ErrValidity.Error() + ": CN=x": "validity", attest.ErrChain.Error(): "chain", attest.ErrNoCertificate.Error(): "no-certificate",
+		attest.ErrAmbiguous.Error(): "ambiguous-ca", attest.ErrTPMKey.Error(): "tpm-key", "unknown ID scope": "unknown-scope", `group "g" is disabled`: "disabled",
+		"the certificate is not the enrolled one": "other-certificate", "the enrollment does not attest by certificate": "not-certificate", "the enrollment does not attest by symmetric key": "not-symmetric",
+		"no enrollment has this registration ID and no group's key derives the one it was signed with": "no-derived-key", "its key belonged to an identity that ended": "ended",
+		`group "g" is closed and no bundle named the device for it`: "not-named", `group "g" is closed and the key is not the one of the device's revision 2`: "other-revision",
+		"something that nobody has heard of": "unauthorized",
+	} {
+		d := &operator.Diagnosis{RegistrationID: "a", Told: true, Kinds: map[dps.AttestationType]int{dps.AttestationX509: 1}, Attempts: []operator.Attempt{{Code: dps.CodeUnauthorized, Reason: "refused: " + reason}}}
+		found := operator.Explain(d, "")
+		if len(found) == 0 || found[0].Cause != cause || found[0].Words == "" || found[0].Next == "" {
+			t.Errorf("%s: %+v", reason, found)
+			continue
+		}
+		if other, taken := words[found[0].Words]; taken && other != cause {
+			t.Errorf("%s and %s have the same words", cause, other)
+		}
+		words[found[0].Words] = cause
+	}
+	for code, cause := range map[dps.Code]string{dps.CodeNoHub: "no-hub", dps.CodeHubRefused: "hub-refused", 400207: "webhook", dps.CodeBadCSR: "bad-csr", dps.CodeThrottled: "throttled"} {
+		st := &dps.RegistrationState{Status: dps.Failed, ErrorCode: int(code), ErrorMessage: "x"}
+		if found := operator.Explain(&operator.Diagnosis{Registration: st}, ""); len(found) != 1 || found[0].Cause != cause || !found[0].Sure {
+			t.Errorf("%d: %+v", code, found)
+		}
+	}
+	// What was before the device got in is over.
+	d := &operator.Diagnosis{Registration: &dps.RegistrationState{Status: dps.Assigned}, Attempts: []operator.Attempt{{Code: dps.CodeUnauthorized, Reason: attest.ErrChain.Error()}, {Result: "assigned", At: now()}}}
+	if found := operator.Explain(d, ""); len(found) != 1 || found[0].Cause != "assigned" {
+		t.Errorf("%+v", found)
+	}
+}
+
+func now() (t dps.Time) {
+	_ = json.Unmarshal([]byte(`"2026-01-01T00:00:00Z"`), &t)
+	return t
+}
+
+// Against a service that tells nothing, what can be seen is explained.
+func TestDiagnoseFromOutside(t *testing.T) {
+	s := azuretest.Start(t, azuretest.Config{})
+	c, ctx := client(t, s), t.Context()
+	first := func(id, group, cause string, sure bool) {
+		t.Helper()
+		d, err := c.Diagnose(ctx, id, group)
+		if err != nil || d.Told || len(d.Findings) == 0 || d.Findings[0].Cause != cause || d.Findings[0].Sure != sure {
+			t.Errorf("%s by %q: %+v, %v", id, group, d, err)
+		}
+	}
+	first("a", "", "nothing-enrolled", true)
+	ca, _ := authority(t, "CA")
+	for _, d := range []*operator.Document{groupOf(t, "pumps", ca, nil), doc(t, `{"enrollmentGroupId":"old","attestation":{"type":"symmetricKey"},"provisioningStatus":"disabled"}`),
+		doc(t, `{"registrationId":"off","attestation":{"type":"symmetricKey"},"provisioningStatus":"disabled"}`), doc(t, `{"registrationId":"new","attestation":{"type":"symmetricKey"}}`),
+		doc(t, `{"registrationId":"failed","attestation":{"type":"symmetricKey"}}`)} {
+		if _, err := c.Create(ctx, d); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.Register("", "failed", "failed", map[string]any{"errorCode": 400207, "errorMessage": "Custom allocation failed with status code: 500"})
+	s.Register("pumps", "in", "assigned", map[string]any{"assignedHub": "hub-a", "deviceId": "in"})
+	first("a", "", "group-disabled", false)
+	first("a", "pumps", "by-group", false)
+	first("a", "OLD", "disabled", true)
+	first("a", "nowhere", "no-group", true)
+	first("OFF", "", "disabled", true)
+	first("new", "", "not-seen", false)
+	first("failed", "", "webhook", true)
+	first("in", "", "assigned", true)
+}
+
+// With touchmark's log of attempts the reason itself is known. Its shape is that of GET /touchmark/diagnose; members that nobody knows do
+// no harm.
+func TestDiagnoseTold(t *testing.T) {
+	azure := azuretest.Start(t, azuretest.Config{})
+	srv := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.URL.Path == "/touchmark/diagnose/pump-1":
+			fmt.Fprint(w, `{"registrationId":"pump-1","enrollment":null,"registration":null,"future":{},"explanation":["it was too early"],"attempts":[
+				{"at":"2026-01-02T00:00:00Z","operation":"register","result":"refused","code":401002,"trackingId":"t2","reason":"no path to a known CA","protocol":"mqtt","remote":"192.0.2.1","group":"","proof":"x509","more":1},
+				{"at":"2026-01-01T00:00:00Z","operation":"register","result":"refused","code":401002,"trackingId":"t1","reason":"token has expired","protocol":"http"}]}`)
+		case strings.HasPrefix(r.URL.Path, "/touchmark/diagnose/"):
+			id := r.URL.Path[len("/touchmark/diagnose/"):]
+			fmt.Fprintf(w, `{"registrationId":%q,"attempts":[{"at":"2026-01-02T00:00:00Z","result":"assigned","code":0,"group":"G","proof":%q},{"at":"2026-01-01T00:00:00Z","code":401002,"group":"G","proof":"symmetricKey primary"}]}`, id, "symmetricKey "+id)
+		default:
+			azure.ServeHTTP(w, r)
+		}
+	}))
+	defer srv.Close()
+	u, err := url.Parse(srv.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots := x509.NewCertPool()
+	roots.AddCert(srv.Certificate())
+	cn, err := operator.ParseConnection("HostName=" + u.Host + azure.Connection[strings.Index(azure.Connection, ";"):])
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, ctx := operator.New(operator.Config{Connection: cn, Roots: roots}), t.Context()
+	d, err := c.Diagnose(ctx, "pump-1", "")
+	if err != nil || !d.Told || len(d.Findings) < 2 || d.Findings[0].Cause != "chain" || !d.Findings[0].Sure || d.Findings[1].Cause != "token-expired" || len(d.Explanation) != 1 {
+		t.Errorf("%+v, %v", d, err)
+	}
+	if _, err := client(t, azure).Create(ctx, doc(t, `{"enrollmentGroupId":"g","attestation":{"type":"symmetricKey"}}`)); err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []string{"primary", "secondary", "neither"} {
+		azure.Register("g", id, "assigned", nil)
+	}
+	r, err := c.RollKey(ctx, "g", key16)
+	if err != nil {
+		t.Fatal(err)
+	}
+	slots := make(map[string]string)
+	if err := r.Uses(ctx, func(u operator.Use) error { slots[u.RegistrationID] = u.Slot; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if fmt.Sprint(slots) != "map[neither:unknown primary:primary secondary:secondary]" {
+		t.Error(slots)
+	}
+}
