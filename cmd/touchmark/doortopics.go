@@ -57,7 +57,7 @@ QUOTAS
     items of a bulk operation                10     10                      10: clients count on it
     message size                          96 KB     64 KiB of a device      64 KiB of a device
 
-  Above a number of things 403 (403002) is the answer, above a rate 429 (429001) with Retry-After: the seconds to the next full
+  Above a number of things 403 (403002) is the answer, for certificates 400; above a rate 429 (429001) with Retry-After: the seconds to the next full
   minute, or ten seconds. Things are counted when one is made: exactly while they are few. A million takes long to count, so then a
   count stands for some seconds, and replicas together may make that much more. Rates are counted by each replica: three let three
   times as much through.`,
@@ -151,7 +151,7 @@ METRICS: serve --metrics 127.0.0.1:9464
     webhook_requests_total, …_duration_seconds                           code
     throttled_total                                                      api, limit
     objects                                                              scope, type; counted anew every 15 s at most
-    certificate_expiry_timestamp_seconds                                 name: tls, tls issuer, issuer NAME
+    certificate_expiry_timestamp_seconds                                 name: tls, tls issuer, issuer NAME, ca SCOPE/NAME
     store_duration_seconds, store_errors_total                           kind: view, update
     door_connections, door_handshakes_total                              door, result
     outbox_depth, attempts_lost_total

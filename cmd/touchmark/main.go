@@ -121,9 +121,10 @@ The journey:  init → mint → (bundle) → serve → import → register`,
 	root.AddCommand(exitCodesTopic, environmentTopic, hsmTopic, technicianTopic, lineTopic, ownerTopic) // pages of the factory
 	root.AddCommand(issuersTopic, emulatorTopic, limitsTopic, proxiesTopic, monitoringTopic)            // of the doors
 	root.AddCommand(
-		operatingTopic, migrationTopic,
+		operatingTopic, migrationTopic, managementTopic,
 		allocationTopic, hubsTopic,
 		builtinHubTopic,
+		managementTopic,
 	)
 	root.SetHelpCommand(newHelp(root))
 	wrapUsage(root)

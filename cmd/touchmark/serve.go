@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/http"
 	"os"
 	"slices"
 
@@ -30,6 +31,7 @@ type serveOptions struct {
 	front  frontOptions
 	limits limitOptions
 	issue  issueOptions
+	admit  admitOptions
 	accessOptions
 	hubOptions
 	store storeOptions
@@ -87,6 +89,7 @@ register in are there already, and faults happen on demand. touchmark help emula
 	o.front.flags(c)
 	o.limits.flags(c)
 	o.issue.flags(c)
+	o.admit.flags(c)
 	o.accessOptions.flags(c)
 	o.hubOptions.flags(c)
 	o.store.flags(c)
@@ -101,7 +104,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if o.https == "off" && o.mqtt == "off" && o.amqp == "off" {
 		return usageError{errors.New("all doors are off")}
 	}
-	if err := errors.Join(o.front.check(), o.limits.check(), o.accessOptions.check(), o.meter.check()); err != nil {
+	if err := errors.Join(o.front.check(), o.limits.check(), o.accessOptions.check(), o.admit.check(), o.meter.check()); err != nil {
 		return err
 	}
 	for _, h := range append(o.hubs, o.hostnames...) {
@@ -178,7 +181,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	shared := registration.Config{Store: watched.store, Log: log, AtOnce: own.AtOnce, Attempt: watched.attempt}
+	shared := registration.Config{Store: watched.store, Log: log, AtOnce: own.AtOnce, Attempt: watched.attempt, PrivateNetworks: o.admit.private}
 	o.enrollable(&shared)
 	bearer, err := d.bearer(&o.accessOptions)
 	if err != nil {
@@ -259,7 +262,14 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if l := open["metrics"]; l != nil {
 		watched.serve(l, readiness)
 	}
-	https := httpd.Config{Log: log, Handlers: watched.handlers(serviceapi.New(api).Handlers(), readiness)}
+	management, err := o.management(ctx, d, scopes, bearer, ready, log)
+	if err != nil {
+		return err
+	}
+	handlers := serviceapi.New(api).Handlers()
+	counted := watched.meter.Handler(func(*http.Request) string { return "" }, management) // it is billed to no scope
+	handlers["subscriptions"], handlers["providers"] = counted, counted
+	https := httpd.Config{Log: log, Handlers: watched.handlers(handlers, readiness)}
 	if hub != nil {
 		if err := hub.describe(ready, &https, address); err != nil {
 			return err
@@ -278,6 +288,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	}
 	close(told)
 	err = eg.Wait()
+	management.Wait()
 	if ctx.Err() != nil && (err == nil || errors.Is(err, context.Canceled)) {
 		a.note("stopped; everybody who was there has been answered")
 		return nil
@@ -288,7 +299,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 // printReady leaves out what is secret.
 func (a *app) printReady(ready map[string]any) {
 	rows := [][]string{{"Registration service", "ready"}, {"  ID scope", fmt.Sprint(ready["idScope"])}}
-	for _, r := range [][2]string{{"https", "HTTPS"}, {"mqtt", "MQTT"}, {"amqp", "AMQP"}, {"caFile", "CA for devices"}, {"connectionStringFile", "owner's connection"}, {"hub", "built-in hub"}, {"hubConnectionStringFile", "hub's connection"}, {"recipient", "recipient"}} {
+	for _, r := range [][2]string{{"https", "HTTPS"}, {"mqtt", "MQTT"}, {"amqp", "AMQP"}, {"caFile", "CA for devices"}, {"connectionStringFile", "owner's connection"}, {"managementConnectionFile", "management"}, {"hub", "built-in hub"}, {"hubConnectionStringFile", "hub's connection"}, {"recipient", "recipient"}} {
 		if v, ok := ready[r[0]]; ok && v != "" {
 			rows = append(rows, []string{"  " + r[1], fmt.Sprint(v)})
 		}

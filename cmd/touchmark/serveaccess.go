@@ -64,9 +64,7 @@ func (d *serviceData) bearer(o *accessOptions) (*access.Authenticator, error) {
 	if len(token) < 32 {
 		return nil, fmt.Errorf("%s holds no token: want 32 characters or more; without the file a start makes one", d.path(managementTokenFile))
 	}
-	if d.dir == "" {
-		d.managementToken = string(token)
-	}
+	d.managementToken = string(token)
 	sum := sha256.Sum256(token)
 	cfg := access.Config{Management: &sum}
 	if o.oidc != "" {

@@ -33,6 +33,7 @@ func (o *serveOptions) linkHubs(ctx context.Context, store registration.Store, d
 			sc.Quotas = o.meter.quotas
 		}
 		sc.Name = cmp.Or(o.name, sc.Name)
+		locate(sc)
 		sc.Hubs = slices.DeleteFunc(sc.Hubs, func(h registration.LinkedHub) bool { return h.FromStart })
 		for _, h := range fromStart {
 			if sc.Hub(h.Name) == nil {
@@ -51,7 +52,7 @@ func (o *serveOptions) linkHubs(ctx context.Context, store registration.Store, d
 		is := *was
 		is.Hubs = slices.Clone(was.Hubs)
 		_, err = edit(&is)
-		same = slices.Equal(was.Hubs, is.Hubs) && was.Name == is.Name && was.Quotas == is.Quotas
+		same = slices.Equal(was.Hubs, is.Hubs) && was.Name == is.Name && was.Subscription == is.Subscription && was.ResourceGroup == is.ResourceGroup && was.Location == is.Location && was.Quotas == is.Quotas
 		return err
 	})
 	if err == nil && !same {

@@ -20,11 +20,14 @@ const (
 	CodeCustomAllocation Code = 400207
 	CodeNoHub            Code = 400208
 	CodeHubRefused       Code = 400209
+	CodeHubUnreachable   Code = 401001
 	CodeUnauthorized     Code = 401002
 	CodeQuota            Code = 403002
 	CodeNotFound         Code = 404000
 	CodeNoEnrollment     Code = 404201
 	CodeNoGroup          Code = 404202
+	CodeNoCertificate    Code = 404203
+	CodeNoService        Code = 404204
 	CodeMethodNotAllowed Code = 405000
 	CodeEnrollmentExists Code = 409201
 	CodeGroupExists      Code = 409202

@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"strings"
 	"sync"
 	"time"
@@ -131,13 +132,14 @@ func (s *Server) handler(ctx context.Context) http.Handler {
 			s.fail(w, r, dps.NewError(dps.CodeBadRequest, "The URL is too long", nil))
 			return
 		}
+		first, _, _ := strings.Cut(strings.TrimPrefix(r.URL.EscapedPath(), "/"), "/")
+		if first, err := url.PathUnescape(first); err == nil && s.cfg.Handlers[strings.ToLower(first)] != nil {
+			s.cfg.Handlers[strings.ToLower(first)].ServeHTTP(w, r)
+			return
+		}
 		segments, err := exchange.Segments(r)
 		if err != nil {
 			s.fail(w, r, err)
-			return
-		}
-		if h := s.cfg.Handlers[strings.ToLower(segments[0])]; h != nil {
-			h.ServeHTTP(w, r)
 			return
 		}
 		s.device(w, r, segments)

@@ -15,6 +15,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/http"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -41,7 +42,7 @@ type Config struct {
 
 // Sources are asked when metrics are. They answer at once, from memory. Nil ones are left out.
 type Sources struct {
-	// Certificates are those whose end is watched: of TLS servers, of scopes, of issuers.
+	// Certificates are those whose end is watched beside those of scopes: of TLS servers, of issuers.
 	Certificates func() []Certificate
 	// Doors are the connections of each door.
 	Doors func() map[string]Door
@@ -74,10 +75,11 @@ type Meter struct {
 	objects, hubUp                                                                                    *prometheus.GaugeVec
 	outbox                                                                                            prometheus.Gauge
 
-	scopes, hubs, versions names
+	scopes, hubs, versions, certificates names
 
-	mu    sync.Mutex // guards usage
+	mu    sync.Mutex // guards what follows
 	usage map[usageKey]int64
+	ends  []Certificate // of scopes, as they were last counted
 }
 
 // New returns a meter.
@@ -88,7 +90,7 @@ func New(cfg Config) *Meter {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	m := &Meter{cfg: cfg, registry: prometheus.NewRegistry(), usage: make(map[usageKey]int64), scopes: names{most: maxNames}, hubs: names{most: maxNames}, versions: names{most: 20}}
+	m := &Meter{cfg: cfg, registry: prometheus.NewRegistry(), usage: make(map[usageKey]int64), scopes: names{most: maxNames}, hubs: names{most: maxNames}, versions: names{most: 20}, certificates: names{most: maxNames}}
 	counter := func(dst **prometheus.CounterVec, name, help string, labels ...string) {
 		*dst = prometheus.NewCounterVec(prometheus.CounterOpts{Namespace: "touchmark", Subsystem: "dps", Name: name, Help: help}, labels)
 		m.registry.MustRegister(*dst)
@@ -240,16 +242,20 @@ func (s sources) Collect(out chan<- prometheus.Metric) {
 		out <- prometheus.MustNewConstMetric(d, t, v, labels...)
 	}
 	src := s.m.cfg.Sources
+	s.m.mu.Lock()
+	all := slices.Clone(s.m.ends)
+	s.m.mu.Unlock()
 	if src.Certificates != nil {
-		ends := make(map[string]float64) // of one name the first end counts
-		for _, c := range src.Certificates() {
-			if end := float64(c.NotAfter.Unix()); ends[c.Name] == 0 || end < ends[c.Name] {
-				ends[c.Name] = end
-			}
+		all = append(all, src.Certificates()...)
+	}
+	ends := make(map[string]float64) // of one name the first end counts
+	for _, c := range all {
+		if end := float64(c.NotAfter.Unix()); ends[c.Name] == 0 || end < ends[c.Name] {
+			ends[c.Name] = end
 		}
-		for name, end := range ends {
-			send(gauge("certificate_expiry_timestamp_seconds", "When a certificate ends.", "name"), prometheus.GaugeValue, end, name)
-		}
+	}
+	for name, end := range ends {
+		send(gauge("certificate_expiry_timestamp_seconds", "When a certificate ends.", "name"), prometheus.GaugeValue, end, name)
 	}
 	if src.Doors != nil {
 		for name, d := range src.Doors() {
@@ -315,7 +321,7 @@ func count[T any](r *registrar, operation string, req *registration.Request, cal
 	m.requests.WithLabelValues(operation, strconv.Itoa(code)).Inc()
 	m.requestTime.WithLabelValues(operation).Observe(d.Seconds())
 	if scope := dps.Fold(req.IDScope); m.cfg.Known == nil || m.cfg.Known(scope) {
-		m.use(scope, registration.DeviceAPI, operation, result)
+		m.use(scope, registration.UsageDevice, operation, result)
 	}
 	if err == nil { // refusals, and what became of a registration, are the service's to tell
 		m.cfg.Log.Debug("answered", "category", "DeviceOperations", "operation", operation, "idScope", req.IDScope, "registrationId", req.RegistrationID, "result", "Success",

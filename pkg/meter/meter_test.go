@@ -18,6 +18,7 @@ import (
 
 	"github.com/touchmark/touchmark/hsm/hsmtest"
 	"github.com/touchmark/touchmark/pkg/attest"
+	"github.com/touchmark/touchmark/pkg/attest/attesttest"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/meter"
 	"github.com/touchmark/touchmark/pkg/registration"
@@ -210,6 +211,10 @@ func TestGauges(t *testing.T) {
 			return map[string]meter.Door{"https": {Connections: 3, Handshakes: 9, FailedHandshakes: 1}}
 		},
 	}})
+	ca := attesttest.CA(t, nil, "a CA of the scope")
+	if _, err := f.Service.PutCACertificate(t.Context(), registration.Actor{}, "root-1", ca.Base64(), nil, ""); err != nil {
+		t.Fatal(err)
+	}
 	if err := m.Count(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -219,7 +224,8 @@ func TestGauges(t *testing.T) {
 		"outbox_depth{}": 0, "certificate_expiry_timestamp_seconds{name=tls}": float64(end.Unix()), `certificate_expiry_timestamp_seconds{name=odd "name"}`: float64(end.Unix()),
 		"door_connections{door=https}": 3, "door_handshakes_total{door=https,result=success}": 9, "door_handshakes_total{door=https,result=failed}": 1,
 		"objects{scope=0ne00c0ffee" + scope + "enrollment}": 2, "objects{scope=0ne00c0ffee" + scope + "group}": 2, "objects{scope=0ne00c0ffee" + scope + "hub}": 2,
-		"objects{scope=0ne00c0ffee" + scope + "registration}": 0,
+		"objects{scope=0ne00c0ffee" + scope + "registration}": 0, "objects{scope=0ne00c0ffee" + scope + "certificate}": 1,
+		"certificate_expiry_timestamp_seconds{name=ca 0ne00c0ffee/root-1}": float64(ca.Certificate.NotAfter.Unix()),
 	} {
 		if got, ok := all["touchmark_dps_"+name]; !ok || got != want {
 			t.Errorf("%s is %v, want %v", name, got, want)
@@ -253,13 +259,13 @@ func TestUsage(t *testing.T) {
 		if _, err := r.Register(t.Context(), req("0neMadeUp", "dev")); err == nil {
 			t.Fatal("another scope's device was let in")
 		}
-		m.Service(&meter.Call{API: registration.ServiceAPI, Operation: "enrollment.put", Status: 200, Scope: folded})
-		m.Service(&meter.Call{API: registration.ServiceAPI, Operation: "enrollment.put", Status: 401, Scope: folded})
-		m.Service(&meter.Call{API: registration.ServiceAPI, Operation: "enrollment.put", Status: 429, Scope: folded})
-		m.Service(&meter.Call{API: registration.OwnAPI, Operation: "usage.get", Status: 200, Scope: folded})
+		m.Service(&meter.Call{API: registration.UsageService, Operation: "enrollment.put", Status: 200, Scope: folded})
+		m.Service(&meter.Call{API: registration.UsageService, Operation: "enrollment.put", Status: 401, Scope: folded})
+		m.Service(&meter.Call{API: registration.UsageService, Operation: "enrollment.put", Status: 429, Scope: folded})
+		m.Service(&meter.Call{API: registration.UsageOwn, Operation: "usage.get", Status: 200, Scope: folded})
 	}
 	f.Advance(24 * time.Hour)
-	b.Service(&meter.Call{API: registration.ServiceAPI, Operation: "enrollment.get", Status: 404, Scope: folded})
+	b.Service(&meter.Call{API: registration.UsageService, Operation: "enrollment.get", Status: 404, Scope: folded})
 	if err := errors.Join(a.Flush(t.Context()), b.Flush(t.Context()), b.Flush(t.Context())); err != nil {
 		t.Fatal(err)
 	}
@@ -291,7 +297,7 @@ func TestUsageSurvivesStore(t *testing.T) {
 	s := &failing{Store: f.Store, broken: true}
 	m := meter.New(meter.Config{Store: s, Now: f.Now})
 	call := func() {
-		m.Service(&meter.Call{API: registration.ServiceAPI, Operation: "enrollment.put", Status: 200, Scope: "0nea"})
+		m.Service(&meter.Call{API: registration.UsageService, Operation: "enrollment.put", Status: 200, Scope: "0nea"})
 	}
 	call()
 	if err := m.Flush(t.Context()); err == nil {

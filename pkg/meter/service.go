@@ -15,7 +15,7 @@ import (
 
 // A Call is one operation of an operator's.
 type Call struct {
-	// API is registration's ServiceAPI, ManagementAPI or OwnAPI, Operation one of a bounded number of names.
+	// API is registration's UsageService, UsageManagement or UsageOwn, Operation one of a bounded number of names.
 	API, Operation string
 	// Object is what it was about: "enrollment", "group", "registration" or other, and ObjectID which; untrusted.
 	Object, ObjectID string
@@ -106,7 +106,7 @@ func (a *answer) Unwrap() http.ResponseWriter { return a.ResponseWriter }
 // Classify names what a request asks for, by its method and path; nil for what is not an operator's.
 func Classify(r *http.Request) *Call {
 	seg := strings.Split(strings.Trim(r.URL.Path, "/"), "/")
-	c := &Call{API: registration.ServiceAPI}
+	c := &Call{API: registration.UsageService}
 	if len(seg) > 1 {
 		c.ObjectID = seg[1]
 	}
@@ -123,7 +123,7 @@ func Classify(r *http.Request) *Call {
 	case "registrations":
 		c.Object = "registration"
 	case "touchmark":
-		c.API, c.Object = registration.OwnAPI, "touchmark"
+		c.API, c.Object = registration.UsageOwn, "touchmark"
 		if len(seg) > 1 && own[strings.ToLower(seg[1])] {
 			c.Object = strings.ToLower(seg[1])
 		}
@@ -133,7 +133,7 @@ func Classify(r *http.Request) *Call {
 		c.Operation = c.Object + "." + verb
 		return c
 	case "subscriptions", "providers":
-		c.API, c.Object, c.ObjectID = registration.ManagementAPI, "management", ""
+		c.API, c.Object, c.ObjectID = registration.UsageManagement, "management", ""
 		for i := 0; i+1 < len(seg); i++ {
 			if l := strings.ToLower(seg[i]); managed[l] {
 				c.Object, c.ObjectID = l, seg[i+1]

@@ -3,6 +3,7 @@ package meter
 import (
 	"cmp"
 	"context"
+	"crypto/x509"
 	"errors"
 	"maps"
 	"slices"
@@ -104,6 +105,7 @@ func (m *Meter) Flush(ctx context.Context) error {
 // Count counts the objects of all scopes.
 func (m *Meter) Count(ctx context.Context) error {
 	totals := make(map[[2]string]float64)
+	var ends []Certificate
 	for after := ""; ; {
 		var page []*registration.Scope
 		err := m.cfg.Store.View(ctx, func(tx registration.Tx) (err error) {
@@ -120,6 +122,20 @@ func (m *Meter) Count(ctx context.Context) error {
 			after = dps.Fold(sc.ID)
 			name := m.scopes.of(after)
 			totals[[2]string{name, "hub"}] += float64(len(sc.Hubs))
+			var cas []*registration.CACertificate
+			err := m.cfg.Store.View(ctx, func(tx registration.Tx) (err error) {
+				cas, err = tx.CACertificates(after)
+				return err
+			})
+			if err != nil {
+				return err
+			}
+			totals[[2]string{name, "certificate"}] += float64(len(cas))
+			for _, c := range cas {
+				if cert, err := x509.ParseCertificate(c.DER); err == nil {
+					ends = append(ends, Certificate{m.certificates.of("ca " + after + "/" + c.Name), cert.NotAfter})
+				}
+			}
 			for kind, whats := range map[string][]registration.Counted{
 				"enrollment": {registration.CountEnrollments}, "group": {registration.CountX509Groups, registration.CountSymmetricGroups}, "registration": {registration.CountRegistrations}, "task": {registration.CountTasks},
 			} {
@@ -147,6 +163,9 @@ func (m *Meter) Count(ctx context.Context) error {
 		m.objects.WithLabelValues(k[0], k[1]).Set(n)
 	}
 	m.outbox.Set(waiting)
+	m.mu.Lock()
+	m.ends = ends
+	m.mu.Unlock()
 	return nil
 }
 

@@ -459,7 +459,9 @@ func keep(tx Tx, scope, device string, fresh []*Attempt) error {
 			kept = slices.Delete(kept, i, i+1)
 		}
 		// What became of a registration at its hub completes its entry.
-		if i := slices.IndexFunc(kept, func(k *Attempt) bool { return a.Operation == "provision" && k.Result == "assigning" && k.OperationID == a.OperationID }); i >= 0 {
+		if i := slices.IndexFunc(kept, func(k *Attempt) bool {
+			return a.Operation == "provision" && k.Result == "assigning" && k.OperationID == a.OperationID
+		}); i >= 0 {
 			whole := *kept[i]
 			whole.Result, whole.Hub, whole.Substatus, whole.Code, whole.Reason = a.Result, a.Hub, a.Substatus, a.Code, a.Reason
 			forget[whole.ID] = true

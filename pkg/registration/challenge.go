@@ -99,6 +99,9 @@ func (s *Service) challenge(ctx context.Context, req *Request, keys *attest.TPMK
 	var root []byte // the storage root key of the enrollment, if it names one
 	refused := s.cfg.Store.View(ctx, func(tx Tx) error {
 		c, root = nil, nil
+		if err := s.filter(tx, req); err != nil {
+			return err
+		}
 		r, err := found(tx.Record(s.scope, Individual, id))
 		if err != nil {
 			return err

@@ -248,6 +248,9 @@ func (s *Service) put(ctx context.Context, by Actor, in *sent, ifMatch string) (
 			attestation.SymmetricKey, r.Symmetric = nil, kind == Group
 		case dps.AttestationX509:
 			if attestation.X509.CAReferences != nil {
+				if err := s.resolve(tx, r, &attestation, before); err != nil {
+					return err
+				}
 				break
 			}
 			var was *dps.X509Certificates
@@ -350,8 +353,8 @@ func (s *Service) check(d *document) error {
 	case a.Type == dps.AttestationTPM && d.kind == Group:
 		return invalid("A TPM is one device's: TPM attestation takes an individual enrollment")
 	case a.X509 != nil && a.X509.CAReferences != nil && d.kind == Group:
-		if a.X509.CAReferences.Primary == "" && a.X509.CAReferences.Secondary == "" {
-			return invalid("caReferences name no certificate")
+		if err := checkReferences(a.X509.CAReferences); err != nil {
+			return err
 		}
 	case a.X509 != nil && d.x509() == nil:
 		return invalid("An individual enrollment takes clientCertificates, a group signingCertificates")
@@ -399,21 +402,8 @@ func (s *Service) checkWebhook(c *dps.CustomAllocationDefinition) error {
 	return nil
 }
 
-// refersToWhatIs refuses an enrollment that names hubs, or certificates, which the scope has not.
+// refersToWhatIs refuses an enrollment that names hubs which the scope has not.
 func (s *Service) refersToWhatIs(tx Tx, e *dps.Enrollment) error {
-	if ca := e.Attestation.X509; ca != nil && ca.CAReferences != nil {
-		for _, name := range []string{ca.CAReferences.Primary, ca.CAReferences.Secondary} {
-			if name == "" {
-				continue
-			}
-			if s.cfg.CheckCA == nil {
-				return invalid("There is no verified CA certificate %.100q in this service", name)
-			}
-			if err := s.cfg.CheckCA(tx, name); err != nil {
-				return err
-			}
-		}
-	}
 	hubs := e.IoTHubs
 	if e.IoTHubHostName != "" {
 		hubs = append(slices.Clip(hubs), e.IoTHubHostName)
@@ -566,6 +556,9 @@ func (s *Service) show(ctx context.Context, kind Kind, id string, withState bool
 // hide makes a document what answers show.
 func hide(d *document) {
 	base := d.base()
+	if len(d.references()) > 0 {
+		base.Attestation.X509.SigningCertificates = nil // what they stand for
+	}
 	base.CreatedDateTimeUTC, base.LastUpdatedDateTimeUTC = base.CreatedDateTimeUTC.Trim(), base.LastUpdatedDateTimeUTC.Trim()
 	if base.ProvisioningStatus == "" { // of a bundle
 		base.ProvisioningStatus = dps.EnrollmentEnabled
@@ -726,6 +719,7 @@ func (s *Service) GroupKey(ctx context.Context, by Actor, group string) (key []b
 
 // putAgain writes a record that was read, whose document is d.
 func putAgain(tx Tx, scope string, r *Record, d *document) (err error) {
+	r.CAReferences = d.references()
 	if certs := d.x509(); certs != nil {
 		if _, r.Certificates, err = completeCertificates(r.Kind, certs, nil); err != nil {
 			return err

@@ -22,6 +22,8 @@ var errUnforeseen = errors.New("not the ordinary case")
 // groupReader is what finding a device's group reads.
 type groupReader interface {
 	Revision(scope string) (int64, error)
+	Scope(id string) (*Scope, error)
+	CACertificates(scope string) ([]*CACertificate, error)
 	ChangedGroups(scope string, after int64) ([]*Record, []string, error)
 	SymmetricGroups(scope string) ([]*Record, error)
 	GroupsByCA(scope string, subject [32]byte, keyID []byte, limit int) ([]*Record, error)
@@ -33,6 +35,10 @@ type groupReader interface {
 type recall struct{ s *Service }
 
 func (r recall) Revision(string) (int64, error) { return r.s.groups.revision.Load(), nil }
+
+func (recall) Scope(string) (*Scope, error) { return nil, errUnforeseen }
+
+func (recall) CACertificates(string) ([]*CACertificate, error) { return nil, errUnforeseen }
 
 func (recall) ChangedGroups(string, int64) ([]*Record, []string, error) {
 	return nil, nil, errUnforeseen
@@ -61,7 +67,7 @@ func (s *Service) foresee(req *Request) *verdict {
 	}
 	v, err := s.groupOf(recall{s}, req, token)
 	set := s.settings.Load()
-	if err != nil || set == nil || set.revision != v.revision || v.isCustom() || v.enrollment.Parent != "" {
+	if err != nil || set == nil || set.revision != v.revision || s.rejects(set, req.Remote, DeviceAPI) != nil || v.isCustom() || v.enrollment.Parent != "" {
 		return nil
 	}
 	v.settings = set.Settings
@@ -156,8 +162,8 @@ func (r *recent) forget(id string) {
 
 // recentOperation returns an operation that came to its end a moment ago, when this very proof began it; else nil.
 func (s *Service) recentOperation(req *Request, id string) *Operation {
-	g := s.recent.get(dps.Fold(req.RegistrationID))
-	if g == nil || g.op.ID != id || !g.op.State.Status.Terminal() || s.cfg.Now().Sub(g.op.Started) > recentTime || !bytes.Equal(g.op.Proof, fingerprint(req)) {
+	g, known := s.recent.get(dps.Fold(req.RegistrationID)), s.settings.Load()
+	if g == nil || known == nil || s.rejects(known, req.Remote, DeviceAPI) != nil || g.op.ID != id || !g.op.State.Status.Terminal() || s.cfg.Now().Sub(g.op.Started) > recentTime || !bytes.Equal(g.op.Proof, fingerprint(req)) {
 		return nil
 	}
 	return &g.op

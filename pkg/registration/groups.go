@@ -63,6 +63,10 @@ type cachedGroup struct {
 	cas        []*x509.Certificate
 	disabled   bool
 	closed     bool
+	// unverified are those of cas that the group refers to and that are not verified, or not there any more. missing marks what
+	// stands for them.
+	unverified []*x509.Certificate
+	missing    bool
 }
 
 func cacheGroup(r *Record) (*cachedGroup, error) {
@@ -82,6 +86,9 @@ func cacheGroup(r *Record) (*cachedGroup, error) {
 			}
 			if !slices.ContainsFunc(g.cas, c.Equal) {
 				g.cas = append(g.cas, c)
+				if slot.Info == nil && len(d.references()) > 0 {
+					g.unverified = append(g.unverified, c)
+				}
 			}
 		}
 		d.group.Attestation.X509 = nil
@@ -270,7 +277,13 @@ func (s *Service) anchors(tx groupReader, revision int64, child *x509.Certificat
 		for _, ca := range g.cas {
 			named := byName || slices.ContainsFunc(attest.KeyIDs(ca), func(id []byte) bool { return string(id) == k.keyID })
 			if named && sha256.Sum256(ca.RawSubject) == k.subject {
-				found = append(found, groupAnchor{Certificate: ca, Group: g, Blocks: g.disabled})
+				a := groupAnchor{Certificate: ca, Group: g, Blocks: g.disabled}
+				if slices.Contains(g.unverified, ca) {
+					missing := *g
+					missing.missing = true
+					a.Group, a.Blocks = &missing, true
+				}
+				found = append(found, a)
 			}
 		}
 	}

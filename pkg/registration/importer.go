@@ -55,7 +55,7 @@ type ImportConflict struct {
 
 const (
 	maxConflicts = 100
-	chunkSize    = 500
+	chunkSize    = 1000
 	// maxRefusals bounds the refusals that are kept of an order: whoever sends millions is told, and not remembered.
 	maxRefusals = 10_000
 )
@@ -85,7 +85,7 @@ func (s *Service) Import(ctx context.Context, entries iter.Seq2[bundle.Entry, er
 		}
 	}
 	eg, ctx := errgroup.WithContext(ctx)
-	chunks := make(chan []prepared)
+	chunks := make(chan []prepared, 1)
 	eg.Go(func() error {
 		defer close(chunks)
 		send := func(chunk []prepared) error {
@@ -281,6 +281,10 @@ func (in *intake) prepare(e *bundle.Entry) (prepared, error) {
 		}
 		base.Attestation.SymmetricKey, r.Symmetric = nil, d.kind == Group
 	case dps.AttestationX509:
+		if d.x509() == nil {
+			p.problem = "a bundle's group has its CA certificates, and no references to those of a scope"
+			return p, nil
+		}
 		certs, index, err := completeCertificates(d.kind, d.x509(), nil)
 		if err != nil {
 			p.problem = dps.AsError(err).Message

@@ -358,6 +358,12 @@ func (s *Service) judgeByChain(tx groupReader, req *Request) (*verdict, error) {
 	if g.disabled {
 		return nil, because("group-disabled", "group %q is disabled", g.id)
 	}
+	if g.missing {
+		return nil, refuse(fmt.Errorf("group %q: %w", g.id, errCANotFound))
+	}
+	if err := s.rooted(tx, revision, req.Proof.Certificates, g); err != nil {
+		return nil, err
+	}
 	return &verdict{enrollment: &g.enrollment, group: g.id, closed: g.closed, x509: true, revision: revision, leaf: sha256.Sum256(req.Proof.Certificates[0].Raw)}, nil
 }
 

@@ -2,6 +2,7 @@ package registration
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"slices"
@@ -45,6 +46,8 @@ type Settings struct {
 	// StrictRoots has a group's intermediate count only where its chain goes on to a verified certificate of the scope (service
 	// API, section 4.3). Without it a group's signing certificate is trusted by itself.
 	StrictRoots bool `json:"strictRoots,omitempty"`
+	// PrivateEndpoints are kept for clients of the management API; they have no effect on the network.
+	PrivateEndpoints []PrivateEndpoint `json:"privateEndpoints,omitempty"`
 }
 
 // An IPRule lets a network in, or keeps it out (service API, section 3.3).
@@ -53,6 +56,15 @@ type IPRule struct {
 	Accept bool   `json:"accept"`
 	Mask   string `json:"ipMask"` // CIDR, IPv4 or IPv6
 	Target string `json:"target"` // "all", "serviceApi" or "deviceApi"
+}
+
+// A PrivateEndpoint is a private endpoint connection as the management API has it (service API, section 3.7).
+type PrivateEndpoint struct {
+	Name            string `json:"name"`
+	Endpoint        string `json:"endpoint,omitempty"` // resource ID
+	Status          string `json:"status"`
+	Description     string `json:"description"`
+	ActionsRequired string `json:"actionsRequired,omitempty"`
 }
 
 // Records returns hubs of kind record by their names.
@@ -76,13 +88,24 @@ func (s *Settings) Hub(name string) *LinkedHub {
 type knownSettings struct {
 	revision int64
 	*Settings
+	rules []addressRule
+	roots *x509.CertPool // verified certificates of the scope; nil without StrictRoots
 }
 
 // settingsAt returns the settings at a revision that the transaction saw. It remembers them, so the transaction must be a
 // View: an Update may read what is never committed.
-func (s *Service) settingsAt(view Tx, revision int64) (*Settings, error) {
+func (s *Service) settingsAt(view groupReader, revision int64) (*Settings, error) {
+	known, err := s.knownAt(view, revision)
+	if err != nil {
+		return nil, err
+	}
+	return known.Settings, nil
+}
+
+// knownAt returns the settings with what follows from them.
+func (s *Service) knownAt(view groupReader, revision int64) (*knownSettings, error) {
 	if known := s.settings.Load(); known != nil && known.revision == revision {
-		return known.Settings, nil
+		return known, nil
 	}
 	sc, err := found(view.Scope(s.scope))
 	switch {
@@ -93,8 +116,17 @@ func (s *Service) settingsAt(view Tx, revision int64) (*Settings, error) {
 	case sc.Deleting:
 		return nil, because("scope", "the scope is being deleted")
 	}
-	s.settings.Store(&knownSettings{revision, &sc.Settings})
-	return &sc.Settings, nil
+	known := &knownSettings{revision: revision, Settings: &sc.Settings}
+	if known.rules, err = parseRules(sc.IPFilter); err != nil {
+		return nil, fmt.Errorf("scope %s in the store: %w", sc.ID, err)
+	}
+	if sc.StrictRoots {
+		if known.roots, err = s.verifiedRoots(view); err != nil {
+			return nil, err
+		}
+	}
+	s.settings.Store(known)
+	return known, nil
 }
 
 // Settings returns what the scope goes by.
@@ -147,6 +179,9 @@ func CheckScope(sc *Scope) error {
 			return invalid("A linked hub needs a name, and a weight from 1 to 1000")
 		}
 	}
+	if _, err := parseRules(sc.IPFilter); err != nil {
+		return invalid("%v", err)
+	}
 	return nil
 }
 
@@ -154,6 +189,11 @@ func CheckScope(sc *Scope) error {
 // it changes, or nil where there is none and then returns a new one; it may run more than once. The change is in the audit
 // record under that action.
 func EditScope(ctx context.Context, store Store, id string, by Actor, action string, now time.Time, edit func(*Scope) (*Scope, error)) (was, is *Scope, err error) {
+	return EditScopeWith(ctx, store, id, by, action, now, func(_ Tx, sc *Scope) (*Scope, error) { return edit(sc) })
+}
+
+// EditScopeWith is EditScope for what changes more than the scope's own row, in the same transaction.
+func EditScopeWith(ctx context.Context, store Store, id string, by Actor, action string, now time.Time, edit func(Tx, *Scope) (*Scope, error)) (was, is *Scope, err error) {
 	err = store.Update(ctx, func(tx Tx) error {
 		if was, err = found(tx.Scope(dps.Fold(id))); err != nil {
 			return err
@@ -164,7 +204,7 @@ func EditScope(ctx context.Context, store Store, id string, by Actor, action str
 			c.Hubs, c.IPFilter = slices.Clone(was.Hubs), slices.Clone(was.IPFilter)
 			in = &c
 		}
-		if is, err = edit(in); err != nil {
+		if is, err = edit(tx, in); err != nil {
 			return err
 		}
 		if err := CheckScope(is); err != nil {
@@ -207,7 +247,27 @@ const eraseAtOnce = 2000
 // DeleteScope deletes a scope with everything that is kept of it: nobody is let in from its first write on, and the rest goes
 // in small transactions. One that was interrupted goes on when it is called again. ErrNotFound: there is none of that ID.
 func DeleteScope(ctx context.Context, store Store, id string, by Actor, now time.Time) error {
-	err := store.Update(ctx, func(tx Tx) error {
+	err := CloseScope(ctx, store, id, by, now)
+	for done := false; !done && err == nil; {
+		err = store.Update(ctx, func(tx Tx) (err error) {
+			done, err = tx.EraseScope(dps.Fold(id), eraseAtOnce)
+			return err
+		})
+	}
+	if s, ok := store.(Scrubber); ok && err == nil {
+		err = s.Scrub(ctx)
+	}
+	return err
+}
+
+// A Scrubber is a store that can have what was erased leave its files, too.
+type Scrubber interface {
+	Scrub(ctx context.Context) error
+}
+
+// CloseScope is the first step of DeleteScope, after which nobody is let in and there is no way back.
+func CloseScope(ctx context.Context, store Store, id string, by Actor, now time.Time) error {
+	return store.Update(ctx, func(tx Tx) error {
 		was, err := tx.Scope(dps.Fold(id))
 		if err != nil || was.Deleting {
 			return err
@@ -219,11 +279,4 @@ func DeleteScope(ctx context.Context, store Store, id string, by Actor, now time
 		}
 		return tx.PutAudit(dps.Fold(id), NewAudit(by, "delete", "scope/"+is.Name, was, nil, now))
 	})
-	for done := false; !done && err == nil; {
-		err = store.Update(ctx, func(tx Tx) (err error) {
-			done, err = tx.EraseScope(dps.Fold(id), eraseAtOnce)
-			return err
-		})
-	}
-	return err
 }

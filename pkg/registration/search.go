@@ -50,11 +50,16 @@ func newSearcher() *searcher {
 	return &searcher{cores: semaphore.NewWeighted(int64(searchCores()))}
 }
 
-// judging runs f in a View, with the request to judge. Where a group has to be looked for, it is done between two Views.
+// judging runs f in a View, with the request to judge, unless IP rules keep its caller out. Where a group has to be looked for, it is done between two Views.
 func (s *Service) judging(ctx context.Context, req *Request, f func(Tx, *Request) error) error {
 	r := *req
 	for range 10 {
-		err := s.cfg.Store.View(ctx, func(tx Tx) error { return f(tx, &r) })
+		err := s.cfg.Store.View(ctx, func(tx Tx) error {
+			if err := s.filter(tx, req); err != nil {
+				return err
+			}
+			return f(tx, &r)
+		})
 		var want *search
 		if !errors.As(err, &want) {
 			return err

@@ -25,6 +25,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -52,14 +53,13 @@ type Config struct {
 	Intermediates []*x509.Certificate
 	// Issuers sign operational certificates for devices whose enrollment names them. Without one a CSR makes a registration fail.
 	Issuers map[string]Issuer
+	// PrivateNetworks, and loopback, are where callers of a scope come from that is closed to the public.
+	PrivateNetworks []netip.Prefix
 	// AtOnce are patterns of client versions, in which * stands for any text. Who says to be such a client is told the end of a
 	// registration in the answer to register. Azure's SDKs for Node ("azure-iot-provisioning-device/*"), Python
 	// ("azure-iot-device-provisioning-py/*") and C take it; those for C# and the IoT identity service do not (device API, section
 	// 6.2). Nil tells nobody.
 	AtOnce []string
-	// CheckCA refuses the name of a CA certificate, as groups refer to it, that is not one of the scope's verified ones. Nil refuses
-	// all.
-	CheckCA func(tx Tx, name string) error
 	// UnlinkedHubs lets enrollments name hubs that are not linked: one that is linked later is assigned then.
 	UnlinkedHubs bool
 	// HTTPWebhooks lets enrollments name webhooks of this machine without TLS.

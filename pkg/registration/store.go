@@ -144,6 +144,15 @@ type Tx interface {
 	Policies(scope string) ([]*Policy, error)
 	DeletePolicy(scope, name string) error
 
+	// CACertificate returns a certificate of the scope by its folded name, or ErrNotFound; CACertificates all, by name.
+	// PutCACertificate writes one and DeleteCACertificate removes it, or says ErrNotFound; both raise the revision.
+	CACertificate(scope, name string) (*CACertificate, error)
+	CACertificates(scope string) ([]*CACertificate, error)
+	PutCACertificate(scope string, c *CACertificate) error
+	DeleteCACertificate(scope, name string) error
+	// GroupsByReference returns the groups that refer to a certificate of the scope by that folded name.
+	GroupsByReference(scope, name string) ([]*Record, error)
+
 	// Secret returns what all replicas of the service share under a name, or ErrNotFound; PutSecret writes it. The store encrypts
 	// it.
 	Secret(scope, name string) ([]byte, error)
@@ -196,6 +205,8 @@ type Record struct {
 	Content []byte
 	// Certificates index what the document holds; not filled in when a record is read.
 	Certificates []Certificate
+	// CAReferences are the folded names of the scope's certificates that a group refers to; not filled in when it is read.
+	CAReferences []string
 }
 
 // A Certificate indexes one certificate of a record, or the endorsement key of its TPM.

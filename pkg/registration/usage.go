@@ -14,10 +14,10 @@ type Usage struct {
 
 // The APIs that usage tells apart.
 const (
-	DeviceAPI     = "device"
-	ServiceAPI    = "service"
-	ManagementAPI = "management"
-	OwnAPI        = "touchmark" // what Azure has not
+	UsageDevice     = "device"
+	UsageService    = "service"
+	UsageManagement = "management"
+	UsageOwn        = "touchmark" // what Azure has not
 )
 
 // Billable reports whether Azure bills such calls (service API, section 4.12): every call on enrollments, groups and
@@ -27,7 +27,7 @@ func (u *Usage) Billable() bool {
 	if u.Result != "success" && u.Result != "refused" {
 		return false
 	}
-	return u.API == ServiceAPI || u.API == DeviceAPI && u.Operation == "register"
+	return u.API == UsageService || u.API == UsageDevice && u.Operation == "register"
 }
 
 // DayOf returns the day of a time.

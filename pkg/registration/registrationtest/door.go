@@ -72,6 +72,12 @@ func NewFixture(t testing.TB, hubs ...string) *Fixture {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = store.Close() })
+	return NewFixtureOn(t, store, hubs...)
+}
+
+// NewFixtureOn starts a service on a store.
+func NewFixtureOn(t testing.TB, store registration.Store, hubs ...string) *Fixture {
+	t.Helper()
 	f := &Fixture{Store: store, GroupKey: bytes.Repeat([]byte("g"), 64), OwnKey: bytes.Repeat([]byte("k"), 32), OtherKey: bytes.Repeat([]byte("l"), 32)}
 	f.Service = f.Replica(hubs...)
 	f.Root = attesttest.CA(t, nil, "factory root")
@@ -449,6 +455,27 @@ func Doors(t *testing.T, serve func(*testing.T, *Fixture) func(testing.TB, Devic
 		if _, s := register(t, dial(t, f.ByKey("own-key", f.OwnKey)), ""); s["deviceId"] != "Pump-7" || s["assignedHub"] != hub {
 			t.Errorf("a device ID of its own: %v", s)
 		}
+	})
+	t.Run("addresses", func(t *testing.T) { // DPS-S 80
+		f, dial := start(t, hub)
+		only := func(mask string) {
+			t.Helper()
+			if _, _, err := registration.EditScope(t.Context(), f.Store, Scope, registration.Actor{Name: "test"}, "put", f.Now(), func(sc *registration.Scope) (*registration.Scope, error) {
+				if sc == nil {
+					sc = &registration.Scope{ID: Scope, Name: "addresses", Settings: registration.Settings{Hubs: registration.Records(hub)}}
+				}
+				sc.IPFilter = []registration.IPRule{{Name: "own", Accept: true, Mask: mask, Target: registration.DeviceAPI}, {Name: "others", Mask: "0.0.0.0/0", Target: registration.AllAPIs}}
+				return sc, nil
+			}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		only("127.0.0.0/8")
+		assigned(t, dial(t, f.Derived("dev-1")), "dev-1")
+		c := dial(t, f.Derived("dev-1"))
+		only("192.0.2.0/24")
+		refused(t, c, "on a connection from before the rule")
+		refused(t, dial(t, f.ByKey("own-key", f.OwnKey)), "an address that is kept out")
 	})
 	t.Run("tokens", func(t *testing.T) { // DPS-D 32 to 35, 40: as every SDK writes them, and as hands do
 		f, dial := start(t, hub)

@@ -47,7 +47,7 @@ func usage(t *testing.T, s registration.Store) {
 	add := func(scope, day, operation string, calls int64) {
 		t.Helper()
 		update(t, s, func(tx registration.Tx) error {
-			return tx.AddUsage(scope, registration.Usage{Day: day, API: registration.DeviceAPI, Operation: operation, Result: "success", Calls: calls})
+			return tx.AddUsage(scope, registration.Usage{Day: day, API: registration.UsageDevice, Operation: operation, Result: "success", Calls: calls})
 		})
 	}
 	add("scope", "2026-11-20", "register", 3)
@@ -59,7 +59,7 @@ func usage(t *testing.T, s registration.Store) {
 	view(t, s, func(tx registration.Tx) error {
 		got, err := tx.Usage("scope", "2026-11-20", "2026-11-21")
 		line := func(day, operation string, calls int64) registration.Usage {
-			return registration.Usage{Day: day, API: registration.DeviceAPI, Operation: operation, Result: "success", Calls: calls}
+			return registration.Usage{Day: day, API: registration.UsageDevice, Operation: operation, Result: "success", Calls: calls}
 		}
 		if want := []registration.Usage{line("2026-11-20", "register", 3), line("2026-11-21", "register", 9), line("2026-11-21", "status", 1)}; err != nil || !reflect.DeepEqual(got, want) {
 			t.Errorf("%v, %v", got, err)

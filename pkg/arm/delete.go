@@ -1,0 +1,156 @@
+package arm
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/touchmark/touchmark/pkg/access"
+	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/registration"
+)
+
+// deletePrefix begins the ID of a deletion's operation; the ID scope follows. So any replica can say how far it is.
+const deletePrefix = "delete-"
+
+// delete deletes a service with all that is kept of it. Nobody is let in when the answer goes out.
+func (c *call) delete(sc *registration.Scope) (*answer, error) {
+	if dps.Fold(sc.ID) == dps.Fold(c.cfg.First) {
+		return nil, conflict("The process stands on this provisioning service: it goes with its data directory.")
+	}
+	if err := registration.CloseScope(c.r.Context(), c.store, sc.ID, c.by, c.cfg.Now()); err != nil {
+		return nil, err
+	}
+	done := c.erase(sc.ID, c.by)
+	if c.cfg.DeleteWait > 0 {
+		wait := time.NewTimer(c.cfg.DeleteWait)
+		defer wait.Stop()
+		select {
+		case <-done:
+		case <-wait.C:
+		}
+	}
+	if running, err := c.deleting(sc); err != nil || !running {
+		return &answer{http.StatusNoContent, nil}, err
+	}
+	return c.running(sc), nil
+}
+
+// running answers 202, and where to ask how it goes on.
+func (c *call) running(sc *registration.Scope) *answer {
+	id := deletePrefix + sc.ID
+	c.w.Header().Set("Azure-AsyncOperation", c.link(serviceID(sc)+"/operationResults/"+id, url.Values{"asyncinfo": {""}}))
+	c.w.Header().Set("Location", c.link("/subscriptions/"+sc.Subscription+"/providers/Microsoft.Devices/locations/"+plain(sc.Location+"global")+"/provisioningServiceOperationResults/"+id, url.Values{}))
+	c.w.Header().Set("Retry-After", strconv.Itoa(dps.RetryAfter))
+	return &answer{http.StatusAccepted, nil}
+}
+
+// deleting reports whether something of a service is still to be erased: its name is the last to go.
+func (c *call) deleting(sc *registration.Scope) (bool, error) {
+	now, err := c.find(sc.Name)
+	return err == nil && now != nil && dps.Fold(now.ID) == dps.Fold(sc.ID), err
+}
+
+// operationResult says how far a deletion is: as a document to those who ask with asyncinfo, and as a status to others.
+func (c *call) operationResult(operation string) (*answer, error) {
+	if err := c.method(http.MethodGet); err != nil {
+		return nil, err
+	}
+	unknown := nothing("The operation")
+	id, isDelete := strings.CutPrefix(operation, deletePrefix)
+	if !isDelete || dps.CheckIDScope(id) != nil {
+		return nil, unknown
+	}
+	var sc *registration.Scope
+	err := c.store.View(c.r.Context(), func(tx registration.Tx) (err error) {
+		sc, err = tx.Scope(dps.Fold(id))
+		return err
+	})
+	if errors.Is(err, registration.ErrNotFound) || err == nil && (!sc.Deleting || !strings.EqualFold(sc.Subscription, c.sub)) {
+		err = unknown
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := c.may(sc.Name, access.ManagementRead); err != nil {
+		return nil, err
+	}
+	running, err := c.deleting(sc)
+	switch {
+	case err != nil:
+		return nil, err
+	case c.r.URL.Query().Has("asyncinfo") && running:
+		c.w.Header().Set("Retry-After", strconv.Itoa(dps.RetryAfter))
+		return ok(map[string]any{"status": "Running", "error": nil}), nil
+	case c.r.URL.Query().Has("asyncinfo"):
+		return ok(map[string]any{"status": "Succeeded", "error": nil}), nil
+	case running:
+		return c.running(sc), nil
+	}
+	return &answer{http.StatusNoContent, nil}, nil
+}
+
+// erase removes what is kept of a scope that was closed, in the background; done is closed when it has, or the server stops.
+func (s *Server) erase(id string, by registration.Actor) (done <-chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	folded := dps.Fold(id)
+	if ch := s.erasing[folded]; ch != nil {
+		return ch
+	}
+	ch := make(chan struct{})
+	s.erasing[folded] = ch
+	s.erasers.Go(func() {
+		defer func() {
+			s.mu.Lock()
+			delete(s.erasing, folded)
+			s.mu.Unlock()
+			close(ch)
+		}()
+		for {
+			err := registration.DeleteScope(s.ctx, s.store, id, by, s.cfg.Now())
+			if err == nil {
+				s.cfg.Scopes.Forget(id)
+				s.cfg.Log.Info("provisioning service deleted", "idScope", id)
+				return
+			}
+			if s.ctx.Err() != nil {
+				return // Resume takes it up at the next start
+			}
+			s.cfg.Log.Error("deleting a provisioning service, to be tried again", "idScope", id, "cause", err)
+			select {
+			case <-s.ctx.Done():
+				return
+			case <-time.After(eraseAgain):
+			}
+		}
+	})
+	return ch
+}
+
+// Resume takes up the deletions that an earlier process did not end.
+func (s *Server) Resume(ctx context.Context) error {
+	for after, more := "", true; more; {
+		err := s.store.View(ctx, func(tx registration.Tx) error {
+			all, err := tx.Scopes(after, pageSize)
+			more = len(all) == pageSize
+			for _, sc := range all {
+				if after = dps.Fold(sc.ID); sc.Deleting {
+					s.erase(sc.ID, registration.Actor{Name: "the start of the service"})
+				}
+			}
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Wait waits for what goes on in the background, which ends with the context of New. No request may come any more.
+func (s *Server) Wait() { s.erasers.Wait() }
