@@ -376,7 +376,7 @@ func TestLife(t *testing.T) {
 		}
 		for _, v := range page.Value {
 			names = append(names, *v.Name)
-			if len(v.Properties.IotHubs) > 0 && strings.Contains(*v.Properties.IotHubs[0].ConnectionString, "MDEy") {
+			if len(v.Properties.IotHubs) > 0 && strings.Contains(*v.Properties.IotHubs[0].ConnectionString, "MDEyMzQ1") {
 				t.Error("a list shows a hub's key")
 			}
 		}
@@ -436,7 +436,7 @@ func TestMaskedKeys(t *testing.T) {
 		t.Fatal(r.text)
 	}
 	stored := b.scope("plant").Hubs
-	for _, secret := range []string{"MDEy", "functionkey"} {
+	for _, secret := range []string{"MDEyMzQ1", "functionkey"} {
 		if strings.Contains(r.text, secret) {
 			t.Errorf("the answer shows %s", secret)
 		}
@@ -470,7 +470,7 @@ func TestMaskedKeys(t *testing.T) {
 		"a host, no key stored":    `[{"hostName":"hub-c.azure-devices.net","authenticationType":"KeyBased","location":"x"}]`,
 		"its text":                 `"` + hubA + `"`,
 	} {
-		if r := put(hubs); r.status != 400 || strings.Contains(r.text, "MDEy") {
+		if r := put(hubs); r.status != 400 || strings.Contains(r.text, "MDEyMzQ1") {
 			t.Errorf("%s: %d %s", name, r.status, r.text)
 		}
 	}
@@ -485,7 +485,7 @@ func TestMaskedKeys(t *testing.T) {
 	if r := put(`[{"connectionString":"` + rolled + `","location":"westeurope"}]`); r.status != 200 || b.scope("plant").Hubs[0].ConnectionString != rolled {
 		t.Errorf("a new key: %s", r.text)
 	}
-	if strings.Contains(b.log.String(), "MDEy") || strings.Contains(b.log.String(), "functionkey") {
+	if strings.Contains(b.log.String(), "MDEyMzQ1") || strings.Contains(b.log.String(), "functionkey") {
 		t.Error("the log shows a key")
 	}
 }
@@ -544,7 +544,7 @@ func TestPolicies(t *testing.T) {
 		return all
 	}
 	owner := list()["provisioningserviceowner"]
-	if first, err := base64.StdEncoding.DecodeString(*owner.PrimaryKey); err != nil || len(first) != 32 || *owner.PrimaryKey == *owner.SecondaryKey || *owner.Rights != "ServiceConfig, EnrollmentWrite, DeviceConnect" {
+	if first, err := base64.StdEncoding.DecodeString(*owner.PrimaryKey); err != nil || len(first) != 64 || *owner.PrimaryKey == *owner.SecondaryKey || *owner.Rights != "ServiceConfig, EnrollmentWrite, DeviceConnect" {
 		t.Errorf("the owner: %+v", owner)
 	}
 	b.put("plant", b.get("plant"))
@@ -593,7 +593,7 @@ func TestPolicies(t *testing.T) {
 		t.Errorf("a list takes the place of what there was, and its keys stay: %v", after)
 	}
 	actions := strings.Join(b.actions(b.scope("plant")), "\n")
-	for _, want := range []string{"management token: create scope/plant", "put policy/reader", "show keys scope/plant", "show keys policy/reader", "delete policy/provisioningserviceowner"} {
+	for _, want := range []string{"management token: create scope/plant", "create policy/reader", "update policy/provisioningserviceowner", "show keys scope/plant", "show keys policy/reader", "delete policy/provisioningserviceowner"} {
 		if !strings.Contains(actions, want) {
 			t.Errorf("the audit record has no %q:\n%s", want, actions)
 		}

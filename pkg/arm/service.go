@@ -27,7 +27,6 @@ const (
 	// ownerPolicy is what a new service has, with ownerRights (service API, section 3.3).
 	ownerPolicy = "provisioningserviceowner"
 	ownerRights = access.ServiceConfig | access.DeviceConnect | access.EnrollmentWrite
-	maxPolicies = 50
 	maxTags     = 50
 	checkTime   = 20 * time.Second
 	// editAgain is how often a change is made again that another one came before.
@@ -634,72 +633,48 @@ func (c *call) checkHubs(ctx context.Context, was, is *registration.Scope, check
 	return eg.Wait()
 }
 
-// putPolicies has a scope have these policies and no others, and returns them with their keys.
+// putPolicies has a scope have these policies and no others, and returns them with their keys. Keys that are left out stay, or are
+// made.
 func (c *call) putPolicies(tx registration.Tx, id string, in []policy) ([]policy, error) {
-	scope := dps.Fold(id)
-	if len(in) > maxPolicies {
-		return nil, bad("%d policies: a service has %d at most", len(in), maxPolicies)
-	}
-	stored, err := tx.Policies(scope)
+	stored, err := tx.Policies(dps.Fold(id))
 	if err != nil {
 		return nil, err
 	}
 	named := func(name string) func(*registration.Policy) bool {
 		return func(p *registration.Policy) bool { return strings.EqualFold(p.Name, name) }
 	}
-	var next []*registration.Policy
+	now, next := c.cfg.Now(), []*registration.Policy{}
 	for _, p := range in {
-		if !word(p.KeyName, 1, 64, "-._") {
-			return nil, bad("Policy %.80q: want a name of 1 to 64 letters, digits and -._", p.KeyName)
-		}
 		if slices.ContainsFunc(next, named(p.KeyName)) {
-			return nil, bad("Policy %s is there twice", p.KeyName)
+			return nil, bad("Policy %.80q is there twice", p.KeyName)
 		}
-		rights, err := access.ParseRights(p.Rights, access.Policy)
-		if err != nil {
-			return nil, bad("Policy %s: %v", p.KeyName, err)
-		}
-		is := &registration.Policy{Name: p.KeyName, Rights: rights.String()}
+		is := &registration.Policy{Name: p.KeyName, Rights: p.Rights}
 		if i := slices.IndexFunc(stored, named(p.KeyName)); i >= 0 {
 			is.Name, is.Primary, is.Secondary = stored[i].Name, stored[i].Primary, stored[i].Secondary
 		}
-		for _, slot := range []struct {
-			text string
-			key  *[]byte
-		}{{p.PrimaryKey, &is.Primary}, {p.SecondaryKey, &is.Secondary}} {
+		for i, text := range []string{p.PrimaryKey, p.SecondaryKey} {
+			key, err := base64.StdEncoding.Strict().DecodeString(text)
 			switch {
-			case slot.text != "":
-				key, err := base64.StdEncoding.Strict().DecodeString(slot.text)
-				if err != nil || len(key) < 16 || len(key) > 64 {
-					return nil, bad("Policy %s: a key must be base64 of 16 to 64 octets", p.KeyName)
-				}
-				*slot.key = key
-			case *slot.key == nil:
-				*slot.key = make([]byte, 32)
-				_, _ = rand.Read(*slot.key)
+			case err != nil:
+				return nil, bad("Policy %.80q: a key must be base64 of 16 to 64 octets", p.KeyName)
+			case text == "":
+			case i == 0:
+				is.Primary = key
+			default:
+				is.Secondary = key
 			}
 		}
 		next = append(next, is)
 	}
-	now := c.cfg.Now()
 	for _, p := range stored {
-		if slices.ContainsFunc(next, named(p.Name)) {
-			continue
-		}
-		if err := errors.Join(tx.DeletePolicy(scope, p.Name), tx.PutAudit(scope, registration.NewAudit(c.by, "delete", "policy/"+p.Name, p, nil, now))); err != nil {
-			return nil, err
+		if !slices.ContainsFunc(next, named(p.Name)) {
+			if err := registration.DeletePolicy(tx, id, c.by, p.Name, now); err != nil {
+				return nil, err
+			}
 		}
 	}
 	for _, p := range next {
-		var was any
-		if i := slices.IndexFunc(stored, named(p.Name)); i >= 0 {
-			was = stored[i]
-		}
-		a := registration.NewAudit(c.by, "put", "policy/"+p.Name, was, p, now)
-		if a.Before == a.After {
-			continue
-		}
-		if err := errors.Join(tx.PutPolicy(scope, p), tx.PutAudit(scope, a)); err != nil {
+		if err := registration.PutPolicy(tx, id, c.by, p, now); err != nil {
 			return nil, err
 		}
 	}
