@@ -435,6 +435,12 @@ func TestMaskedKeys(t *testing.T) {
 	if r.status != 201 {
 		t.Fatal(r.text)
 	}
+	if _, _, err := registration.EditScope(t.Context(), b.store, b.scope("plant").ID, registrationActor, "link", time.Now(), func(sc *registration.Scope) (*registration.Scope, error) {
+		sc.Hubs = append(sc.Hubs, registration.LinkedHub{Name: "own.example.net", Kind: registration.HubBuiltin, FromStart: true}) // as a start links it
+		return sc, nil
+	}); err != nil {
+		t.Fatal(err)
+	}
 	stored := b.scope("plant").Hubs
 	for _, secret := range []string{"MDEyMzQ1", "functionkey"} {
 		if strings.Contains(r.text, secret) {
@@ -453,11 +459,19 @@ func TestMaskedKeys(t *testing.T) {
 	put := func(hubs string) reply {
 		return b.call("PUT", base+"/plant", `{"location":"westeurope","sku":{"name":"S1"},"properties":{"iotHubs":`+hubs+`}}`)
 	}
+	d := b.get("plant")
+	d.Properties.IotHubs[3].AllocationWeight = to.Ptr[int32](5)
+	b.put("plant", d)
+	if own := b.scope("plant").Hub("own.example.net"); own.FromStart || own.Kind != registration.HubBuiltin || own.Weight != 5 {
+		t.Errorf("a hub of the start's that an operator changed: %#v", own)
+	}
+	stored = b.scope("plant").Hubs
 	for name, hubs := range map[string]string{
 		"masked, another host":     `[{"connectionString":"HostName=evil.example.net;SharedAccessKeyName=dps;SharedAccessKey=****","location":"x"}]`,
 		"masked, another policy":   `[{"connectionString":"HostName=hub-a.azure-devices.net;SharedAccessKeyName=iothubowner;SharedAccessKey=****","location":"x"}]`,
 		"masked, another port":     `[{"connectionString":"HostName=hub-a.azure-devices.net;Port=9;SharedAccessKeyName=dps;SharedAccessKey=****","location":"x"}]`,
 		"two hosts":                `[{"connectionString":"HostName=hub-a.azure-devices.net;HostName=evil.example.net;SharedAccessKeyName=dps;SharedAccessKey=****","location":"x"}]`,
+		"built in, not running":    `[{"name":"other.example.net","kind":"builtin"}]`,
 		"no key":                   `[{"connectionString":"HostName=hub-b.azure-devices.net","location":"x"}]`,
 		"no host":                  `[{"connectionString":"SharedAccessKeyName=dps","location":"x"}]`,
 		"nothing":                  `[{}]`,

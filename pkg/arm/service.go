@@ -146,7 +146,7 @@ func (c *call) show(sc *registration.Scope) *resource {
 		if h.Kind != registration.HubAzure {
 			shown.Kind = h.Kind
 		}
-		if h.Kind == registration.HubRecord { // clients insist on one, and send it back
+		if h.ConnectionString == "" { // clients insist on one, and send it back
 			shown.ConnectionString = "HostName=" + h.Name
 		}
 		p.IoTHubs = append(p.IoTHubs, shown)
@@ -543,8 +543,17 @@ func hostOf(text string) string {
 	return ""
 }
 
-// hub reads a linked hub. What clients were shown and send back is the stored one.
+// hub reads a linked hub. What clients were shown and send back is the stored one; one that they change is not the start's any more,
+// which would undo it.
 func (c *call) hub(in *linkedHub, stored *registration.Settings) (*registration.LinkedHub, error) {
+	h, err := c.readHub(in, stored)
+	if err == nil && h.FromStart {
+		h.FromStart = *h == *stored.Hub(h.Name)
+	}
+	return h, err
+}
+
+func (c *call) readHub(in *linkedHub, stored *registration.Settings) (*registration.LinkedHub, error) {
 	if in.AuthenticationType != "" && !strings.EqualFold(in.AuthenticationType, "KeyBased") {
 		return nil, bad("authenticationType %.30q: this service has no identity of its own; it links hubs by their keys, KeyBased", in.AuthenticationType)
 	}
@@ -564,11 +573,13 @@ func (c *call) hub(in *linkedHub, stored *registration.Settings) (*registration.
 	case h.Kind == "":
 		return nil, bad("Linked hub %.100q needs a connection string", host)
 	}
-	if h.Kind == was.Kind && (in.ConnectionString == "" || h.Kind == registration.HubRecord && strings.EqualFold(in.ConnectionString, "HostName="+host)) {
-		h.ConnectionString = was.ConnectionString
-	}
-	if h.Kind == registration.HubRecord && strings.EqualFold(in.ConnectionString, "HostName="+host) {
+	bare := in.ConnectionString == "" || strings.EqualFold(in.ConnectionString, "HostName="+host)
+	same := h.Kind == was.Kind
+	switch {
+	case bare && (same && was.ConnectionString == "" || h.Kind == registration.HubRecord):
 		h.ConnectionString = ""
+	case same && in.ConnectionString == "":
+		h.ConnectionString = was.ConnectionString
 	}
 	if h.Location == "" && was.Name == "" && h.Kind == registration.HubAzure {
 		return nil, bad("Linked hub %.100q needs its location", host)
@@ -582,8 +593,11 @@ func (c *call) hub(in *linkedHub, stored *registration.Settings) (*registration.
 		}
 	}
 	h.Reserved = in.ApplyAllocationPolicy != nil && !*in.ApplyAllocationPolicy
+	if same && h.ConnectionString == "" && was.ConnectionString == "" { // as it was linked by a start
+		return h, nil
+	}
 	var err error
-	if h.Kind == was.Kind {
+	if same {
 		if h.ConnectionString, err = c.cfg.Hubs.Restore(h.ConnectionString, was.ConnectionString); err != nil {
 			return nil, bad("Linked hub %.100q: %v", host, err)
 		}
