@@ -58,6 +58,7 @@ func main() {
 	asJSON := flag.Bool("json", false, "print JSON only")
 	short := flag.Bool("short", false, "a tenth of the work")
 	only := flag.String("only", "", "run the benchmarks whose name has this in it")
+	crowdSize := flag.Int("at-scale", 1_000_000, "enrollments in the store of the benchmarks that say so; 5,000,000 takes some minutes")
 	profile := flag.String("profile", "", "write a CPU profile to this file")
 	flag.Parse()
 	b := &bench{json: *asJSON, rounds: 3, scale: 10}
@@ -87,6 +88,7 @@ func main() {
 		{"register-https", func() { b.register("https", false) }}, {"register-mqtt", func() { b.register("mqtt", false) }}, {"register-amqp", func() { b.register("amqp", false) }},
 		{"register-https-key", func() { b.register("https", true) }}, {"register-mqtt-key", func() { b.register("mqtt", true) }},
 		{"idle-mqtt", func() { b.idle("mqtt", 34) }}, {"idle-amqp", func() { b.idle("amqp", 40) }}, {"import", b.importBundle}, {"import-scale", b.importScale},
+		{"startup register-at-scale query-pages", func() { b.atScale(*crowdSize * b.scale / 10) }},
 		{"limit-overhead limit-refusal", b.limitOverhead}, {"limit-fairness", b.limitFairness},
 		{"refusal-https", func() { b.refusal("https") }}, {"refusal-mqtt", func() { b.refusal("mqtt") }},
 		{"lookup-x509", b.lookupX509}, {"lookup-key", b.lookupKey}, {"allocation", b.allocation},

@@ -14,6 +14,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"iter"
@@ -24,6 +25,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/bundle"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/registration"
@@ -152,6 +154,72 @@ func (f *fleet) bare() float64 {
 		}
 	}
 	return float64(f.n) / time.Since(start).Seconds()
+}
+
+// fill puts n individual enrollments into a store that is closed, with rows like those of one that is there, by SQL alone: what
+// they cost to import is measured elsewhere. IDs, fingerprints and keys are spread, as serial numbers are.
+func fill(dir string, n int) {
+	db := must(sql.Open("sqlite", "file:"+filepath.Join(dir, "service.db")+"?_pragma=journal_mode(WAL)&_pragma=synchronous(OFF)&_pragma=cache_size(-400000)&_txlock=immediate"))
+	defer db.Close()
+	db.SetMaxOpenConns(1)
+	const block = 250_000
+	for from := 0; from < n; from += block {
+		tx := must(db.Begin())
+		must(tx.Exec(`CREATE TEMP TABLE made AS WITH RECURSIVE n(i) AS (SELECT $1 UNION ALL SELECT i + 1 FROM n WHERE i < $2)
+			SELECT printf('dev-%09x', (i * 2654435761) % 68719476736) AS id, randomblob(32) AS print FROM n`, from, min(n, from+block)-1))
+		must(tx.Exec(`INSERT INTO records (scope, kind, id, name, document, "symmetric", content) SELECT $1, 'individual', m.id, m.id, r.document, 0, m.print
+			FROM made AS m, (SELECT document FROM records WHERE kind = 'individual' LIMIT 1) AS r ORDER BY m.id`, benchScope))
+		must(tx.Exec(`INSERT INTO certificates (scope, fingerprint, subject, kind, id) SELECT $1, print, print, 'individual', id FROM made ORDER BY print`, benchScope))
+		must(tx.Exec(`INSERT INTO devices (scope, id, group_id, serial, key_hash, station) SELECT $1, id, '', id, lower(hex(print)), 'station' FROM made ORDER BY id`, benchScope))
+		must(tx.Exec(`DROP TABLE made`))
+		check(tx.Commit())
+	}
+}
+
+// query-pages, register-at-scale, startup: a store with a million individual enrollments, or as many as --at-scale says. The last
+// pages of a query against the first ones; devices that register against the same beside ten thousand enrollments; the time that
+// it takes to open against two seconds.
+func (b *bench) atScale(total int) {
+	n := 50 * b.scale
+	f := newFleet(tempDir(), 2*n)
+	build := func(crowdSize, from int) (*crowd, []*registration.Request, string) {
+		dir := tempDir()
+		store, svc := newService(dir)
+		f.importFrom(svc, from, n)
+		check(store.Close())
+		fill(dir, crowdSize)
+		var requests []*registration.Request
+		for i, der := range f.certificates(from, n) {
+			requests = append(requests, crowdRequest(scaleID(i), attest.Proof{Certificates: []*x509.Certificate{must(x509.ParseCertificate(der))}}))
+		}
+		start := time.Now()
+		store, svc = newService(dir)
+		if ms := float64(time.Since(start).Microseconds()) / 1000; crowdSize == total {
+			b.report(result{"startup", ms, 2000, ms / 2000, "ms"})
+		}
+		return &crowd{store, svc}, requests, dir
+	}
+	few, them, _ := build(10_000, 0)
+	many, us, dir := build(total, n)
+	defer func() { check(errors.Join(few.store.Close(), many.store.Close())) }()
+	b.beside("register-at-scale", 3, many, few, us, them)
+
+	db := must(sql.Open("sqlite", "file:"+filepath.Join(dir, "service.db")))
+	defer db.Close()
+	const pages, size = 20, 1000
+	var last string
+	check(db.QueryRow(`SELECT id FROM records WHERE scope = $1 AND kind = 'individual' ORDER BY id DESC LIMIT 1 OFFSET $2`, benchScope, pages*size).Scan(&last))
+	read := func(after string) float64 {
+		start := time.Now()
+		for range pages {
+			page, next, err := many.svc.QueryEnrollments(context.Background(), registration.Individual, registration.Page{After: after, Limit: size})
+			if after = next; err != nil || len(page) != size {
+				check(fmt.Errorf("a page of %d: %w", len(page), err))
+			}
+		}
+		return pages / time.Since(start).Seconds()
+	}
+	b.compare("query-pages", "pages/s", func() float64 { return read(last) }, func() float64 { return read("") })
 }
 
 // import-scale: individual X.509 enrollments, a million of them, by the import's way into a fresh store; against bare inserts of the

@@ -11,7 +11,7 @@ import (
 
 func newDiagnose(a *app) *cobra.Command {
 	o := &serviceOptions{}
-	var group string
+	var group, file string
 	c := &cobra.Command{
 		Use: "diagnose REGISTRATION-ID --service FILE", Short: "Find out why a device is refused", Args: cobra.ExactArgs(1),
 		Long: `diagnose says in plain words why a device was refused, or what became of it, and what to do next. touchmark remembers what devices tried
@@ -23,8 +23,15 @@ It ends with 0 whatever it finds.`,
 			if err := checkID(operator.Individual, args[0]); err != nil {
 				return err
 			}
+			var chain []byte
+			if file != "" {
+				var err error
+				if chain, err = readSmall(file); err != nil {
+					return usageError{fmt.Errorf("reading the device's certificates: %w", err)}
+				}
+			}
 			return a.onService(cmd.Context(), o, func(ctx context.Context, svc *service) error {
-				d, err := svc.Diagnose(ctx, args[0], group)
+				d, err := svc.Diagnose(ctx, args[0], group, chain)
 				if err != nil {
 					return err
 				}
@@ -36,6 +43,7 @@ It ends with 0 whatever it finds.`,
 		},
 	}
 	o.flags(c)
+	c.Flags().StringVar(&file, "chain", "", "PEM file with the certificates that the device sends, its own first: would touchmark let it in with these?")
 	c.Flags().StringVar(&group, "group", "", "group that the device should come in by")
 	return c
 }
@@ -86,8 +94,12 @@ func (a *app) printDiagnosis(d *operator.Diagnosis) error {
 		return nil
 	}
 	rows = nil
-	for _, t := range d.Attempts[max(0, len(d.Attempts)-maxAttempts):] {
-		rows = append(rows, []string{shortTime(&t.At), t.Protocol, t.Operation, t.Result, fmt.Sprint(int(t.Code)), t.Remote, t.Reason, t.TrackingID})
+	for _, t := range d.Attempts[:min(len(d.Attempts), maxAttempts)] {
+		code := ""
+		if t.Code != 0 {
+			code = fmt.Sprint(int(t.Code))
+		}
+		rows = append(rows, []string{shortTime(&t.At), t.Protocol, t.Operation, t.Result, code, t.Remote, t.Reason, t.TrackingID})
 	}
 	fmt.Fprintln(a.out)
 	return a.table([]string{"AT", "BY", "OPERATION", "RESULT", "CODE", "FROM", "REASON", "TRACKING ID"}, rows)

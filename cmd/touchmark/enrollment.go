@@ -121,10 +121,10 @@ func hubsOf(e *dps.Enrollment) []string {
 }
 
 func statusOf(e *dps.Enrollment) string {
-	if e.ProvisioningStatus == "" {
-		return string(dps.EnrollmentEnabled)
+	if e.ProvisioningStatus == dps.EnrollmentDisabled {
+		return string(dps.EnrollmentDisabled)
 	}
-	return string(e.ProvisioningStatus)
+	return string(dps.EnrollmentEnabled) // absent and null too
 }
 
 func shortTime(t *dps.Time) string {

@@ -113,7 +113,7 @@ func (a *app) printHubs(hubs []operator.Hub) error {
 func newHubPut(a *app, link bool) *cobra.Command {
 	o := &managementOptions{}
 	var file, location string
-	var apply bool
+	var apply, unchecked bool
 	var weight int
 	use, short := "update HOST --management FILE", "Change how a hub is linked"
 	long := "update changes what flags name: the key, after the hub's was rolled; the weight; whether it takes part in allocation. The keys of\nother hubs stay."
@@ -159,6 +159,7 @@ func newHubPut(a *app, link bool) *cobra.Command {
 					case !link && err != nil:
 						return err
 					}
+					s.Unchecked = unchecked
 					return s.SetHub(h)
 				})
 				if err != nil {
@@ -176,6 +177,7 @@ func newHubPut(a *app, link bool) *cobra.Command {
 	f := c.Flags()
 	f.StringVar(&file, "connection-string-file", "", "file with the hub's connection string; - is standard input")
 	f.StringVar(&location, "location", map[bool]string{true: "local"}[link], "region of the hub")
+	f.BoolVar(&unchecked, "unchecked", false, "link it although it cannot be reached now (touchmark only)")
 	f.BoolVar(&apply, "apply-allocation-policy", true, "take part in allocation; without, devices come only where an enrollment names the hub")
 	f.IntVar(&weight, "allocation-weight", 1, "share of the devices where allocation is hashed: 1 to 1000")
 	c.Example = "  touchmark hub update hub-a.example.net --allocation-weight 3 --management service/management.connection"

@@ -56,8 +56,9 @@ MOSQUITTO
   administrator: give clients that are no devices names that no device has, with a / in them. Each device has a role of its own, touchmark:ID, by which it may publish, subscribe and receive
   devices/ID/#, and nothing else; further roles may be given to it. A device that the service does not know is refused, and one with a
   certificate may do nothing. When credentials change or a device is removed, the broker puts it off. IDs have no + # / %.
-  There are no twins. To bar one that has a key, disable its client. One that has a certificate is not barred by that alone, until
-  it registers again: take its role away, or remove it. Clients that are not of the service's making are never touched.
+  There are no twins. To bar a device that has a key, disable its client. One that has a certificate is not barred by that alone,
+  until it registers again: take its role away, or remove it. Clients that are not of the service's making, by their text
+  description, are never touched.
   The plugin writes all it has to its file at each change: good for some thousands of devices, not for a million.
 
   Step by step, with ca.pem (the devices' root, and the broker's), server.pem, server.key, and a password for its administrator in

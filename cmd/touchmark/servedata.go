@@ -57,14 +57,13 @@ const ownerPolicy = "provisioningserviceowner"
 
 // serviceData is what a service keeps beside its store: a data directory, or, without one, memory.
 type serviceData struct {
-	dir       string             // empty: nothing is kept
-	seed      emulate.Seed       // what secrets are made of where nothing is kept; nil: chance
-	stations  []crypto.PublicKey // trusted beside those in the trust folder
-	scope     string
-	identity  *age.X25519Identity
-	recipient string
-	// managementToken is the one that may everything, where nothing is kept.
-	managementToken string
+	dir             string             // empty: nothing is kept
+	seed            emulate.Seed       // what secrets are made of where nothing is kept; nil: chance
+	stations        []crypto.PublicKey // trusted beside those in the trust folder
+	scope           string
+	identity        *age.X25519Identity
+	recipient       string
+	managementToken string // may everything
 	// share has what all replicas have of sharedFiles, once the store is open. With secretsShared the store alone keeps the secret ones.
 	share         func(name string, local []byte, make func() ([]byte, error)) ([]byte, error)
 	secretsShared bool

@@ -94,11 +94,11 @@ func (o *serveOptions) management(ctx context.Context, d *serviceData, scopes *r
 	case address == "":
 	case d.dir != "":
 		ready["managementConnectionFile"] = d.path(managementFile)
-		err = writeFile(d.path(managementFile), []byte(text+"\n"), 0o600, true)
+		return server, writeFile(d.path(managementFile), []byte(text+"\n"), 0o600, true)
 	case o.connectionOut == "":
 		ready["managementConnection"] = text
 	}
-	return server, err
+	return server, nil
 }
 
 // hostOf is where the service API of a scope is that is not the first: below the domain, on the port of the HTTPS door.

@@ -151,7 +151,7 @@ func (a *app) wrappingKey(ctx context.Context, raw string) (hsm.Store, *sqlstore
 
 // sharedFiles are those of the data directory that all replicas of a service have the same, and that a restored store brings
 // along: they are in the store too, encrypted.
-var sharedFiles = []string{scopeFile, identityFile, caKeyFile, caFile}
+var sharedFiles = []string{scopeFile, identityFile, caKeyFile, caFile, managementTokenFile}
 
 // shareFile returns what all replicas have under a name: what the store has, or else what this one has, or makes, which is then
 // the others' too.

@@ -1,13 +1,9 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
-	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -16,13 +12,14 @@ import (
 
 func newUsage(a *app) *cobra.Command {
 	o := &serviceOptions{}
+	var from, to string
 	c := &cobra.Command{
 		Use: "usage --service FILE", Short: "Show what was used of a service", Args: cobra.NoArgs,
-		Long:    "usage shows how often each operation was called, and how much of it Azure would bill. Only touchmark tells.",
-		Example: "  touchmark usage --service service/owner.connection",
+		Long:    "usage shows how often each operation was called in this month, or from one day to another, and what of it Azure would bill. Only\ntouchmark tells. With --json it is by day.",
+		Example: "  touchmark usage --service service/owner.connection\n  touchmark usage --from 2026-11-01 --to 2026-11-30 --service service/owner.connection --json",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.onService(cmd.Context(), o, func(ctx context.Context, svc *service) error {
-				usage, err := svc.Usage(ctx)
+				u, err := svc.Usage(ctx, from, to)
 				if errors.Is(err, operator.ErrUnsupported) {
 					return hint(err, "Azure shows usage in its portal, under metrics")
 				}
@@ -30,39 +27,41 @@ func newUsage(a *app) *cobra.Command {
 					return err
 				}
 				if a.json {
-					return a.printJSON(usage)
+					return a.printJSON(u)
 				}
-				var v any
-				dec := json.NewDecoder(bytes.NewReader(usage))
-				dec.UseNumber()
-				if err := dec.Decode(&v); err != nil {
-					return err
-				}
-				return a.table([]string{"USED", "COUNT"}, leaves("", v, nil))
+				return a.printUsage(u)
 			})
 		},
 	}
 	o.flags(c)
+	c.Flags().StringVar(&from, "from", "", "first day, as in 2026-11-01 (default: the first of the month)")
+	c.Flags().StringVar(&to, "to", "", "last day (default: today)")
 	return c
 }
 
-// leaves lists every value of a document with its path: the report may tell more than this program knows.
-func leaves(path string, v any, rows [][]string) [][]string {
-	switch v := v.(type) {
-	case map[string]any:
-		for _, k := range slices.Sorted(maps.Keys(v)) {
-			at := k
-			if path != "" {
-				at = path + "." + k
-			}
-			rows = leaves(at, v[k], rows)
-		}
-	case []any:
-		for i, e := range v {
-			rows = leaves(fmt.Sprintf("%s[%d]", path, i), e, rows)
-		}
-	default:
-		rows = append(rows, []string{path, fmt.Sprint(v)})
+func (a *app) printUsage(u *operator.Usage) error {
+	if err := a.table(nil, [][]string{{"Usage", u.IDScope}, {"  from", u.From}, {"  to", u.To}, {"  calls", fmt.Sprint(u.Calls)}, {"  Azure would bill", fmt.Sprint(u.Billable)}}); err != nil {
+		return err
 	}
-	return rows
+	var items []operator.UsageItem
+	at := make(map[operator.UsageItem]int)
+	for _, d := range u.Days {
+		for _, i := range d.Usage {
+			n := i.Calls
+			i.Calls = 0
+			if _, ok := at[i]; !ok {
+				at[i], items = len(items), append(items, i)
+			}
+			items[at[i]].Calls += n
+		}
+	}
+	var rows [][]string
+	for _, i := range items {
+		rows = append(rows, []string{i.API, i.Operation, i.Result, fmt.Sprint(i.Calls), yesNo(i.Billable)})
+	}
+	if len(rows) == 0 {
+		return nil
+	}
+	fmt.Fprintln(a.out)
+	return a.table([]string{"API", "OPERATION", "RESULT", "CALLS", "BILLED"}, rows)
 }

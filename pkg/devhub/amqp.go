@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/url"
 	"slices"
 	"strings"
@@ -30,6 +31,8 @@ const (
 	loginTime         = 30 // before a token has been shown
 	minIdle           = 1000
 	maxHeld           = 8
+	goodbyeTime       = 3
+	maxGoodbye        = 1 << 20
 )
 
 const (
@@ -98,7 +101,9 @@ func (h *Hub) ServeAMQP(_ context.Context, c *door.Conn, r *bufio.Reader, open *
 	beats.Wait()
 	var f *amqpFault
 	if errors.As(err, &f) {
-		err = errors.Join(err, s.write(&amqp.Close{Error: &amqp.Error{Condition: f.condition, Description: f.text}}, nil))
+		err = errors.Join(err, s.write(&amqp.Close{Error: &amqp.Error{Condition: f.condition, Description: f.text}}, nil), s.c.SetReadDeadline(time.Now().Add(goodbyeTime*s.h.cfg.Second)))
+		// A connection closed on unread input could take the close with it.
+		_, _ = io.Copy(io.Discard, io.LimitReader(s.r, maxGoodbye))
 	}
 	return err
 }

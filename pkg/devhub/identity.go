@@ -49,8 +49,8 @@ const (
 
 // checkDeviceID checks what IoT Hub takes as a device ID. It is told apart by case.
 func checkDeviceID(id string) error {
-	if id == "" || len(id) > maxDeviceID {
-		return badArgument("deviceId: want 1 to %d characters", maxDeviceID)
+	if id == "" || len(id) > maxDeviceID || id == "." || id == ".." { // which are no part of a path
+		return badArgument("deviceId: want 1 to %d characters, and neither . nor ..", maxDeviceID)
 	}
 	for i := range len(id) {
 		c := id[i]

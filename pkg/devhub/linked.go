@@ -2,8 +2,10 @@ package devhub
 
 import (
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"net"
 	"strings"
 
 	"github.com/touchmark/touchmark/pkg/dps"
@@ -12,6 +14,20 @@ import (
 
 // Linked returns the hub as a linked hub of the registration service in the same process.
 func (h *Hub) Linked() registration.Hub { return linked{h} }
+
+// LinkedHub is the hub as a scope's record has it, for callers who reach it at an address, HOST:PORT, whose certificate is judged by
+// a CA in PEM; nil is the system's. The host must be the hub's name or one of [Config.Hosts]. It is a secret.
+func (h *Hub) LinkedHub(address string, caPEM []byte) registration.LinkedHub {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		host, port = address, "443"
+	}
+	text := h.ConnectionString(host, "iothubowner") + ";Port=" + port
+	if caPEM != nil {
+		text += ";CA=" + base64.StdEncoding.EncodeToString(caPEM)
+	}
+	return registration.LinkedHub{Name: h.cfg.Name, Kind: registration.HubBuiltin, ConnectionString: text}
+}
 
 type linked struct{ h *Hub }
 
@@ -62,7 +78,7 @@ func ownScope(r *record) string {
 
 func (l linked) Admit(_ context.Context, want *registration.HubDevice) (created bool, err error) {
 	h := l.h
-	if err := checkDeviceID(want.ID); err != nil {
+	if err := checkAdmitted(want); err != nil {
 		return false, l.fault(err)
 	}
 	authentication := object{"type": kindSAS}
@@ -89,6 +105,25 @@ func (l linked) Admit(_ context.Context, want *registration.HubDevice) (created 
 	}
 	_, err = h.write(want.ID, func(r *record) error { return edit(r, want, authentication, created) })
 	return created && err == nil, l.fault(err)
+}
+
+// checkAdmitted wants credentials of one kind, which the hub does not make itself here.
+func checkAdmitted(d *registration.HubDevice) error {
+	if err := checkDeviceID(d.ID); err != nil {
+		return err
+	}
+	if (d.Keys == nil) == (len(d.Thumbprints) == 0) || len(d.Thumbprints) > 2 {
+		return badArgument("want either keys or one or two thumbprints")
+	}
+	if d.Keys != nil && (d.Keys.PrimaryKey == "" || d.Keys.SecondaryKey == "") {
+		return badArgument("want both keys")
+	}
+	for _, p := range d.Thumbprints {
+		if len(p) != 64 {
+			return badArgument("a thumbprint is not of SHA-256")
+		}
+	}
+	return nil
 }
 
 func edit(r *record, want *registration.HubDevice, authentication object, created bool) error {

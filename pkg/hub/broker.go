@@ -37,6 +37,7 @@ type broker struct {
 	conn    *Connection
 	dialer  net.Dialer
 	timeout time.Duration
+	now     func() time.Time
 	free    chan *session // of one; nil is one that is yet to be made
 }
 
@@ -48,7 +49,7 @@ type session struct {
 }
 
 func newBroker(cfg Config, conn *Connection) *broker {
-	b := &broker{name: cfg.Hub.Name, conn: conn, timeout: cfg.Timeout, free: make(chan *session, 1),
+	b := &broker{name: cfg.Hub.Name, conn: conn, timeout: cfg.Timeout, now: cfg.Now, free: make(chan *session, 1),
 		dialer: net.Dialer{Timeout: cfg.ConnectTimeout, Control: addresses{conn.Plain, cfg.PublicOnly}.control}}
 	b.free <- nil
 	return b
@@ -142,7 +143,7 @@ func (e *refusedError) Error() string { return e.text }
 func (b *broker) converse(ctx context.Context, s *session, commands []command) (*session, []result, error) {
 	if s != nil {
 		defer s.guard(ctx)()
-		if time.Since(s.used) > idle && s.ping() != nil {
+		if b.now().Sub(s.used) > idle && s.ping() != nil {
 			s.Conn.Close()
 			s = nil
 		}
@@ -155,7 +156,7 @@ func (b *broker) converse(ctx context.Context, s *session, commands []command) (
 		defer s.guard(ctx)()
 	}
 	results, err := s.exchange(commands)
-	s.used = time.Now()
+	s.used = b.now()
 	return s, results, err
 }
 

@@ -141,7 +141,6 @@ func parseClient(data []byte, id string) (*client, error) {
 	if got.Client.Username != id {
 		return nil, fmt.Errorf("it is of client %.128q", got.Client.Username)
 	}
-	got.Client.description = description{}
 	if decode([]byte(got.Client.Description), &got.Client.description, true) != nil {
 		got.Client.description = description{} // somebody else's
 	}

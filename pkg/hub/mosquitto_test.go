@@ -215,6 +215,20 @@ func TestMosquittoDevices(t *testing.T) {
 			forGood(t, err)
 		}
 	})
+	t.Run("a client that has no client ID gets it", func(t *testing.T) {
+		keys := hubtest.Keys()
+		h := open(t, hub.Config{Hub: m.Linked("mq.example.net")})
+		admit(t, h, &registration.HubDevice{ID: "pump-6", Keys: keys})
+		m.Edit(t, func(text string) string {
+			return regexp.MustCompile(`"clientid":\s*"pump-6",`).ReplaceAllString(text, "")
+		})
+		if _, err := m.ConnectAs(t, "pump-7", "pump-6", keys.PrimaryKey, nil); err != nil {
+			t.Fatal(err)
+		}
+		admit(t, open(t, hub.Config{Hub: m.Linked("mq.example.net")}), &registration.HubDevice{ID: "pump-6", Keys: keys})
+		_, err := m.ConnectAs(t, "pump-7", "pump-6", keys.PrimaryKey, nil)
+		refused(t, err)
+	})
 	t.Run("a broker that by default lets everybody do anything", func(t *testing.T) {
 		for _, access := range []string{"publishClientSend", "subscribe"} {
 			m.Edit(t, func(text string) string {
@@ -239,9 +253,12 @@ func TestMosquittoGone(t *testing.T) {
 	registrationtest.Goroutines(t)
 	m := hubtest.StartMosquitto(t)
 	linked := m.Linked("mq.example.net")
-	h := open(t, hub.Config{Hub: linked})
+	c := newClock()
+	h := open(t, hub.Config{Hub: linked, Now: c.Now})
 	d := &registration.HubDevice{ID: "pump-1", Keys: hubtest.Keys()}
 	admit(t, h, d)
+	c.Forward(time.Minute)
+	admit(t, h, d) // on the same connection, which is there
 	m.Kill(t)
 	temporary(t, h.Check(t.Context()))
 	if _, err := h.Admit(t.Context(), d); temporary(t, err).Code != "Unreachable" {
@@ -249,23 +266,24 @@ func TestMosquittoGone(t *testing.T) {
 	}
 	m.Start(t)
 	admit(t, h, d)
-	m.Kill(t) // and again, unnoticed
+	m.Kill(t) // and again, while nobody asks
 	m.Start(t)
-	for try := 0; ; try++ {
-		created, err := h.Admit(t.Context(), d)
-		if err == nil && !created {
-			break
-		}
-		if temporary(t, err); try > 0 { // the connection is asked for only after a while
-			t.Fatal(err)
-		}
+	c.Forward(time.Minute)
+	if created, err := h.Admit(t.Context(), d); err != nil || created {
+		t.Errorf("after a restart: %v, %v", created, err)
 	}
+	m.Kill(t) // and again, too soon for the connection to be asked whether it stands
+	m.Start(t)
+	if _, err := h.Admit(t.Context(), d); temporary(t, err).Code != "Unreachable" {
+		t.Error(err)
+	}
+	admit(t, h, d)
 	own, err := m.Connect(t, d.ID, d.Keys.PrimaryKey, nil)
 	if err == nil {
 		err = own.Subscribe("devices/pump-1/#")
 	}
 	if err != nil {
-		t.Errorf("after two restarts: %v", err)
+		t.Errorf("after three restarts: %v", err)
 	}
 
 	t.Run("wrong password", func(t *testing.T) {

@@ -148,6 +148,41 @@ func TestPoolBreaker(t *testing.T) {
 	}
 }
 
+// Calls that were under way when it opened, and fail later, do not keep it open for longer.
+func TestPoolBreakerLateFailures(t *testing.T) {
+	registrationtest.Goroutines(t)
+	s := hubtest.StartStub(t)
+	c := newClock()
+	p := hub.NewPool(hub.PoolConfig{Base: hub.Config{Now: c.Now}})
+	defer p.Close()
+	h := pooled(t, p, "0ne1", s.Linked("hub-a"))
+	wait := make(chan struct{})
+	arrived := make(chan struct{}, 12)
+	s.Fail(func(*http.Request) hubtest.Fault {
+		arrived <- struct{}{}
+		return hubtest.Fault{Wait: wait, Status: 503}
+	})
+	results := make(chan error)
+	for range 12 {
+		go func() { results <- h.Check(t.Context()) }()
+	}
+	for range 12 {
+		<-arrived
+	}
+	close(wait)
+	for range 12 {
+		temporary(t, <-results)
+	}
+	s.Fail(nil)
+	if err := h.Check(t.Context()); codeOf(err) != "CircuitOpen" {
+		t.Error(err)
+	}
+	c.Forward(time.Second)
+	if err := h.Check(t.Context()); err != nil {
+		t.Errorf("after the first pause: %v", err)
+	}
+}
+
 // One that hangs has so many calls, and no more, to itself.
 func TestPoolConcurrency(t *testing.T) {
 	registrationtest.Goroutines(t)

@@ -138,6 +138,7 @@ func TestWebhookFaults(t *testing.T) {
 		{"hangs", 0, func(_ http.ResponseWriter, r *http.Request) {
 			io.Copy(io.Discard, r.Body)
 			<-r.Context().Done()
+			panic(http.ErrAbortHandler)
 		}},
 		{"hangs up", 0, func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }},
 		{"a header of 1 MB", 0, func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("X", strings.Repeat("a", 1<<20)) }},

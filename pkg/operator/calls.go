@@ -268,11 +268,49 @@ func unsupported(err error) error {
 	return err
 }
 
-// Usage returns a touchmark service's report of what was used, as it came. The error is ErrUnsupported.
-func (c *Client) Usage(ctx context.Context) (json.RawMessage, error) {
-	var usage json.RawMessage
-	_, err := c.do(ctx, request{method: http.MethodGet, path: "/touchmark/usage", again: true}, &usage)
-	return usage, unsupported(err)
+// Usage is what was used of a touchmark service, by day.
+type Usage struct {
+	IDScope  string     `json:"idScope"`
+	From     string     `json:"from"` // days, both of them counted
+	To       string     `json:"to"`
+	Calls    int64      `json:"calls"`
+	Billable int64      `json:"billable"` // those that Azure bills
+	Days     []UsageDay `json:"days"`
+}
+
+// A UsageDay is what was used on one day.
+type UsageDay struct {
+	Date     string      `json:"date"`
+	Calls    int64       `json:"calls"`
+	Billable int64       `json:"billable"`
+	Usage    []UsageItem `json:"usage"`
+}
+
+// A UsageItem counts calls of one operation that ended in one way.
+type UsageItem struct {
+	API       string `json:"api"`
+	Operation string `json:"operation"`
+	Result    string `json:"result"`
+	Calls     int64  `json:"calls"`
+	Billable  bool   `json:"billable"`
+}
+
+// Usage returns what was used from one day to another, as in 2026-11-21; empty ones are the first of the month, and today. The error is
+// ErrUnsupported.
+func (c *Client) Usage(ctx context.Context, from, to string) (*Usage, error) {
+	query := url.Values{}
+	for name, day := range map[string]string{"from": from, "to": to} {
+		if day != "" {
+			query.Set(name, day)
+		}
+	}
+	u := &Usage{}
+	_, err := c.do(ctx, request{method: http.MethodGet, path: "/touchmark/usage", query: query, again: true}, u)
+	var e *Error
+	if errors.As(err, &e) && e.Status == http.StatusBadRequest {
+		return nil, err // a day that is none
+	}
+	return u, unsupported(err)
 }
 
 func checkKeys(k *dps.SymmetricKeyAttestation) error {

@@ -124,9 +124,7 @@ func plain(d *Document) (map[string]any, error) {
 	if d.Kind == Individual && m["deviceId"] == d.ID {
 		delete(m, "deviceId")
 	}
-	if e.ProvisioningStatus = cmp.Or(e.ProvisioningStatus, dps.EnrollmentEnabled); e.ProvisioningStatus == dps.EnrollmentEnabled {
-		delete(m, "provisioningStatus")
-	} else {
+	if delete(m, "provisioningStatus"); e.ProvisioningStatus == dps.EnrollmentDisabled {
 		m["provisioningStatus"] = string(e.ProvisioningStatus)
 	}
 	if e.AllocationPolicy != "" {

@@ -1,11 +1,12 @@
 package operator
 
 import (
+	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"net/http"
 	"net/url"
+	"slices"
 
 	"github.com/touchmark/touchmark/pkg/dps"
 )
@@ -18,14 +19,33 @@ type Attempt struct {
 	Code       dps.Code `json:"code"`
 	TrackingID string   `json:"trackingId"`
 	Reason     string   `json:"reason"` // why it was refused, as it stands in the service's log
+	Rule       string   `json:"rule"`   // a name for it
 	Protocol   string   `json:"protocol"`
 	Remote     string   `json:"remote"`
 	Group      string   `json:"group"`
-	Proof      string   `json:"proof"` // what it proved itself with, primary or secondary
+	Times      int64    `json:"times,omitempty"` // how often the same happened; 0 for once
+	Proof      string   `json:"proof"`           // what it proved itself with, or tried to: x509, symmetricKey, tpm or none
+	// Slot is which of two keys or certificates that was, where the service tells: primary or secondary.
+	Slot        string     `json:"slot,omitempty"`
+	Certificate *Presented `json:"certificate,omitempty"`
+}
+
+// Presented is a certificate that a device showed.
+type Presented struct {
+	Subject string `json:"subject"`
+	Issuer  string `json:"issuer"`
+}
+
+// A Trial is what would become of certificates that were handed in.
+type Trial struct {
+	Result string `json:"result"` // admitted, disabled or refused
+	Group  string `json:"group,omitempty"`
+	Rule   string `json:"rule,omitempty"`
+	Reason string `json:"reason,omitempty"`
 }
 
 // Refused reports whether the device was told no.
-func (a *Attempt) Refused() bool { return a.Code >= 400_000 }
+func (a *Attempt) Refused() bool { return a.Code >= 400_000 || a.Result == "refused" }
 
 // A Diagnosis is what a service knows about a device, and what that means.
 type Diagnosis struct {
@@ -33,7 +53,8 @@ type Diagnosis struct {
 	Enrollment     *Document              `json:"enrollment,omitempty"`
 	Group          *Document              `json:"group,omitempty"` // that was asked about, or that the last attempt came in by
 	Registration   *dps.RegistrationState `json:"registration,omitempty"`
-	Attempts       []Attempt              `json:"attempts,omitempty"`
+	Attempts       []Attempt              `json:"attempts,omitempty"` // the newest first
+	Trial          *Trial                 `json:"trial,omitempty"`
 	// Told says that the service keeps a log of attempts. Without one, what is explained is what can be seen from outside.
 	Told     bool      `json:"told"`
 	Findings []Finding `json:"findings"`
@@ -42,46 +63,54 @@ type Diagnosis struct {
 	Kinds    map[dps.AttestationType]int `json:"groups,omitempty"`
 	// Explanation is what the service itself makes of it.
 	Explanation []string `json:"explanation,omitempty"`
+	by          string   // the group that the service says it belongs to
 }
 
-// Diagnosis gets what a touchmark service tells about a device. The error is ErrUnsupported where it tells nothing.
-func (c *Client) Diagnosis(ctx context.Context, id string) (*Diagnosis, error) {
+// Diagnosis gets what a touchmark service tells about a device; with a chain of certificates in PEM, the device's first, also what would
+// become of it. The error is ErrUnsupported where it tells nothing.
+func (c *Client) Diagnosis(ctx context.Context, id string, chain []byte) (*Diagnosis, error) {
 	var told struct {
-		Enrollment   json.RawMessage        `json:"enrollment"`
-		Registration *dps.RegistrationState `json:"registration"`
-		Attempts     []Attempt              `json:"attempts"`
-		Explanation  []string               `json:"explanation"`
+		Enrollment   struct{ Kind, ID string }
+		Registration *dps.RegistrationState
+		Attempts     []Attempt
+		Trial        *Trial
+		Explanation  []string
 	}
-	if _, err := c.do(ctx, request{method: http.MethodGet, path: "/touchmark/diagnose/" + url.PathEscape(id), again: true}, &told); err != nil {
+	r := request{method: http.MethodGet, path: "/touchmark/diagnose/" + url.PathEscape(id), again: true}
+	if chain != nil {
+		r.method, r.body = http.MethodPost, chain
+	}
+	if _, err := c.do(ctx, r, &told); err != nil {
 		return nil, unsupported(err)
 	}
-	d := &Diagnosis{RegistrationID: id, Registration: told.Registration, Attempts: told.Attempts, Explanation: told.Explanation, Told: true}
-	if e, err := ParseDocument(told.Enrollment); err == nil { // else there is none
-		d.Enrollment = e
+	d := &Diagnosis{RegistrationID: id, Registration: told.Registration, Attempts: told.Attempts, Trial: told.Trial, Explanation: told.Explanation, Told: true}
+	if told.Enrollment.Kind == "group" {
+		d.by = told.Enrollment.ID
 	}
+	slices.SortStableFunc(d.Attempts, func(a, b Attempt) int { return b.At.Compare(a.At.Time) })
 	return d, nil
 }
 
 // Diagnose finds out why a device is refused, or is not where it should be: from the service's log of attempts, if it is touchmark's,
-// and from what every service shows. The group is the one that the device is meant to come in by; empty if nobody knows.
-func (c *Client) Diagnose(ctx context.Context, id, group string) (*Diagnosis, error) {
-	d, err := c.Diagnosis(ctx, id)
-	if errors.Is(err, ErrUnsupported) {
+// and from what every service shows. The group is the one that the device is meant to come in by; empty if nobody knows. The chain is
+// described at [Client.Diagnosis]; nil is none.
+func (c *Client) Diagnose(ctx context.Context, id, group string, chain []byte) (*Diagnosis, error) {
+	d, err := c.Diagnosis(ctx, id, chain)
+	if errors.Is(err, ErrUnsupported) && chain == nil {
 		d, err = &Diagnosis{RegistrationID: id}, nil
 	}
 	if err != nil {
 		return nil, err
 	}
+	group = cmp.Or(group, d.by)
 	absent := func(err error) error {
 		if errors.Is(err, ErrNotFound) {
 			return nil
 		}
 		return err
 	}
-	if d.Enrollment == nil {
-		if d.Enrollment, err = c.Get(ctx, Individual, id); absent(err) != nil {
-			return nil, err
-		}
+	if d.Enrollment, err = c.Get(ctx, Individual, id); absent(err) != nil {
+		return nil, err
 	}
 	if d.Registration == nil {
 		st, err := c.Registration(ctx, id)
@@ -104,7 +133,7 @@ func (c *Client) Diagnose(ctx context.Context, id, group string) (*Diagnosis, er
 // groupsOf looks at the groups that a device without an enrollment can come in by.
 func (c *Client) groupsOf(ctx context.Context, d *Diagnosis, group string) error {
 	if group == "" && len(d.Attempts) > 0 {
-		group = d.Attempts[len(d.Attempts)-1].Group
+		group = d.Attempts[0].Group
 	}
 	d.Kinds = make(map[dps.AttestationType]int)
 	for g, err := range c.All(ctx, Group) {

@@ -28,6 +28,14 @@ type cause struct {
 	next   string
 }
 
+// rules are the names that touchmark gives to reasons, and the causes that they are.
+var rules = map[string]string{
+	"no-proof": "no-certificate", "common-name": "common-name", "validity": "validity", "chain": "chain", "token-malformed": "token-malformed", "token-expired": "token-expired",
+	"signature": "signature", "audience": "token-resource", "tpm-key": "tpm-key", "no-enrollment": "no-derived-key", "certificate": "other-certificate", "kind": "other-kind",
+	"group-disabled": "disabled", "blocked": "blocked", "ended": "ended", "closed": "not-named", "operational": "operational", "endorsement-key": "endorsement-key",
+	"challenge": "tpm-unproven", "scope": "unknown-scope",
+}
+
 // causes are what touchmark's log of attempts says, most particular first. Reasons are those of packages attest and registration.
 var causes = []cause{
 	{"token-expired", 0, "token has expired", "The device's token had expired when it came: its clock is wrong, or it uses a token again that it made long ago.",
@@ -36,7 +44,7 @@ var causes = []cause{
 		"Compare ID scope and registration ID in the device with those here, letter by letter."},
 	{"token-malformed", 0, "token is malformed", "What the device sent as its token is none.", "Look at how its software makes the token; the vendor's SDK makes it right."},
 	{"signature", 0, "signature does not verify", "The device's key is not the enrolled one, or not the one that its group's key derives.",
-		"A device of a group needs the derived key, never the group's own. Case counts: the key is derived from the registration ID as the device spells it."},
+		"A device of a group needs the derived key, never the group's own. Letter case counts: the key must be derived from the registration ID as the device spells it."},
 	{"no-derived-key", 0, "no group's key derives", "No enrollment has this registration ID, and no group's key derives the key that the device has.",
 		"If it belongs to a group, its key was derived from another group's key or another spelling of its registration ID: derive it anew. Else make an enrollment for it."},
 	{"not-symmetric", 0, "does not attest by symmetric key", "The device came with a key, and its enrollment wants something else.",
@@ -58,6 +66,10 @@ var causes = []cause{
 	{"ended", 0, "an identity that ended", "The device's key belonged to an identity that was scrapped, voided or reworked.", "It never registers again. Give the unit a new identity on the line."},
 	{"not-named", 0, "no bundle named", "Its group is closed, and no imported bundle named this device.", "Import the bundle that it came out of the factory with, or touchmark group open the group."},
 	{"other-revision", 0, "not the one of the device's revision", "Its group is closed, and the device has a key that no bundle named for it: that of an earlier identity of the unit, or a stranger's.", "Import the bundle that tells of the unit's rework."},
+	{"blocked", 0, "that of the disabled enrollment", "The device's certificate is that of an enrollment which is disabled: it stays out under whatever name.", "touchmark enrollment enable that one, if it should be let in."},
+	{"operational", 0, "issued for its hub", "The device showed the certificate that it was issued for its hub.", "Have it register with its own."},
+	{"endorsement-key", 0, "another endorsement key", "The enrollment is for another TPM.", "Compare the endorsement keys; a TPM that was exchanged needs an enrollment of its own."},
+	{"other-kind", 0, "attests in another way", "The device proves itself in another way than its enrollment wants.", "An individual enrollment beats every group. Delete or change it."},
 	{"unknown-scope", 0, "unknown id scope", "The device asked for another ID scope.", "Set the device's ID scope to this service's."},
 	{"disabled", 0, "disabled", "The enrollment or the group that decides about this device is disabled.", "touchmark enrollment enable, or touchmark group enable, if it should be let in."},
 	{"no-hub", dps.CodeNoHub, "", "No linked hub is one that the enrollment allows.", "Link a hub (touchmark hub link), or name one that is linked in the enrollment's iotHubs."},
@@ -71,9 +83,15 @@ var causes = []cause{
 // explainAttempt finds the cause of one refusal.
 func explainAttempt(a *Attempt) (Finding, bool) {
 	reason := strings.ToLower(a.Reason)
-	for _, c := range causes {
-		if c.reason != "" && strings.Contains(reason, c.reason) || c.reason == "" && c.code == a.Code {
-			return Finding{c.name, c.words, c.next, c.reason != ""}, true
+	for _, by := range []func(*cause) bool{
+		func(c *cause) bool { return c.reason != "" && strings.Contains(reason, c.reason) },
+		func(c *cause) bool { return rules[a.Rule] == c.name },
+		func(c *cause) bool { return c.code != 0 && c.code == a.Code },
+	} {
+		for i := range causes {
+			if c := &causes[i]; by(c) {
+				return Finding{c.name, c.words, c.next, c.reason != ""}, true
+			}
 		}
 	}
 	return Finding{}, false
@@ -88,8 +106,19 @@ func Explain(d *Diagnosis, group string) []Finding {
 			found = append(found, f)
 		}
 	}
-	attempts := slices.Clone(d.Attempts)
-	slices.SortStableFunc(attempts, func(a, b Attempt) int { return b.At.Compare(a.At.Time) })
+	if t := d.Trial; t != nil {
+		switch f, ok := explainAttempt(&Attempt{Rule: t.Rule, Reason: t.Reason}); {
+		case t.Result == "admitted":
+			add(Finding{"trial-admitted", "With the certificates that were handed in it would be let in now.", "If the device is refused with these, it does not send them all, or has others.", true})
+		case t.Result == "disabled":
+			add(Finding{"disabled", "The certificates that were handed in are good, and who decides about them is disabled.", "touchmark group enable, or touchmark enrollment enable.", true})
+		case ok:
+			add(f)
+		default:
+			add(Finding{"trial-refused", "With the certificates that were handed in it would be refused: " + t.Reason + ".", "The service's own words below say more.", true})
+		}
+	}
+	attempts := d.Attempts
 	for i := range attempts {
 		if !attempts[i].Refused() {
 			break // what was before it is over

@@ -40,6 +40,12 @@ func TestExplainReasons(t *testing.T) {
 		}
 		words[found[0].Words] = cause
 	}
+	for _, rule := range []string{"no-proof", "common-name", "validity", "chain", "token-malformed", "token-expired", "signature", "audience", "tpm-key", "no-enrollment", "certificate", "kind",
+		"group-disabled", "blocked", "ended", "closed", "operational", "endorsement-key", "challenge", "scope"} {
+		if found := operator.Explain(&operator.Diagnosis{Told: true, Attempts: []operator.Attempt{{Code: dps.CodeUnauthorized, Rule: rule}}}, ""); !found[0].Sure || found[0].Cause == "unauthorized" {
+			t.Errorf("rule %s: %+v", rule, found)
+		}
+	}
 	for code, cause := range map[dps.Code]string{dps.CodeNoHub: "no-hub", dps.CodeHubRefused: "hub-refused", 400207: "webhook", dps.CodeBadCSR: "bad-csr", dps.CodeThrottled: "throttled"} {
 		st := &dps.RegistrationState{Status: dps.Failed, ErrorCode: int(code), ErrorMessage: "x"}
 		if found := operator.Explain(&operator.Diagnosis{Registration: st}, ""); len(found) != 1 || found[0].Cause != cause || !found[0].Sure {
@@ -47,7 +53,7 @@ func TestExplainReasons(t *testing.T) {
 		}
 	}
 	// What was before the device got in is over.
-	d := &operator.Diagnosis{Registration: &dps.RegistrationState{Status: dps.Assigned}, Attempts: []operator.Attempt{{Code: dps.CodeUnauthorized, Reason: attest.ErrChain.Error()}, {Result: "assigned", At: now()}}}
+	d := &operator.Diagnosis{Registration: &dps.RegistrationState{Status: dps.Assigned}, Attempts: []operator.Attempt{{Result: "assigned", At: now()}, {Code: dps.CodeUnauthorized, Reason: attest.ErrChain.Error()}}}
 	if found := operator.Explain(d, ""); len(found) != 1 || found[0].Cause != "assigned" {
 		t.Errorf("%+v", found)
 	}
@@ -64,7 +70,7 @@ func TestDiagnoseFromOutside(t *testing.T) {
 	c, ctx := client(t, s), t.Context()
 	first := func(id, group, cause string, sure bool) {
 		t.Helper()
-		d, err := c.Diagnose(ctx, id, group)
+		d, err := c.Diagnose(ctx, id, group, nil)
 		if err != nil || d.Told || len(d.Findings) == 0 || d.Findings[0].Cause != cause || d.Findings[0].Sure != sure {
 			t.Errorf("%s by %q: %+v, %v", id, group, d, err)
 		}
@@ -98,11 +104,13 @@ func TestDiagnoseTold(t *testing.T) {
 		switch {
 		case r.URL.Path == "/touchmark/diagnose/pump-1":
 			fmt.Fprint(w, `{"registrationId":"pump-1","enrollment":null,"registration":null,"future":{},"explanation":["it was too early"],"attempts":[
-				{"at":"2026-01-02T00:00:00Z","operation":"register","result":"refused","code":401002,"trackingId":"t2","reason":"no path to a known CA","protocol":"mqtt","remote":"192.0.2.1","group":"","proof":"x509","more":1},
+				{"at":"2026-01-02T00:00:00Z","operation":"register","result":"refused","code":401002,"trackingId":"t2","reason":"no path to a known CA","protocol":"mqtt","remote":"192.0.2.1","group":"","proof":"x509","certificate":{"subject":"CN=pump-1","issuer":"CN=x","chain":1},"rule":"chain","more":1},
 				{"at":"2026-01-01T00:00:00Z","operation":"register","result":"refused","code":401002,"trackingId":"t1","reason":"token has expired","protocol":"http"}]}`)
+		case strings.HasPrefix(r.URL.Path, "/touchmark/diagnose/by-"):
+			fmt.Fprintf(w, `{"attempts":[{"at":"2026-01-02T00:00:00Z","result":"assigned","group":"cas","proof":"x509","certificate":{"issuer":"CN=%s"}}]}`, r.URL.Path[len("/touchmark/diagnose/by-"):])
 		case strings.HasPrefix(r.URL.Path, "/touchmark/diagnose/"):
 			id := r.URL.Path[len("/touchmark/diagnose/"):]
-			fmt.Fprintf(w, `{"registrationId":%q,"attempts":[{"at":"2026-01-02T00:00:00Z","result":"assigned","code":0,"group":"G","proof":%q},{"at":"2026-01-01T00:00:00Z","code":401002,"group":"G","proof":"symmetricKey primary"}]}`, id, "symmetricKey "+id)
+			fmt.Fprintf(w, `{"registrationId":%q,"attempts":[{"at":"2026-01-02T00:00:00Z","result":"assigned","code":0,"group":"G","proof":"symmetricKey","slot":%q},{"at":"2026-01-01T00:00:00Z","code":401002,"group":"G","slot":"primary"}]}`, id, id)
 		default:
 			azure.ServeHTTP(w, r)
 		}
@@ -119,7 +127,7 @@ func TestDiagnoseTold(t *testing.T) {
 		t.Fatal(err)
 	}
 	c, ctx := operator.New(operator.Config{Connection: cn, Roots: roots}), t.Context()
-	d, err := c.Diagnose(ctx, "pump-1", "")
+	d, err := c.Diagnose(ctx, "pump-1", "", nil)
 	if err != nil || !d.Told || len(d.Findings) < 2 || d.Findings[0].Cause != "chain" || !d.Findings[0].Sure || d.Findings[1].Cause != "token-expired" || len(d.Explanation) != 1 {
 		t.Errorf("%+v, %v", d, err)
 	}
@@ -138,6 +146,25 @@ func TestDiagnoseTold(t *testing.T) {
 		t.Fatal(err)
 	}
 	if fmt.Sprint(slots) != "map[neither:unknown primary:primary secondary:secondary]" {
+		t.Error(slots)
+	}
+	// Of certificates the issuer tells, where the two CAs have different names.
+	first, _ := authority(t, "One")
+	second, _ := authority(t, "Two")
+	if _, err := client(t, azure).Create(ctx, groupOf(t, "cas", first, second)); err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []string{"by-One", "by-Two", "by-Three"} {
+		azure.Register("cas", id, "assigned", nil)
+	}
+	if r, err = c.RollCA(ctx, "cas", wire(second)); err != nil || r.State != operator.RollWaiting || r.Slot() != "primary" {
+		t.Fatalf("%v, %v", r, err)
+	}
+	clear(slots)
+	if err := r.Uses(ctx, func(u operator.Use) error { slots[u.RegistrationID] = u.Slot; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if fmt.Sprint(slots) != "map[by-One:primary by-Three:unknown by-Two:secondary]" {
 		t.Error(slots)
 	}
 }

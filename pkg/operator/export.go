@@ -169,8 +169,11 @@ func (w *csvWriter) Write(x *Exported) error {
 	if err != nil {
 		return err
 	}
-	cells := map[string]string{d.Kind.Member(): d.ID, colAttestation: string(e.Attestation.Type), colStatus: string(e.ProvisioningStatus),
+	cells := map[string]string{d.Kind.Member(): d.ID, colAttestation: string(e.Attestation.Type), colStatus: strings.TrimPrefix(string(e.ProvisioningStatus), string(dps.EnrollmentStatusNull)),
 		colHubs: strings.Join(e.IoTHubs, " "), colAllocation: string(e.AllocationPolicy), colReprovision: FormatReprovision(e.ReprovisionPolicy)}
+	if e.ProvisioningStatus == dps.EnrollmentStatusNull {
+		cells[colStatus] = ""
+	}
 	var device string
 	if err := d.Get("deviceId", &device); err != nil {
 		return err

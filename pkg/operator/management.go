@@ -19,6 +19,9 @@ import (
 	"github.com/touchmark/touchmark/pkg/dps"
 )
 
+// CodeHubUnreachable is what a hub is refused with that cannot be linked: the status is that of a caller without rights.
+const CodeHubUnreachable dps.Code = 401001
+
 // ManagementVersion is the version of the management API that a Management speaks (service API, section 3).
 const ManagementVersion = "2022-02-05"
 
@@ -103,6 +106,8 @@ type Scope struct {
 	raw   map[string]json.RawMessage
 	props map[string]json.RawMessage
 	ScopeView
+	// Unchecked asks touchmark to link hubs that it does not reach; Azure does not know it.
+	Unchecked bool
 }
 
 // A ScopeView is what this package knows of a scope.
@@ -310,8 +315,12 @@ func (m *Management) PutScope(ctx context.Context, s *Scope) (*Scope, error) {
 	if err != nil {
 		return nil, err
 	}
+	query := url.Values{}
+	if s.Unchecked {
+		query.Set("skipHubCheck", "true")
+	}
 	out := &Scope{}
-	a, err := m.do(ctx, request{method: http.MethodPut, path: m.path(s.Name), body: b, again: true}, out)
+	a, err := m.do(ctx, request{method: http.MethodPut, path: m.path(s.Name), query: query, body: b, again: true}, out)
 	if err != nil {
 		return nil, err
 	}

@@ -393,7 +393,7 @@ func TestExport(t *testing.T) {
 		groupOf(t, "pumps", ca, nil),
 		doc(t, `{"enrollmentGroupId":"keys","attestation":{"type":"symmetricKey"},"allocationPolicy":"static","iotHubs":["a"],"reprovisionPolicy":{"updateHubAssignment":true,"migrateDeviceData":false}}`),
 		doc(t, `{"registrationId":"s","deviceId":"S","attestation":{"type":"symmetricKey"},"initialTwin":{"tags":{"version":1,"t":"a,\"b\"\n"},"properties":{"desired":{"x":[1,{}]}}},"provisioningStatus":"disabled"}`),
-		doc(t, `{"registrationId":"t","attestation":{"type":"tpm","tpm":{"endorsementKey":"AAAA"}},"capabilities":{"iotEdge":true},"allocationPolicy":"custom","customAllocationDefinition":{"webhookUrl":"https://w/x?code=1","apiVersion":"2021-10-01"}}`),
+		doc(t, `{"registrationId":"t","attestation":{"type":"tpm","tpm":{"endorsementKey":"AAAA"}},"provisioningStatus":null,"capabilities":{"iotEdge":true},"allocationPolicy":"custom","customAllocationDefinition":{"webhookUrl":"https://w/x?code=1","apiVersion":"2021-10-01"}}`),
 		doc(t, `{"registrationId":"x","attestation":{"type":"x509","x509":{"clientCertificates":{"primary":{"certificate":"`+wire(leaf).Certificate+`"}}}}}`),
 	}
 	for _, e := range all {

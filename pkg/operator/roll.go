@@ -1,7 +1,6 @@
 package operator
 
 import (
-	"bytes"
 	"context"
 	"crypto/hmac"
 	"crypto/sha256"
@@ -38,6 +37,8 @@ type Roll struct {
 	c     *Client
 	group *Document
 	next  func(d *Document, both bool) error
+	// subjects are the names of the group's CAs as they are now, primary and secondary.
+	subjects [2]string
 }
 
 // RollKey looks how far the roll-over of a group's symmetric key to a new one is. The key is base64. The error is ErrNotFound, or one
@@ -102,6 +103,11 @@ func (c *Client) RollCA(ctx context.Context, group string, cert *dps.X509Certifi
 	}
 	certs := e.Attestation.X509.SigningCertificates
 	r := &Roll{Group: d.ID, c: c, group: d, State: stateOf(same(certs.Primary), same(certs.Secondary))}
+	for i, c := range []*dps.X509Certificate{certs.Primary, certs.Secondary} {
+		if c != nil && c.Info != nil {
+			r.subjects[i] = plainName(c.Info.SubjectName)
+		}
+	}
 	r.next = func(d *Document, both bool) error {
 		certs := *certs
 		if certs.Secondary = cert; both {
@@ -162,14 +168,14 @@ func (r *Roll) Uses(ctx context.Context, emit func(Use) error) error {
 		}
 		u := Use{RegistrationID: st.RegistrationID, Slot: "unknown", LastSeen: st.LastUpdatedDateTimeUTC, Status: string(st.Status)}
 		if tells {
-			d, err := r.c.Diagnosis(ctx, st.RegistrationID)
+			d, err := r.c.Diagnosis(ctx, st.RegistrationID, nil)
 			switch {
 			case errors.Is(err, ErrUnsupported):
 				tells = false
 			case err != nil:
 				return err
 			default:
-				u.Slot = slotOf(d.Attempts, r.Group)
+				u.Slot = r.slotOf(d.Attempts)
 			}
 		}
 		if err := emit(u); err != nil {
@@ -179,25 +185,32 @@ func (r *Roll) Uses(ctx context.Context, emit func(Use) error) error {
 	return nil
 }
 
-// slotOf finds out what the last attempt that got in by the group was made with: its proof says primary or secondary.
-func slotOf(attempts []Attempt, group string) string {
-	var last *Attempt
-	for i := range attempts {
+// slotOf finds out what the last attempt that got in by the group was made with: the service says it, or the certificate's issuer has
+// the name of one of the group's CAs and not of the other.
+func (r *Roll) slotOf(attempts []Attempt) string {
+	for i := range attempts { // the newest first
 		a := &attempts[i]
-		if a.Refused() || dps.Fold(a.Group) != dps.Fold(group) || last != nil && a.At.Before(last.At.Time) {
+		if a.Refused() || dps.Fold(a.Group) != dps.Fold(r.Group) {
 			continue
 		}
-		last = a
-	}
-	if last == nil {
+		if a.Slot == "primary" || a.Slot == "secondary" {
+			return a.Slot
+		}
+		issuer := ""
+		if a.Certificate != nil {
+			issuer = plainName(a.Certificate.Issuer)
+		}
+		switch first, second := issuer == r.subjects[0], issuer == r.subjects[1]; {
+		case issuer == "", first == second:
+		case first:
+			return "primary"
+		default:
+			return "secondary"
+		}
 		return "unknown"
-	}
-	proof := bytes.ToLower([]byte(last.Proof))
-	switch primary, secondary := bytes.Contains(proof, []byte("primary")), bytes.Contains(proof, []byte("secondary")); {
-	case primary && !secondary:
-		return "primary"
-	case secondary && !primary:
-		return "secondary"
 	}
 	return "unknown"
 }
+
+// plainName is a distinguished name in one spelling, whether its parts are separated with spaces or not.
+func plainName(name string) string { return strings.ReplaceAll(name, ", ", ",") }

@@ -132,7 +132,7 @@ func address(remote string) netip.Addr {
 func (v *verdict) isCustom() bool { return v.enrollment.AllocationPolicy == dps.AllocationCustom }
 
 // ask has the webhook choose a hub (service API, section 4.7): on every registration, under the policy never among the current hub
-// alone. record is the enrollment's or the group's.
+// alone, and for a child among its parent's. record is the enrollment's or the group's.
 func (s *Service) ask(ctx context.Context, req *Request, body *dps.RegisterRequest, v *verdict, before *Registration, record *Record) (*choice, error) {
 	def := v.enrollment.CustomAllocationDefinition
 	failed := func(status int, cause error) error {
@@ -146,7 +146,9 @@ func (s *Service) ask(ctx context.Context, req *Request, body *dps.RegisterReque
 	for i, h := range linked {
 		names[i] = h.Name
 	}
-	if was, _ := before.assignment(); was != "" && sticky(req, v.enrollment) {
+	if was, _ := before.assignment(); v.parentHub != "" {
+		names = []string{v.parentHub}
+	} else if was != "" && sticky(req, v.enrollment) {
 		names = []string{was}
 	}
 	call, err := webhookBody(req, body, v, before, record, names)

@@ -55,7 +55,7 @@ type ImportConflict struct {
 
 const (
 	maxConflicts = 100
-	chunkSize    = 500
+	chunkSize    = 1000
 	// maxRefusals bounds the refusals that are kept of an order: whoever sends millions is told, and not remembered.
 	maxRefusals = 10_000
 )
@@ -85,7 +85,7 @@ func (s *Service) Import(ctx context.Context, entries iter.Seq2[bundle.Entry, er
 		}
 	}
 	eg, ctx := errgroup.WithContext(ctx)
-	chunks := make(chan []prepared)
+	chunks := make(chan []prepared, 1)
 	eg.Go(func() error {
 		defer close(chunks)
 		send := func(chunk []prepared) error {

@@ -106,17 +106,18 @@ func hubDevice(req *Request, v *verdict, after *Registration, cert *Issued) (*Hu
 	switch {
 	case v.x509:
 		sum := sha256.Sum256(req.Proof.Certificates[0].Raw)
-		d.Thumbprints = []string{strings.ToUpper(hex.EncodeToString(sum[:]))}
-		if issued != "" {
-			d.Thumbprints = append(d.Thumbprints, issued)
-		} else if v.group == "" { // both slots, so that the device may roll over without us
-			certs := v.enrollment.Attestation.X509.ClientCertificates
-			d.Thumbprints = nil
-			for _, c := range []*dps.X509Certificate{certs.Primary, certs.Secondary} {
+		if certs := v.enrollment.Attestation.X509; issued == "" && v.group == "" { // both slots, so that the device may roll over without us
+			for _, c := range []*dps.X509Certificate{certs.ClientCertificates.Primary, certs.ClientCertificates.Secondary} {
 				if c != nil && c.Info != nil {
 					d.Thumbprints = append(d.Thumbprints, strings.ToUpper(c.Info.SHA256Thumbprint))
 				}
 			}
+		}
+		if len(d.Thumbprints) == 0 {
+			d.Thumbprints = []string{strings.ToUpper(hex.EncodeToString(sum[:]))}
+		}
+		if issued != "" {
+			d.Thumbprints = append(d.Thumbprints, issued)
 		}
 	case cert != nil: // it is to show its hub the certificate that it asked for
 		d.Thumbprints = []string{issued}

@@ -24,6 +24,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/registration"
 	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
+	"github.com/touchmark/touchmark/pkg/sqlstore"
 )
 
 // A fault is what happens to one step, a call to a hub or a transaction.
@@ -214,7 +215,12 @@ type site struct {
 }
 
 func newSite(t *testing.T, kind registration.HubKind, hubs ...string) *site {
-	s := &site{registrationtest.NewFixture(t), &plant{hubs: map[string]map[string]*known{}}, t}
+	store, err := sqlstore.Open(t.Context(), sqlstore.Config{DataKey: make([]byte, 32)}) // in memory: there are hundreds of sites
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = store.Close() })
+	s := &site{registrationtest.NewFixtureOn(t, store), &plant{hubs: map[string]map[string]*known{}}, t}
 	s.link(kind, hubs...)
 	return s
 }
@@ -815,6 +821,12 @@ func TestTold(t *testing.T) {
 	calls("it becomes an edge device", true, func() { s.assign(scopes, s.Derived("Dev-1")) })
 	if !s.p.device("a.example", "Dev-1").IoTEdge {
 		t.Error("it is no edge device")
+	}
+	// It comes back by an individual enrollment: another key, the same device.
+	s.Put(t, registration.Individual, "dev-2", registrationtest.Symmetric(s.OwnKey, s.OtherKey))
+	s.p.device("a.example", "Dev-2").tags["kept"] = true
+	if st := s.assign(scopes, s.ByKey("dev-2", s.OwnKey)); st.DeviceID != "Dev-2" || !strings.HasPrefix(keys("Dev-2"), base64.StdEncoding.EncodeToString(s.OwnKey)) || s.p.device("a.example", "Dev-2").tags["kept"] != true {
+		t.Errorf("by another enrollment: %+v", st)
 	}
 	// Under the policy never it stays, with its new key.
 	s.Advance(time.Hour)

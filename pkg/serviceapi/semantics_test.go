@@ -375,7 +375,7 @@ func TestBulk(t *testing.T) {
 	}
 }
 
-// DPS-S 41, 45, 47, 48: a continuation is of its list, and nothing else.
+// DPS-S 47, 48: a continuation is of its list, and nothing else.
 func TestContinuations(t *testing.T) {
 	d, o := newOperator(t)
 	for i := range 5 {

@@ -207,7 +207,9 @@ func Contract(t *testing.T, open func(t testing.TB) registration.Hub, caps Caps)
 				t.Errorf("%+v", got)
 			}
 		}
-		leaf.IoTEdge, leaf.Parent = true, scope
+		leaf.Parent = scope
+		admit(t, h, leaf, false)
+		leaf.IoTEdge = true
 		admit(t, h, leaf, false)
 		if got := device(t, h, leaf.ID); !got.IoTEdge || got.Parent != scope || got.Scope == scope {
 			t.Errorf("a leaf that became an edge device: %+v", got)

@@ -86,6 +86,7 @@ func (s *server) start(t testing.TB, handle http.HandlerFunc) {
 		switch {
 		case f.Hang:
 			<-r.Context().Done()
+			panic(http.ErrAbortHandler) // a caller that is going away may still read what is written now
 		case f.Drip:
 			w.WriteHeader(http.StatusOK)
 			tick := time.NewTicker(5 * time.Millisecond)
@@ -95,6 +96,7 @@ func (s *server) start(t testing.TB, handle http.HandlerFunc) {
 				w.(http.Flusher).Flush()
 				<-tick.C
 			}
+			panic(http.ErrAbortHandler)
 		case f.Cut:
 			w.Header().Set("Content-Length", strconv.Itoa(answer.Body.Len()+20))
 			w.WriteHeader(http.StatusOK)
@@ -278,6 +280,10 @@ func (s *Stub) serve(w http.ResponseWriter, r *http.Request) {
 		}
 		edge := in["capabilities"].(map[string]any)["iotEdge"] == true
 		if scope, _ := in["deviceScope"].(string); edge {
+			if was, _ := have["deviceScope"].(string); scope != "" && (scope != was || !strings.HasPrefix(scope, "ms-azure-iot-edge://"+id+"-")) {
+				s.fail(w, 400, 400004, "ArgumentInvalid") // the scope of an edge device is hub-made
+				return
+			}
 			in["deviceScope"] = fmt.Sprintf("ms-azure-iot-edge://%s-%s", id, in["generationId"])
 		} else if scope != "" {
 			in["parentScopes"] = []any{scope}

@@ -72,6 +72,12 @@ func NewFixture(t testing.TB, hubs ...string) *Fixture {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = store.Close() })
+	return NewFixtureOn(t, store, hubs...)
+}
+
+// NewFixtureOn starts a service on a store.
+func NewFixtureOn(t testing.TB, store registration.Store, hubs ...string) *Fixture {
+	t.Helper()
 	f := &Fixture{Store: store, GroupKey: bytes.Repeat([]byte("g"), 64), OwnKey: bytes.Repeat([]byte("k"), 32), OtherKey: bytes.Repeat([]byte("l"), 32)}
 	f.Service = f.Replica(hubs...)
 	f.Root = attesttest.CA(t, nil, "factory root")
