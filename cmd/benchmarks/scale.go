@@ -212,7 +212,7 @@ func (b *bench) atScale(total int) {
 	read := func(after string) float64 {
 		start := time.Now()
 		for range pages {
-			page, next, err := many.svc.QueryEnrollments(context.Background(), registration.Individual, after, size)
+			page, next, err := many.svc.QueryEnrollments(context.Background(), registration.Individual, registration.Page{After: after, Limit: size})
 			if after = next; err != nil || len(page) != size {
 				check(fmt.Errorf("a page of %d: %w", len(page), err))
 			}

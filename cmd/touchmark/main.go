@@ -108,7 +108,7 @@ The journey:  init → mint → (bundle) → serve → import → register`,
 		{"factory", "The factory's toolkit:", []*cobra.Command{newKey(a), newToken(a), newTPM(a), newCert(a), newData(a), newCA(a), newOrder(a), newUnit(a),
 			newOperator(a), newLabel(a), newStamp(a), newLedger(a), newBundle(a)}},
 		{"service", "Operators of a service:", []*cobra.Command{newEnrollment(a), newGroup(a), newRegistration(a), newExport(a), newDiagnose(a), newReconcile(a),
-			newUsage(a), newScope(a), newHub(a), newPolicy(a), newCertificate(a), newStore(a), newBackup(a), newRestore(a)}},
+			newUsage(a), newAudit(a), newScope(a), newHub(a), newPolicy(a), newCertificate(a), newStore(a), newBackup(a), newRestore(a)}},
 		{"developers", "Developers of devices:", []*cobra.Command{newFault(a), newLoad(a)}},
 	} {
 		root.AddGroup(&cobra.Group{ID: g.id, Title: g.title})
@@ -123,6 +123,7 @@ The journey:  init → mint → (bundle) → serve → import → register`,
 	root.AddCommand(
 		operatingTopic, migrationTopic, managementTopic,
 		allocationTopic, hubsTopic,
+		accessTopic, scopesTopic,
 		builtinHubTopic,
 	)
 	root.SetHelpCommand(newHelp(root))

@@ -31,11 +31,11 @@ type serveOptions struct {
 	front  frontOptions
 	limits limitOptions
 	issue  issueOptions
+	admit  admitOptions
 	accessOptions
 	hubOptions
 	store storeOptions
 	provisionOptions
-	manage manageOptions
 	emulatorOptions
 }
 
@@ -87,11 +87,11 @@ register in are there already, and faults happen on demand. touchmark help emula
 	o.front.flags(c)
 	o.limits.flags(c)
 	o.issue.flags(c)
+	o.admit.flags(c)
 	o.accessOptions.flags(c)
 	o.hubOptions.flags(c)
 	o.store.flags(c)
 	o.provisionOptions.flags(c)
-	o.manage.flags(c)
 	o.bind(c)
 	_ = c.MarkFlagDirname("data")
 	return c
@@ -101,7 +101,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if o.https == "off" && o.mqtt == "off" && o.amqp == "off" {
 		return usageError{errors.New("all doors are off")}
 	}
-	if err := errors.Join(o.front.check(), o.limits.check(), o.accessOptions.check(), o.manage.check()); err != nil {
+	if err := errors.Join(o.front.check(), o.limits.check(), o.accessOptions.check(), o.admit.check()); err != nil {
 		return err
 	}
 	for _, h := range append(o.hubs, o.hostnames...) {
@@ -177,7 +177,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	shared := registration.Config{Store: store, Log: log, AtOnce: own.AtOnce, PrivateNetworks: o.manage.private}
+	shared := registration.Config{Store: store, Log: log, AtOnce: own.AtOnce, PrivateNetworks: o.admit.private}
 	o.enrollable(&shared)
 	bearer, err := d.bearer(&o.accessOptions)
 	if err != nil {
@@ -254,8 +254,9 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	https := httpd.Config{Log: log, Handlers: serviceapi.New(api).Handlers()}
-	maps.Copy(https.Handlers, managed(management))
+	handlers := serviceapi.New(api).Handlers()
+	handlers["subscriptions"], handlers["providers"] = management, management
+	https := httpd.Config{Log: log, Handlers: handlers}
 	if hub != nil {
 		if err := hub.describe(ready, &https, address); err != nil {
 			return err
@@ -285,8 +286,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 // printReady leaves out what is secret.
 func (a *app) printReady(ready map[string]any) {
 	rows := [][]string{{"Registration service", "ready"}, {"  ID scope", fmt.Sprint(ready["idScope"])}}
-	for _, r := range [][2]string{{"https", "HTTPS"}, {"mqtt", "MQTT"}, {"amqp", "AMQP"}, {"caFile", "CA for devices"}, {"connectionStringFile", "owner's connection"},
-		{"managementConnectionFile", "management"}, {"hub", "built-in hub"}, {"hubConnectionStringFile", "hub's connection"}, {"recipient", "recipient"}} {
+	for _, r := range [][2]string{{"https", "HTTPS"}, {"mqtt", "MQTT"}, {"amqp", "AMQP"}, {"caFile", "CA for devices"}, {"connectionStringFile", "owner's connection"}, {"managementConnectionFile", "management"}, {"hub", "built-in hub"}, {"hubConnectionStringFile", "hub's connection"}, {"recipient", "recipient"}} {
 		if v, ok := ready[r[0]]; ok && v != "" {
 			rows = append(rows, []string{"  " + r[1], fmt.Sprint(v)})
 		}

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net/http"
 	"net/netip"
 	"strings"
 
@@ -28,21 +27,21 @@ const (
 	firstLocation      = "global"
 )
 
-// manageOptions say who may come in where the public may not, and how hubs are linked.
-type manageOptions struct {
+// admitOptions say who may come in where the public may not, and how hubs are linked.
+type admitOptions struct {
 	privateNetworks []string
 	noHubCheck      bool
 
 	private []netip.Prefix // of privateNetworks
 }
 
-func (o *manageOptions) flags(c *cobra.Command) {
+func (o *admitOptions) flags(c *cobra.Command) {
 	f := c.Flags()
 	f.StringArrayVar(&o.privateNetworks, "private-network", nil, "address or CIDR of callers that a scope lets in whose public network access is disabled, beside loopback; again for more")
 	f.BoolVar(&o.noHubCheck, "no-hub-check", false, "link hubs through the management API without asking them whether they are there")
 }
 
-func (o *manageOptions) check() (err error) {
+func (o *admitOptions) check() (err error) {
 	o.private, err = networks("--private-network", o.privateNetworks)
 	return err
 }
@@ -65,7 +64,7 @@ func (o *serveOptions) management(ctx context.Context, d *serviceData, scopes *r
 			if dps.Fold(sc.ID) == dps.Fold(d.scope) {
 				return address
 			}
-			return sc.Name + "." + address
+			return o.hostOf(sc, address)
 		},
 		Hubs: arm.Hubs{Mask: hub.Mask, Restore: hub.Restore, Parse: func(kind registration.HubKind, text string) (string, error) {
 			c, err := hub.ParseConnection(kind, text)
@@ -75,15 +74,16 @@ func (o *serveOptions) management(ctx context.Context, d *serviceData, scopes *r
 			return c.Host, nil
 		}},
 	}
-	if !o.manage.noHubCheck {
+	if !o.admit.noHubCheck {
 		cfg.Hubs.Check = checkHub
 	}
 	server := arm.New(ctx, cfg)
-	if err := server.Resume(ctx); err != nil {
+	err := server.Resume(ctx)
+	if err != nil {
 		return nil, fmt.Errorf("taking up deletions: %w", err)
 	}
 	var first *registration.Scope
-	if err := scopes.Store().View(ctx, func(tx registration.Tx) (err error) {
+	if err = scopes.Store().View(ctx, func(tx registration.Tx) (err error) {
 		first, err = tx.Scope(dps.Fold(d.scope))
 		return err
 	}); err != nil {
@@ -101,6 +101,16 @@ func (o *serveOptions) management(ctx context.Context, d *serviceData, scopes *r
 	return server, nil
 }
 
+// hostOf is where the service API of a scope is that is not the first: below the domain, on the port of the HTTPS door.
+func (o *serveOptions) hostOf(sc *registration.Scope, address string) string {
+	_, port, ok := strings.Cut(address, ":")
+	host := strings.ToLower(sc.Name) + "." + cmp.Or(o.domain, o.hostnames[0])
+	if ok {
+		host += ":" + port
+	}
+	return host
+}
+
 // checkHub asks a hub whether it is there.
 func checkHub(ctx context.Context, linked registration.LinkedHub) error {
 	h, err := hub.Open(hub.Config{Hub: linked})
@@ -112,9 +122,4 @@ func checkHub(ctx context.Context, linked registration.LinkedHub) error {
 		err = errors.Join(err, c.Close())
 	}
 	return err
-}
-
-// managed has the management API among the handlers of a door.
-func managed(s *arm.Server) map[string]http.Handler {
-	return map[string]http.Handler{"subscriptions": s, "providers": s}
 }

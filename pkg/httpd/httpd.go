@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"strings"
 	"sync"
 	"time"
@@ -132,8 +133,8 @@ func (s *Server) handler(ctx context.Context) http.Handler {
 			return
 		}
 		first, _, _ := strings.Cut(strings.TrimPrefix(r.URL.EscapedPath(), "/"), "/")
-		if h := s.cfg.Handlers[strings.ToLower(first)]; h != nil {
-			h.ServeHTTP(w, r)
+		if first, err := url.PathUnescape(first); err == nil && s.cfg.Handlers[strings.ToLower(first)] != nil {
+			s.cfg.Handlers[strings.ToLower(first)].ServeHTTP(w, r)
 			return
 		}
 		segments, err := exchange.Segments(r)

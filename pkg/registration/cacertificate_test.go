@@ -85,12 +85,12 @@ func TestReferences(t *testing.T) {
 	}
 	f.Put(t, registration.Group, "by-name", references("one", ""))
 	check("the group written again", "401002")
-	if _, err := f.Service.CloseGroup(t.Context(), registration.Actor{}, "by-name", true); err != nil {
+	if _, err := f.Service.CloseGroup(t.Context(), operator, "by-name", true); err != nil {
 		t.Fatal(err)
 	}
 	putCA(t, f.Service, "one", one, true)
 	check("there again, the group closed", "401002")
-	if _, err := f.Service.CloseGroup(t.Context(), registration.Actor{}, "by-name", false); err != nil {
+	if _, err := f.Service.CloseGroup(t.Context(), operator, "by-name", false); err != nil {
 		t.Fatal(err)
 	}
 	check("opened", "assigned")
@@ -106,7 +106,7 @@ func TestReferences(t *testing.T) {
 	if got := outcome(t, f.Service, below); got != "401002" {
 		t.Errorf("below low, which is not verified: %s", got)
 	}
-	if err := f.Service.DeleteEnrollment(t.Context(), registration.Actor{}, registration.Group, "low", ""); err != nil {
+	if err := f.Service.DeleteEnrollment(t.Context(), operator, registration.Group, "low", ""); err != nil {
 		t.Fatal(err)
 	}
 	if got := outcome(t, f.Service, below); got != "assigned" {
@@ -143,7 +143,7 @@ func TestReferences(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := f.Service.PutEnrollment(t.Context(), registration.Actor{}, x.kind, "x", []byte(doc+string(a)+"}"), ""); dps.AsError(err).Code != dps.CodeInvalidArgument {
+		if _, err := f.Service.PutEnrollment(t.Context(), operator, x.kind, "x", []byte(doc+string(a)+"}"), ""); dps.AsError(err).Code != dps.CodeInvalidArgument {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -245,7 +245,7 @@ func TestCertificateOfTwoScopes(t *testing.T) {
 	for _, s := range []*registration.Service{f.Service, other} {
 		putCA(t, s, "ca", ca, s == other)
 		doc := `{"enrollmentGroupId":"g","attestation":{"type":"x509","x509":{"caReferences":{"primary":"ca"}}}}`
-		if _, err := s.PutEnrollment(t.Context(), registration.Actor{}, registration.Group, "g", []byte(doc), ""); err != nil {
+		if _, err := s.PutEnrollment(t.Context(), operator, registration.Group, "g", []byte(doc), ""); err != nil {
 			t.Fatal(err)
 		}
 	}

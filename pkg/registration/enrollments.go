@@ -556,12 +556,12 @@ func (s *Service) show(ctx context.Context, kind Kind, id string, withState bool
 // hide makes a document what answers show.
 func hide(d *document) {
 	base := d.base()
+	if len(d.references()) > 0 {
+		base.Attestation.X509.SigningCertificates = nil // what they stand for
+	}
 	base.CreatedDateTimeUTC, base.LastUpdatedDateTimeUTC = base.CreatedDateTimeUTC.Trim(), base.LastUpdatedDateTimeUTC.Trim()
 	if base.ProvisioningStatus == "" { // of a bundle
 		base.ProvisioningStatus = dps.EnrollmentEnabled
-	}
-	if len(d.references()) > 0 {
-		d.base().Attestation.X509.SigningCertificates = nil // what they stand for
 	}
 	if certs := d.x509(); certs != nil {
 		for _, c := range []*dps.X509Certificate{certs.Primary, certs.Secondary} {

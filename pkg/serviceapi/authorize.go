@@ -43,6 +43,9 @@ func (c *call) principal() (*access.Principal, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := c.svc.Admits(c.ctx(), c.r.RemoteAddr, registration.ServiceAPI); err != nil {
+		return nil, err
+	}
 	if c.cfg.Admit != nil {
 		if err := c.cfg.Admit(c.r, c.sc); err != nil {
 			return nil, err

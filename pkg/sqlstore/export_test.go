@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"slices"
 
 	"github.com/pressly/goose/v3"
 
@@ -77,4 +78,9 @@ func (s *Store) DownAndUp(ctx context.Context) error {
 		_, err = p.Up(ctx)
 	}
 	return err
+}
+
+// Sealed reports whether a column is sealed anew when the data key is changed.
+func Sealed(table, column string) bool {
+	return slices.ContainsFunc(sealedColumns[:], func(c sealedColumn) bool { return c.table == table && c.column == column })
 }

@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/touchmark/touchmark/pkg/registration"
@@ -34,10 +33,26 @@ const (
 // dataKeys are those that the store has unwrapped.
 type dataKeys struct {
 	wrapping *WrappingKey
-	left     atomic.Int64 // seals that are counted already
 
 	mu   sync.Mutex
 	aead map[int64]cipher.AEAD
+	// Seals of one data key that are counted already.
+	counted, left int64
+}
+
+// count reports whether one more seal of a key is counted already.
+func (k *dataKeys) count(id int64) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.left--
+	return k.counted == id && k.left >= 0
+}
+
+// committed says that a block of seals was counted.
+func (k *dataKeys) committed(id int64) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.counted, k.left = id, sealBlock
 }
 
 func (k *dataKeys) get(id int64) cipher.AEAD {
@@ -188,6 +203,12 @@ func (s *Store) unwrap(ctx context.Context, id int64, wrapping string, wrapped [
 	return nil
 }
 
+// errStale says that a data key is not there any more: the transaction sees the store as it was before the key was dropped, and
+// is to begin anew; or what names the key is damaged, so that is tried a few times only.
+var errStale = errors.New("it was dropped meanwhile")
+
+const staleAttempts = 3
+
 // key returns a data key that another process may have made since. It is read on a connection of its own: the transaction may be
 // in the middle of an answer.
 func (s *Store) key(ctx context.Context, id int64) (cipher.AEAD, error) {
@@ -196,7 +217,11 @@ func (s *Store) key(ctx context.Context, id int64) (cipher.AEAD, error) {
 	}
 	var wrapping string
 	var wrapped []byte
-	if err := s.side.QueryRowContext(ctx, `SELECT wrapping, wrapped FROM data_keys WHERE id = $1`, id).Scan(&wrapping, &wrapped); err != nil {
+	err := s.side.QueryRowContext(ctx, `SELECT wrapping, wrapped FROM data_keys WHERE id = $1`, id).Scan(&wrapping, &wrapped)
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, fmt.Errorf("data key %d: %w", id, errStale)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("data key %d: %w", id, err)
 	}
 	if err := s.unwrap(ctx, id, wrapping, wrapped); err != nil {
@@ -221,8 +246,8 @@ func (t *tx) seal(plain []byte, labels ...string) []byte {
 			return nil
 		}
 	}
-	if t.s.keys.left.Add(-1) < 0 {
-		t.s.keys.left.Store(sealBlock)
+	if !t.s.keys.count(t.sealerID) && !t.counts {
+		t.counts = true
 		if _, err := t.exec(t.st.countSeals, t.sealerID, sealBlock); err != nil {
 			return nil
 		}
@@ -244,8 +269,10 @@ func (t *tx) unseal(sealed []byte, labels ...string) ([]byte, error) {
 			if plain, err = k.Open(nil, nil, sealed[sealedHead:], bind(labels)); err == nil {
 				return plain, nil
 			}
-		} else if !errors.Is(err, sql.ErrNoRows) {
+		} else if !errors.Is(err, errStale) {
 			return nil, err
+		} else if t.s.keys.get(0) == nil {
+			_ = t.said(err)
 		}
 	}
 	if k := t.s.keys.get(0); k != nil { // a nonce of old may look like a head
@@ -287,7 +314,6 @@ func (s *Store) Rotate(ctx context.Context) error {
 	}}); err != nil {
 		return fmt.Errorf("making a new data key: %w", err)
 	}
-	s.keys.left.Store(0)
 	s.wakeResealer()
 	return nil
 }
@@ -366,7 +392,8 @@ func (s *Store) Rewrap(ctx context.Context, to *WrappingKey) error {
 	return nil
 }
 
-// A sealedColumn is one that secrets are in. A new one has its line in sealedColumns.
+// A sealedColumn is one that secrets are in. A new one has its line in sealedColumns: what is not there is lost with the data key
+// that it is under, once that is dropped.
 type sealedColumn struct {
 	table, column string
 	key           []string // the columns behind scope that tell rows apart, all of them text
@@ -390,6 +417,8 @@ var sealedColumns = [...]sealedColumn{
 	{"outbox", "body", []string{"id"}, as("task")},
 	{"kin", "body", []string{"id"}, as("kin")},
 	{"scopes", "document", nil, as("scope")},
+	{"outbox", "body", []string{"id"}, as("task")},
+	{"kin", "body", []string{"id"}, as("kin")},
 }
 
 func (c *sealedColumn) rows() string {

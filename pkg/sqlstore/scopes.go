@@ -22,8 +22,8 @@ var scopeTables = [...][2]string{
 	{"records", "kind, id"}, {"certificates", "fingerprint"}, {"authorities", "subject, key_id, id"}, {"deleted_groups", "id"},
 	{"registrations", "id"}, {"devices", "id"}, {"endings", "id, revision, key_hash"}, {"grants", "id"}, {"refusals", "order_id, id"},
 	{"challenges", "id"}, {"issued", "serial_number"}, {"policies", "name"}, {"secrets", "name"}, {"audit", "id"},
-	{"outbox", "id"}, {"orphans", "id, hub, device_id"}, {"kin", "id"}, {"edges", "name"},
 	{"ca_certificates", "name"}, {"ca_references", "name, id"},
+	{"outbox", "id"}, {"orphans", "id, hub, device_id"}, {"kin", "id"}, {"edges", "name"},
 }
 
 const scopeColumns = `SELECT scope, document, version FROM scopes `

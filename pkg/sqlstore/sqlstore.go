@@ -232,7 +232,7 @@ func (s *Store) View(ctx context.Context, f func(registration.Tx) error) error {
 	for begun, attempt := time.Now(), 0; ; attempt++ {
 		err, trouble := s.view(ctx, f)
 		switch {
-		case trouble == nil || !s.pg || !again(trouble):
+		case !s.again(trouble, attempt):
 			return err
 		case ctx.Err() != nil:
 			return ctx.Err()
@@ -240,6 +240,11 @@ func (s *Store) View(ctx context.Context, f func(registration.Tx) error) error {
 			return unavailable(trouble)
 		}
 	}
+}
+
+// again reports whether a transaction that failed with an error, which may be nil, is to be run again.
+func (s *Store) again(err error, attempt int) bool {
+	return err != nil && (s.pg && again(err) || errors.Is(err, errStale) && attempt < staleAttempts)
 }
 
 // view runs f once. Trouble is what the database said, whatever f made of it.
@@ -341,7 +346,7 @@ func (s *Store) commit(batch []*update) {
 			failed.done <- err
 			batch = slices.DeleteFunc(slices.Clone(batch), func(u *update) bool { return u == failed })
 			continue
-		case err != nil && s.pg && again(err):
+		case s.again(err, attempt):
 			if time.Since(begun) < s.patience && s.pause(context.Background(), attempt) {
 				continue
 			}
@@ -374,14 +379,19 @@ func (s *Store) try(batch []*update) (failed *update, err error) {
 	if err != nil {
 		return nil, err
 	}
-	dirty := false
+	dirty, counted := false, int64(-1)
+	defer func() {
+		if failed == nil && err == nil && counted >= 0 {
+			s.keys.committed(counted)
+		}
+	}()
 	for _, u := range batch {
 		x := &tx{ctx: ctx, tx: t, s: s, st: s.w, writable: true}
 		if u.err = u.ctx.Err(); u.err == nil {
 			u.err = u.f(x)
 		}
 		if s.pg && x.failed != nil {
-			if again(x.failed) { // whatever f made of it
+			if s.again(x.failed, 0) { // whatever f made of it
 				_ = t.Rollback()
 				return nil, x.failed
 			}
@@ -392,6 +402,9 @@ func (s *Store) try(batch []*update) (failed *update, err error) {
 			return u, errors.Join(full(u.err), ignoreDone(t.Rollback()))
 		}
 		dirty = dirty || x.dirty
+		if x.counts {
+			counted = x.sealerID
+		}
 	}
 	if !dirty && !s.pg {
 		_ = t.Rollback()
@@ -438,10 +451,10 @@ type statements struct {
 	planned, putIssued, keyTaken, keyIssued                                  *sql.Stmt
 	challenge, putChallenge, forgetChallenges                                *sql.Stmt
 	scopeStatements
+	caStatements
 	keyStatements
 	freshStatements
 	outboxStatements
-	caStatements
 }
 
 const (
@@ -456,7 +469,7 @@ type statement struct {
 }
 
 func (st *statements) all() []statement {
-	return slices.Concat(st.scopeStatements.all(), st.keyStatements.all(), st.outboxStatements.all(), st.caStatements.all(), st.freshStatements.all(), []statement{
+	return slices.Concat(st.scopeStatements.all(), st.keyStatements.all(), st.outboxStatements.all(), st.freshStatements.all(), st.caStatements.all(), []statement{
 		{&st.revision, `SELECT groups_revision FROM scopes WHERE scope = $1`},
 		{&st.bumpRevision, `INSERT INTO scopes (scope, groups_revision) VALUES ($1, 1) ON CONFLICT (scope) DO UPDATE SET groups_revision = scopes.groups_revision + 1`},
 		{&st.record, recordColumns + `WHERE scope = $1 AND kind = $2 AND id = $3`},
@@ -555,6 +568,7 @@ type tx struct {
 
 	sealer   cipher.AEAD // the newest data key, once it was asked for
 	sealerID int64
+	counts   bool // it counted a block of the key's seals
 }
 
 // said remembers what the database says that is no answer.
