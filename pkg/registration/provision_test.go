@@ -958,7 +958,9 @@ func (h hanging) Admit(ctx context.Context, d *registration.HubDevice) (bool, er
 // Many replicas, many registrations of few devices, hubs that come and go and are busy: at rest each device is at the one hub that its
 // record names.
 func TestManyMinds(t *testing.T) {
-	t.Run("SQLite", func(t *testing.T) { manyMinds(newSite(t, registration.HubAzure, "a.example", "b.example", "c.example")) })
+	t.Run("SQLite", func(t *testing.T) {
+		manyMinds(newSite(t, registration.HubAzure, "a.example", "b.example", "c.example"))
+	})
 	t.Run("PostgreSQL", func(t *testing.T) { // each replica with a store of its own
 		store := func(dsn string) registration.Store {
 			s, err := sqlstore.Open(t.Context(), sqlstore.Config{DSN: dsn, DataKey: make([]byte, 32)})
