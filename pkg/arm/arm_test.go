@@ -145,7 +145,7 @@ roles = [
 	}
 	sum := sha256.Sum256([]byte(token))
 	ctx, cancel := context.WithCancel(context.Background())
-	cfg := arm.Config{Scopes: b.scopes, Access: access.New(access.Config{Management: &sum, OIDC: oidc}), Log: log,
+	cfg := arm.Config{Scopes: b.scopes, Access: access.New(access.Config{Management: &sum, OIDC: oidc}), Log: log, DeleteWait: time.Hour,
 		Hubs: arm.Hubs{Mask: hub.Mask, Restore: hub.Restore, Parse: func(kind registration.HubKind, text string) (string, error) {
 			c, err := hub.ParseConnection(kind, text)
 			if err != nil {
@@ -614,7 +614,7 @@ func TestPolicies(t *testing.T) {
 	}
 }
 
-// DPS-S 73, 81, and what else is refused, in which words.
+// DPS-S 73, and what else is refused, in which words.
 func TestHostile(t *testing.T) {
 	b := newBench(t)
 	b.put("plant", description())
