@@ -62,6 +62,10 @@ var calls = map[string]struct{ path, body, rights string }{
 	"POST touchmark/diagnose/*":                    {"/touchmark/diagnose/dev-1", handedIn, "Wr"},
 	"DELETE touchmark/diagnose/*":                  {"/touchmark/diagnose/nobody", "", "Ww"},
 	"GET touchmark/attempts/*":                     {"/touchmark/attempts/nothing", "", "Wr"},
+	"GET touchmark/outbox":                         {"/touchmark/outbox", "", "Wr"},
+	"GET touchmark/orphans":                        {"/touchmark/orphans", "", "Wr"},
+	"DELETE touchmark/orphans/*":                   {"/touchmark/orphans/nobody?hub=h&deviceId=d", "", "Ww"},
+	"GET touchmark/edges/*/children":               {"/touchmark/edges/gate/children", "", "Wr"},
 	"GET touchmark/audit":                          {"/touchmark/audit", "", "C"},
 	"GET touchmark/policies":                       {"/touchmark/policies", "", "C"},
 	"GET touchmark/policies/*":                     {"/touchmark/policies/line", "", "C"},
@@ -371,14 +375,18 @@ func TestIsolationMatrix(t *testing.T) {
 	ours.want(t, 200, 0, "GET", "/enrollments/own-key", "")
 }
 
-// Who is kept out before it can try anything learns nothing either.
-func TestAdmit(t *testing.T) {
-	_, o := newOperator(t, func(c *serviceapi.Config) {
-		c.Admit = func(r *http.Request, sc *registration.Scope) error {
-			return fmt.Errorf("%s may not see %s", r.RemoteAddr, sc.Name)
+// Who is kept out by its address learns nothing either; rules for devices do not matter here. DPS-S 80.
+func TestAddresses(t *testing.T) {
+	d, o := newOperator(t)
+	for target, want := range map[string]int{registration.ServiceAPI: 401, registration.AllAPIs: 401, registration.DeviceAPI: 200} {
+		if _, _, err := registration.EditScope(t.Context(), d.Store, registrationtest.Scope, start, "filter", d.Now(), func(sc *registration.Scope) (*registration.Scope, error) {
+			sc.IPFilter = []registration.IPRule{{Name: "here", Mask: "127.0.0.0/8", Target: target}}
+			return sc, nil
+		}); err != nil {
+			t.Fatal(err)
 		}
-	})
-	if _, b := o.call(t, "GET", "/enrollments/own-key", ""); !isDenial(b) {
-		t.Errorf("%s", b)
+		if res, b := o.call(t, "GET", "/enrollments/own-key", ""); res.StatusCode != want || want == 401 && !isDenial(b) {
+			t.Errorf("rejected for %s: %d %s", target, res.StatusCode, b)
+		}
 	}
 }

@@ -37,8 +37,6 @@ type Config struct {
 	Domain string
 	// Bearer knows bearer tokens; nil refuses them.
 	Bearer *access.Authenticator
-	// Admit refuses callers before anything is looked at that they bring; nil lets all try.
-	Admit func(r *http.Request, sc *registration.Scope) error
 	// Import takes a bundle; nil leaves it out.
 	Import ImportFunc
 	// Calls are more of touchmark's own, of the first scope: each by the name that follows touchmark/ in its path, for those who
@@ -163,6 +161,10 @@ var routes = [...]route{
 	{"POST", "touchmark/diagnose/*", access.RegistrationStatusRead, (*call).try},
 	{"DELETE", "touchmark/diagnose/*", access.RegistrationStatusWrite, (*call).forgetAttempts},
 	{"GET", "touchmark/attempts/*", access.RegistrationStatusRead, (*call).attempt},
+	{"GET", "touchmark/outbox", access.RegistrationStatusRead, (*call).outbox},
+	{"GET", "touchmark/orphans", access.RegistrationStatusRead, (*call).orphans},
+	{"DELETE", "touchmark/orphans/*", access.RegistrationStatusWrite, (*call).forgetOrphan},
+	{"GET", "touchmark/edges/*/children", access.RegistrationStatusRead, (*call).children},
 	{"GET", "touchmark/audit", access.ServiceConfig, (*call).audit},
 	{"GET", "touchmark/policies", access.ServiceConfig, (*call).policies},
 	{"GET", "touchmark/policies/*", access.ServiceConfig, (*call).policy},
