@@ -95,7 +95,11 @@ func (a *app) printDiagnosis(d *operator.Diagnosis) error {
 	}
 	rows = nil
 	for _, t := range d.Attempts[:min(len(d.Attempts), maxAttempts)] {
-		rows = append(rows, []string{shortTime(&t.At), t.Protocol, t.Operation, t.Result, fmt.Sprint(int(t.Code)), t.Remote, t.Reason, t.TrackingID})
+		code := ""
+		if t.Code != 0 {
+			code = fmt.Sprint(int(t.Code))
+		}
+		rows = append(rows, []string{shortTime(&t.At), t.Protocol, t.Operation, t.Result, code, t.Remote, t.Reason, t.TrackingID})
 	}
 	fmt.Fprintln(a.out)
 	return a.table([]string{"AT", "BY", "OPERATION", "RESULT", "CODE", "FROM", "REASON", "TRACKING ID"}, rows)

@@ -83,14 +83,18 @@ func (a *app) runGroupRoll(ctx context.Context, svc *service, name string, o *ro
 	}
 	r := &rollReport{Group: roll.Group, Before: roll.State, State: roll.State, Devices: make(map[string]int), DryRun: o.dryRun}
 	if roll.State != operator.RollDone {
+		progress, n := a.newProgress("", 0), 0
 		err := roll.Uses(ctx, func(u operator.Use) error {
 			r.Devices[u.Slot]++
+			n++
+			progress.say(func() string { return fmt.Sprintf("looking at devices: %d", n) })
 			// Before the first step nothing is known to be in the secondary slot, unless the service says so.
 			if (u.Slot == roll.Slot() || u.Slot == "unknown" && roll.State == operator.RollWaiting) && len(r.Shut) < maxNamed {
 				r.Shut = append(r.Shut, u)
 			}
 			return nil
 		})
+		progress.clear()
 		if err != nil {
 			return err
 		}

@@ -2,11 +2,9 @@ package main
 
 import (
 	"bytes"
-	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
-	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
@@ -112,14 +110,13 @@ func TestNodeHub(t *testing.T) {
 	}
 }
 
-// The whole way on one machine with Azure's SDKs: a device registers, is told the built-in hub, connects there with the credential
-// that it registered with, sends, and is sent to.
+// The whole way on one machine with Azure's SDKs: a device registers, the service tells the built-in hub and the device about each
+// other, the device connects there with the credential that it registered with, sends, and is sent to.
 func TestNodeZeroTouch(t *testing.T) {
 	requireHubSDK(t)
 	dir := t.TempDir()
 	e := startEmulator(t, dir, "--hub", "builtin", "--hub-messages", "messages.jsonl", "--ca-out", "ca.pem", "--stamp", "s/by-key", "--stamp-x509", "s/by-certificate")
 	for _, id := range []string{"by-key", "by-certificate"} {
-		hubAdmits(t, e, filepath.Join(dir, "s", id))
 		for _, protocol := range []string{"mqtt", "mqtt-ws"} {
 			out := runNode(t, e, dir, "zerotouch.js", filepath.Join(dir, "s", id), protocol, "localhost", port(t, e.word("https")), port(t, e.word("mqtt")))
 			var r struct {
@@ -139,32 +136,6 @@ func TestNodeZeroTouch(t *testing.T) {
 	lines, err := os.ReadFile(filepath.Join(dir, "messages.jsonl"))
 	if err != nil || bytes.Count(lines, []byte(`"body":{"temperature":21.5}`)) != 4 {
 		t.Errorf("%v: %s", err, lines)
-	}
-}
-
-// hubAdmits has the hub know a device by its stamp, as allocation does.
-func hubAdmits(t *testing.T, e *anEmulator, stamp string) {
-	t.Helper()
-	var s struct{ RegistrationID, SymmetricKey, CertificateChain string }
-	b, err := os.ReadFile(filepath.Join(stamp, "provisioning.json"))
-	if err == nil {
-		err = json.Unmarshal(b, &s)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	authentication := fmt.Sprintf(`{"type":"sas","symmetricKey":{"primaryKey":%q,"secondaryKey":%[1]q}}`, s.SymmetricKey)
-	if s.CertificateChain != "" {
-		b, err := os.ReadFile(filepath.Join(stamp, s.CertificateChain))
-		if err != nil {
-			t.Fatal(err)
-		}
-		block, _ := pem.Decode(b)
-		sum := sha256.Sum256(block.Bytes)
-		authentication = fmt.Sprintf(`{"type":"selfSigned","x509Thumbprint":{"primaryThumbprint":%q}}`, hex.EncodeToString(sum[:]))
-	}
-	if status, doc := hubCall(t, e.word("hubConnectionString"), e.word("ca"), "PUT", "/devices/"+s.RegistrationID, fmt.Sprintf(`{"deviceId":%q,"authentication":%s}`, s.RegistrationID, authentication)); status != 200 && status != 409 {
-		t.Fatalf("%d %v", status, doc)
 	}
 }
 

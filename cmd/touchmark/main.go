@@ -108,7 +108,7 @@ The journey:  init → mint → (bundle) → serve → import → register`,
 		{"factory", "The factory's toolkit:", []*cobra.Command{newKey(a), newToken(a), newTPM(a), newCert(a), newData(a), newCA(a), newOrder(a), newUnit(a),
 			newOperator(a), newLabel(a), newStamp(a), newLedger(a), newBundle(a)}},
 		{"service", "Operators of a service:", []*cobra.Command{newEnrollment(a), newGroup(a), newRegistration(a), newExport(a), newDiagnose(a), newReconcile(a),
-			newUsage(a), newScope(a), newHub(a), newPolicy(a), newCertificate(a), newStore(a), newBackup(a), newRestore(a)}},
+			newUsage(a), newAudit(a), newScope(a), newHub(a), newPolicy(a), newCertificate(a), newStore(a), newBackup(a), newRestore(a)}},
 		{"developers", "Developers of devices:", []*cobra.Command{newFault(a), newLoad(a)}},
 	} {
 		root.AddGroup(&cobra.Group{ID: g.id, Title: g.title})
@@ -119,12 +119,12 @@ The journey:  init → mint → (bundle) → serve → import → register`,
 	}
 	root.AddCommand(newVersion(a), newMan(a))
 	root.AddCommand(exitCodesTopic, environmentTopic, hsmTopic, technicianTopic, lineTopic, ownerTopic) // pages of the factory
-	root.AddCommand(issuersTopic, emulatorTopic, limitsTopic, proxiesTopic)                             // of the doors
+	root.AddCommand(issuersTopic, emulatorTopic, limitsTopic, proxiesTopic, monitoringTopic)            // of the doors
 	root.AddCommand(
 		operatingTopic, migrationTopic, managementTopic,
 		allocationTopic, hubsTopic,
+		accessTopic, scopesTopic,
 		builtinHubTopic,
-		managementTopic,
 	)
 	root.SetHelpCommand(newHelp(root))
 	wrapUsage(root)

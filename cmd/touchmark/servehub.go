@@ -18,6 +18,7 @@ import (
 
 	"github.com/touchmark/touchmark/pkg/amqpd"
 	"github.com/touchmark/touchmark/pkg/devhub"
+	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/httpd"
 	"github.com/touchmark/touchmark/pkg/mqttd"
 	"github.com/touchmark/touchmark/pkg/registration"
@@ -126,7 +127,7 @@ func (r *runningHub) openedBy(first string, open func(string, registration.Linke
 		switch {
 		case h.Kind != registration.HubBuiltin:
 			return open(scope, h)
-		case r == nil || scope != first:
+		case r == nil || dps.Fold(scope) != dps.Fold(first):
 			return nil, errors.New("the built-in hub is not running, or is another scope's: start the service with --hub builtin")
 		}
 		return r.Linked(), nil

@@ -4,10 +4,10 @@
 // A [Hub] keeps devices, with their twins, in memory, and in one SQLite file where it is given one. [Hub.ServeHTTP] is the
 // registry's REST as Azure's service SDKs speak it; [Hub.Serve] holds the conversation of one device over MQTT, once package
 // mqttd has read its CONNECT; [Hub.Linked] is the hub as the registration service tells it about devices, without a round trip.
-// Messages to a device go by [Hub.Send]; those from devices come to [Config.Telemetry].
+// Messages to a device go by [Hub.Send], or over AMQP, by [Hub.ServeAMQP]; those from devices come to [Config.Telemetry].
 //
 // It is for development: 10,000 devices unless told otherwise, messages in memory only, no modules, no jobs, no routes, no file
-// uploads, no AMQP. Everything that comes from outside is bounded. A Hub may be used by many goroutines; one lock guards it.
+// uploads, no feedback, no AMQP for devices. Everything that comes from outside is bounded. A Hub may be used by many goroutines; one lock guards it.
 //
 // The wire is service API, section 5.
 package devhub

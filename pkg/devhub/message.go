@@ -3,7 +3,6 @@ package devhub
 import (
 	"encoding/base64"
 	"encoding/json"
-	"strconv"
 	"strings"
 	"time"
 
@@ -205,5 +204,3 @@ func (s *session) acknowledged(id uint16) {
 		}
 	}
 }
-
-func jsonNumber(n int64) string { return strconv.FormatInt(n, 10) }

@@ -10,6 +10,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -515,7 +516,7 @@ func (s *session) reported(rest string, payload []byte) error {
 	}
 	qos, listens := d.subs[twinFilter]
 	if listens {
-		topic := twinResponse(204, rid, "&$version="+jsonNumber(next.Reported.Version))
+		topic := twinResponse(204, rid, fmt.Sprintf("&$version=%d", next.Reported.Version))
 		s.tell(mqtt.AppendPublish(nil, topic, qos, d.packetID(), nil))
 	}
 	return nil

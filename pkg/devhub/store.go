@@ -22,7 +22,7 @@ type store struct {
 	aead cipher.AEAD
 }
 
-// writeTime bounds one change of the file.
+// storeTime bounds one change of the file.
 const storeTime = 30 * time.Second
 
 func openStore(ctx context.Context, path string, dataKey []byte) (*store, error) {

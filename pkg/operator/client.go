@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -216,7 +217,11 @@ func (c *caller) once(ctx context.Context, r *request) (http.Header, int, []byte
 		query[k] = v
 	}
 	query.Set("api-version", c.version)
-	req, err := http.NewRequestWithContext(ctx, r.method, c.base+r.path+"?"+query.Encode(), body)
+	and := "?"
+	if strings.Contains(r.path, "?") { // of a list; in IDs it is escaped
+		and = "&"
+	}
+	req, err := http.NewRequestWithContext(ctx, r.method, c.base+r.path+and+query.Encode(), body)
 	if err != nil {
 		return nil, 0, nil, err
 	}

@@ -24,16 +24,16 @@ type Attempt struct {
 	Remote     string   `json:"remote"`
 	Group      string   `json:"group"`
 	Times      int64    `json:"times,omitempty"` // how often the same happened; 0 for once
-	Proof      *Proof   `json:"proof,omitempty"`
+	Proof      string   `json:"proof"`           // what it proved itself with, or tried to: x509, symmetricKey, tpm or none
+	// Slot is which of two keys or certificates that was, where the service tells: primary or secondary.
+	Slot        string     `json:"slot,omitempty"`
+	Certificate *Presented `json:"certificate,omitempty"`
 }
 
-// A Proof is what a device proved itself with, or tried to.
-type Proof struct {
-	Kind    string `json:"kind"`
-	Subject string `json:"subject,omitempty"` // of its certificate
-	Issuer  string `json:"issuer,omitempty"`
-	// Slot is which of two keys or certificates it matched, where the service tells: primary or secondary.
-	Slot string `json:"slot,omitempty"`
+// Presented is a certificate that a device showed.
+type Presented struct {
+	Subject string `json:"subject"`
+	Issuer  string `json:"issuer"`
 }
 
 // A Trial is what would become of certificates that were handed in.

@@ -190,13 +190,16 @@ func (r *Roll) Uses(ctx context.Context, emit func(Use) error) error {
 func (r *Roll) slotOf(attempts []Attempt) string {
 	for i := range attempts { // the newest first
 		a := &attempts[i]
-		if a.Refused() || a.Proof == nil || dps.Fold(a.Group) != dps.Fold(r.Group) {
+		if a.Refused() || dps.Fold(a.Group) != dps.Fold(r.Group) {
 			continue
 		}
-		if a.Proof.Slot == "primary" || a.Proof.Slot == "secondary" {
-			return a.Proof.Slot
+		if a.Slot == "primary" || a.Slot == "secondary" {
+			return a.Slot
 		}
-		issuer := plainName(a.Proof.Issuer)
+		issuer := ""
+		if a.Certificate != nil {
+			issuer = plainName(a.Certificate.Issuer)
+		}
 		switch first, second := issuer == r.subjects[0], issuer == r.subjects[1]; {
 		case issuer == "", first == second:
 		case first:

@@ -414,9 +414,9 @@ var sealedColumns = [...]sealedColumn{
 	{"secrets", "value", []string{"name"}, as("secret")},
 	{"registrations", "device_key", []string{"id"}, as("registration")},
 	{"challenges", "body", []string{"id"}, as("challenge")},
-	{"scopes", "document", nil, as("scope")},
 	{"outbox", "body", []string{"id"}, as("task")},
 	{"kin", "body", []string{"id"}, as("kin")},
+	{"scopes", "document", nil, as("scope")},
 }
 
 func (c *sealedColumn) rows() string {

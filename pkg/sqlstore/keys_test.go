@@ -25,6 +25,7 @@ import (
 	"github.com/touchmark/touchmark/hsm/keyfile"
 	"github.com/touchmark/touchmark/hsm/pkcs11"
 	"github.com/touchmark/touchmark/hsm/tpm"
+	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/registration"
 	"github.com/touchmark/touchmark/pkg/sqlstore"
 	"github.com/touchmark/touchmark/pkg/sqlstore/sqlstoretest"
@@ -32,8 +33,8 @@ import (
 
 // treasure is a secret in each place that the store seals, under a name of its own.
 type treasure struct {
-	name                                                   string
-	keys, primary, secondary, secret, device, wrapped, hub []byte
+	name                                                              string
+	keys, primary, secondary, secret, device, wrapped, hub, task, kin []byte
 }
 
 func newTreasure(name string) *treasure {
@@ -46,7 +47,7 @@ func newTreasure(name string) *treasure {
 }
 
 func (x *treasure) all() []*[]byte {
-	return []*[]byte{&x.keys, &x.primary, &x.secondary, &x.secret, &x.device, &x.wrapped, &x.hub}
+	return []*[]byte{&x.keys, &x.primary, &x.secondary, &x.secret, &x.device, &x.wrapped, &x.hub, &x.task, &x.kin}
 }
 
 func (x *treasure) scope() string { return "scope-" + x.name }
@@ -58,7 +59,14 @@ func (x *treasure) put(tx registration.Tx) error {
 		tx.PutSecret(x.scope(), "hub", fmt.Appendf(nil, "HostName=hub.example.net;SharedAccessKey=%s", base64.StdEncoding.EncodeToString(x.secret))),
 		tx.PutRegistration(x.scope(), &registration.Registration{ID: "d", DeviceKey: x.device}),
 		tx.PutChallenge(x.scope(), &registration.PendingChallenge{ID: "d", Wrapped: registration.Wrapped{Key: x.wrapped}, Expires: time.Now()}, time.Now()),
+		tx.PutTask(x.scope(), &registration.Task{ID: "d", Goal: &registration.Goal{Device: told(x.task)}}),
+		tx.PutKin(x.scope(), &registration.Kin{ID: "d", Device: told(x.kin)}),
 		tx.PutScope(&registration.Scope{ID: x.scope(), Name: x.scope(), Settings: registration.Settings{Hubs: []registration.LinkedHub{{Name: base64.StdEncoding.EncodeToString(x.hub)}}}}))
+}
+
+// told is a device as a hub is told it.
+func told(key []byte) *registration.HubDevice {
+	return &registration.HubDevice{Keys: &dps.SymmetricKeyAttestation{PrimaryKey: base64.StdEncoding.EncodeToString(key)}}
 }
 
 // check reads everything back.
@@ -69,12 +77,15 @@ func (x *treasure) check(tx registration.Tx) error {
 	d, e4 := tx.Registration(x.scope(), "d")
 	c, e5 := tx.Challenge(x.scope(), "d")
 	sc, e6 := tx.Scope(x.scope())
-	if err := errors.Join(e1, e2, e3, e4, e5, e6); err != nil {
+	k, e7 := tx.Task(x.scope(), "d")
+	kin, e8 := tx.Kin(x.scope(), "d")
+	if err := errors.Join(e1, e2, e3, e4, e5, e6, e7, e8); err != nil {
 		return err
 	}
 	text := base64.StdEncoding.EncodeToString
 	if !strings.Contains(string(r.Keys), text(x.keys)) || !bytes.Equal(p.Primary, x.primary) || !bytes.Equal(p.Secondary, x.secondary) || !strings.Contains(string(s), text(x.secret)) ||
-		!bytes.Equal(d.DeviceKey, x.device) || !bytes.Equal(c.Key, x.wrapped) || sc.Hubs[0].Name != text(x.hub) {
+		!bytes.Equal(d.DeviceKey, x.device) || !bytes.Equal(c.Key, x.wrapped) || sc.Hubs[0].Name != text(x.hub) ||
+		k.Goal.Device.Keys.PrimaryKey != text(x.task) || kin.Device.Keys.PrimaryKey != text(x.kin) {
 		return errors.New("something else came back")
 	}
 	return nil
