@@ -367,7 +367,7 @@ func (s *site) whole(id string) error {
 
 // Every step of every way to a hub, broken before and after it took effect, and the process killed there: a fresh process brings
 // the device to exactly one hub, which the record names, with its whole twin; and when it comes again it is where it belongs.
-// DPS-S 94.
+// DPS-S 87, 94.
 func TestFaults(t *testing.T) {
 	type scenario struct {
 		before, change func(*site)
@@ -752,6 +752,13 @@ func TestOvertaken(t *testing.T) {
 		if at := s.p.at("own-key"); !slices.Equal(at, []string{"a.example"}) {
 			t.Errorf("after its record was deleted midway it is at %v", at)
 		}
+		s.assign(s.start(), s.Derived("dev-1"))
+		if err := svc.DeleteEnrollment(t.Context(), registration.Actor{}, registration.Group, "keys", ""); err != nil {
+			t.Fatal(err)
+		}
+		if st, err := svc.GetRegistration(t.Context(), "dev-1"); err != nil || !slices.Equal(s.p.at("dev-1"), []string{st.AssignedHub}) {
+			t.Errorf("after its group was deleted: %+v, %v, at %v", st, err, s.p.at("dev-1"))
+		}
 	})
 }
 
@@ -958,7 +965,9 @@ func (h hanging) Admit(ctx context.Context, d *registration.HubDevice) (bool, er
 // Many replicas, many registrations of few devices, hubs that come and go and are busy: at rest each device is at the one hub that its
 // record names.
 func TestManyMinds(t *testing.T) {
-	t.Run("SQLite", func(t *testing.T) { manyMinds(newSite(t, registration.HubAzure, "a.example", "b.example", "c.example")) })
+	t.Run("SQLite", func(t *testing.T) {
+		manyMinds(newSite(t, registration.HubAzure, "a.example", "b.example", "c.example"))
+	})
 	t.Run("PostgreSQL", func(t *testing.T) { // each replica with a store of its own
 		store := func(dsn string) registration.Store {
 			s, err := sqlstore.Open(t.Context(), sqlstore.Config{DSN: dsn, DataKey: make([]byte, 32)})
