@@ -2,7 +2,7 @@ package main
 
 import "github.com/spf13/cobra"
 
-// Two pages for who runs a service: how much it takes from whom, and what may stand in front of it.
+// Pages for who runs a service: how much it takes from whom, what may stand in front of it, and what it tells of itself.
 
 var limitsTopic = &cobra.Command{
 	Use:   "limits",
@@ -37,7 +37,30 @@ LOAD
   some 150 a second it measures the limits. For the strength of a service start it with --no-limits, or higher rates; or let callers
   have many addresses of this machine:
     touchmark load --connection service/owner.connection --concurrency 20 --duration 30s
-    touchmark load --connection service/owner.connection --rate 600 --devices 20000 --sources 50 --attestations symmetric,x509`,
+    touchmark load --connection service/owner.connection --rate 600 --devices 20000 --sources 50 --attestations symmetric,x509
+
+QUOTAS
+  A scope has a profile of quotas. "none" is no quotas, and what serve gives a scope that says nothing: who runs this service wants no
+  limits of a price list. "azure" has the numbers of Azure DPS, to rehearse what clients do when they meet them: --quotas azure, for
+  the first scope and for new ones. A scope keeps its profile until --quotas names another.
+
+                                      Azure DPS     profile azure           profile none
+    individual enrollments            1,000,000     1,000,000               the disk's
+    registrations                     1,000,000     1,000,000               the disk's
+    groups by X.509 certificate             100     100                     no limit
+    groups by symmetric key      100, for ever      100                     no limit (from 17 groups on they are searched)
+    CA certificates                          25     25                      no limit
+    linked hubs                     50, for ever    50                      no limit
+    operations a minute                   1,000     1,000 of a replica      no limit
+    device registrations a minute         1,000     1,000 of a replica      --rate-per-scope
+    polls of a device             5 in 10 s         5 in 10 s of a replica  --rate-per-device
+    items of a bulk operation                10     10                      10: clients count on it
+    message size                          96 KB     64 KiB of a device      64 KiB of a device
+
+  Above a number of things 403 (403002) is the answer, for certificates 400; above a rate 429 (429001) with Retry-After: the seconds to the next full
+  minute, or ten seconds. Things are counted when one is made: exactly while they are few. A million takes long to count, so then a
+  count stands for some seconds, and replicas together may make that much more. Rates are counted by each replica: three let three
+  times as much through.`,
 }
 
 var proxiesTopic = &cobra.Command{
@@ -95,4 +118,72 @@ NGINX, TLS ENDED, devices with keys or TPMs; its stream module sends version 1 o
 
 TRY IT
   touchmark serve … --exchanges - tells the address of every caller.`,
+}
+
+var monitoringTopic = &cobra.Command{
+	Use:   "monitoring",
+	Short: "What a service tells of itself: metrics, logs, traces, health, usage, and why a device was refused",
+	Long: `WHY WAS THIS DEVICE REFUSED?
+    touchmark diagnose pump-0001 --service service/owner.connection
+  A refused device learns 401002 and nothing else. The service keeps what each device tried, with the reason: the last ten attempts
+  of a device, its last success among them, for --attempts-retention (30 days; 0 keeps none). It says so in sentences, and what to do.
+  Over the service API, with the right to read registrations:
+    GET    /touchmark/diagnose/REGISTRATION-ID    what is known: enrollment, registration, attempts, explanation
+    POST   /touchmark/diagnose/REGISTRATION-ID    the same, with certificates in PEM as the body, the device's first: would they do?
+    DELETE /touchmark/diagnose/REGISTRATION-ID    forget its attempts (right to write registrations); it is in the audit record
+    GET    /touchmark/attempts/TRACKING-ID        whose error was that? The device's log has the tracking ID, as has this one
+  The same attempt within an hour is one entry that counts. Attempts are written every two seconds: a crash loses those, and other
+  replicas see them that much later. A scope keeps the last 100,000 attempts of devices that proved themselves, as many refusals of
+  devices that it knows, and 10,000 of names that nobody enrolled. Refusals from one address above 300, and one a second, are not
+  kept, so that a flood pushes out nobody else's; touchmark_dps_attempts_lost_total counts them. What the limits put off or refuse
+  is not among the attempts.
+
+METRICS: serve --metrics 127.0.0.1:9464
+    GET /metrics    OpenMetrics, and Prometheus' text. It is plain HTTP: for your own network, and not on the public doors.
+
+    touchmark_dps_…                              Azure's metric
+    attestation_attempts_total                   AttestationAttempts     scope, status, protocol, kind
+    registration_attempts_total                  RegistrationAttempts    scope, hub, status
+    device_assignments_total                     DeviceAssignments       scope, hub, substatus
+    device_requests_total, …_duration_seconds                            operation, code
+    service_requests_total, …_duration_seconds                           operation, code, api_version
+    hub_requests_total, …_duration_seconds, hub_up                       hub, operation, code
+    webhook_requests_total, …_duration_seconds                           code
+    throttled_total                                                      api, limit
+    objects                                                              scope, type; counted anew every 15 s at most
+    certificate_expiry_timestamp_seconds                                 name: tls, tls issuer, issuer NAME, ca SCOPE/NAME
+    store_duration_seconds, store_errors_total                           kind: view, update
+    door_connections, door_handshakes_total                              door, result
+    outbox_depth, attempts_lost_total
+
+  No registration ID is ever a label; of scopes and of hubs the first hundred are told apart, the rest is "other". Each replica
+  counts for itself since its start, as Prometheus wants it.
+  Worth an alert: certificate_expiry_timestamp_seconds - time() < 14 * 86400; rate(store_errors_total) > 0; hub_up == 0; and a jump
+  of attestation_attempts_total with status unauthorized.
+
+HEALTH, on the listener of --metrics and, without details, at the HTTPS door:
+    GET /healthz    200 while the process is alive: restart it when there is no answer
+    GET /readyz     200 while the store answers, 503 else and from the signal to stop on: send callers elsewhere
+
+LOGS: serve --log json, --log-level debug, --log-mask-addresses
+  One record for each operation, on standard error. Those of Azure's categories have category: DeviceOperations (operation
+  register, status, lookup, challenge) or ServiceOperations (enrollment.get, group.put, registration.query …), result (Success,
+  ClientError, Failure), httpStatus, code, trackingId, durationMs, idScope, registrationId or objectType and objectId, apiVersion,
+  protocol, remote; and of devices status, substatus, hub, group, proof, rule and reason. What succeeds and changes nothing (a
+  device's poll) is at level debug. No key, token or query of a URL is ever in the log. --log-mask-addresses writes networks alone.
+
+TRACES: serve --otlp-endpoint https://collector.example.net:4318
+  Spans of every request of a device, of every operation, and of the calls of hubs, by OTLP over HTTP. OTEL_EXPORTER_OTLP_ENDPOINT
+  and its neighbours count too (headers, certificates, timeouts). --otlp-ratio 0.01 sends one trace in a hundred. An operator's
+  traceparent is continued; a device's is not.
+
+USAGE
+    touchmark usage --service service/owner.connection
+    GET /touchmark/usage?from=2026-11-01&to=2026-11-30
+  Calls by day, operation and result, and whether Azure would bill them: a device's registration and every call on enrollments, groups
+  and registrations, but no polls, no management, none of touchmark's own. Azure does not say whether it bills what it refuses;
+  it is reckoned here. Replicas add up. It is kept every ten seconds, and at the stop: a killed replica loses what it counted since.
+
+SEVERAL REPLICAS
+  Metrics, rates and health are each replica's own. Usage, attempts and counts of objects are the store's: every replica tells the same.`,
 }

@@ -119,7 +119,7 @@ The journey:  init → mint → (bundle) → serve → import → register`,
 	}
 	root.AddCommand(newVersion(a), newMan(a))
 	root.AddCommand(exitCodesTopic, environmentTopic, hsmTopic, technicianTopic, lineTopic, ownerTopic) // pages of the factory
-	root.AddCommand(issuersTopic, emulatorTopic, limitsTopic, proxiesTopic)                             // of the doors
+	root.AddCommand(issuersTopic, emulatorTopic, limitsTopic, proxiesTopic, monitoringTopic)            // of the doors
 	root.AddCommand(
 		operatingTopic, migrationTopic, managementTopic,
 		allocationTopic, hubsTopic,

@@ -4,8 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"maps"
+	"net/http"
 	"os"
 	"slices"
 
@@ -36,6 +36,7 @@ type serveOptions struct {
 	hubOptions
 	store storeOptions
 	provisionOptions
+	meter meterOptions
 	emulatorOptions
 }
 
@@ -67,6 +68,7 @@ register in are there already, and faults happen on demand. touchmark help emula
 		},
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			o.httpsAsked = cmd.Flags().Changed("https")
+			o.meter.quotasAsked = cmd.Flags().Changed("quotas")
 			if err := o.checkEmulator(cmd); err != nil {
 				return err
 			}
@@ -92,6 +94,7 @@ register in are there already, and faults happen on demand. touchmark help emula
 	o.hubOptions.flags(c)
 	o.store.flags(c)
 	o.provisionOptions.flags(c)
+	o.meter.flags(c)
 	o.bind(c)
 	_ = c.MarkFlagDirname("data")
 	return c
@@ -101,7 +104,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if o.https == "off" && o.mqtt == "off" && o.amqp == "off" {
 		return usageError{errors.New("all doors are off")}
 	}
-	if err := errors.Join(o.front.check(), o.limits.check(), o.accessOptions.check(), o.admit.check()); err != nil {
+	if err := errors.Join(o.front.check(), o.limits.check(), o.accessOptions.check(), o.admit.check(), o.meter.check()); err != nil {
 		return err
 	}
 	for _, h := range append(o.hubs, o.hostnames...) {
@@ -131,11 +134,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	level := slog.LevelInfo
-	if a.quiet {
-		level = slog.LevelWarn
-	}
-	log := slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: level}))
+	log := o.meter.logger(a)
 	store, closeStore, err := o.store.open(ctx, a, d, log)
 	if err != nil {
 		return err
@@ -170,6 +169,11 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	} else if linked == 0 {
 		a.note("no hub is linked: devices will register and fail with 400208, no hub could be chosen; name one with --hub")
 	}
+	watched, err := o.meter.watch(ctx, store, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, watched.close()) }()
 	// What the start names is the first scope's: another tenant's devices have nothing to do with these owners and issuers.
 	own := registration.Config{Owners: owners, RequireOrders: o.requireOrders, Intermediates: intermediates}
 	closeIssuers, err := a.openIssuers(ctx, &o.issue, &own)
@@ -177,7 +181,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	shared := registration.Config{Store: store, Log: log, AtOnce: own.AtOnce, PrivateNetworks: o.admit.private}
+	shared := registration.Config{Store: watched.store, Log: log, AtOnce: own.AtOnce, Attempt: watched.attempt, PrivateNetworks: o.admit.private}
 	o.enrollable(&shared)
 	bearer, err := d.bearer(&o.accessOptions)
 	if err != nil {
@@ -189,6 +193,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	}
 	defer func() { err = errors.Join(err, hubs.Close()) }()
 	shared.OpenHub = hub.openedBy(dps.Fold(d.scope), hubs.Hub)
+	watched.provisioning(&shared)
 	scopes := registration.NewScopes(registration.ScopesConfig{
 		Config: shared,
 		Own: func(sc *registration.Scope, cfg *registration.Config) error {
@@ -224,7 +229,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	}
 	eg, ctx := errgroup.WithContext(ctx)
 	eg.Go(func() error { return front.watch(ctx) })
-	limited := o.limits.wrap(scopes, log)
+	limited, profiles := watched.wrap(scopes, &o.limits)
 	var registrar registration.Registrar = limited
 	if o.ephemeral || exchanges != nil {
 		registrar = emulate.New(emulate.Config{Registrar: limited, Faults: faults, Exchanges: exchanges, Stop: ctx.Done()})
@@ -237,6 +242,8 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	api := serviceapi.Config{
 		Scopes: scopes, First: d.scope, Hosts: o.hostnames, Domain: o.domain, Bearer: bearer, StrictQuery: o.strictQuery,
 		Calls: make(map[string]serviceapi.Call), Import: d.importBundle, Recipient: d.recipient, Log: log,
+		Meter: watched.meter, Attempts: watched.attempts,
+		Throttle: func(sc *registration.Scope) error { return profiles.Service(sc.ID, sc.Limits()) },
 	}
 	address, _ := ready["https"].(string)
 	switch {
@@ -250,13 +257,19 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	readiness := watched.readiness(ctx.Done())
+	watched.meter.Watch(scopes.Known, watched.sources(front, own.Issuers))
+	if l := open["metrics"]; l != nil {
+		watched.serve(l, readiness)
+	}
 	management, err := o.management(ctx, d, scopes, bearer, ready, log)
 	if err != nil {
 		return err
 	}
 	handlers := serviceapi.New(api).Handlers()
-	handlers["subscriptions"], handlers["providers"] = management, management
-	https := httpd.Config{Log: log, Handlers: handlers}
+	counted := watched.meter.Handler(func(*http.Request) string { return "" }, management) // it is billed to no scope
+	handlers["subscriptions"], handlers["providers"] = counted, counted
+	https := httpd.Config{Log: log, Handlers: watched.handlers(handlers, readiness)}
 	if hub != nil {
 		if err := hub.describe(ready, &https, address); err != nil {
 			return err

@@ -46,7 +46,7 @@ func (a *app) listenAll(o *serveOptions) (_ map[string]net.Listener, err error) 
 			}
 		}
 	}()
-	for _, d := range [][2]string{{"https", o.https}, {"mqtt", o.mqtt}, {"amqp", o.amqp}} {
+	for _, d := range [][2]string{{"https", o.https}, {"mqtt", o.mqtt}, {"amqp", o.amqp}, {"metrics", o.meter.metrics}} {
 		name, address := d[0], d[1]
 		l, err := o.listen(name, address)
 		if errors.Is(err, fs.ErrPermission) && name == "https" && !o.httpsAsked {
@@ -99,16 +99,16 @@ func (o *serveOptions) serveDoors(ctx context.Context, eg *errgroup.Group, open 
 		return amqpd.New(amqpd.Config{Hub: hub, Registrar: registrar, Protocol: protocol, Log: front.log, ResponseDelay: delay}).Handle
 	}
 	if l := open["https"]; l != nil {
-		https.Registrar, https.Door, https.Forwarded = registrar, front.door(true), httpd.ForwardedCertificate(o.front.forwarded)
+		https.Registrar, https.Door, https.Forwarded = registrar, front.door("https"), httpd.ForwardedCertificate(o.front.forwarded)
 		https.Sockets = map[string]door.Handler{"mqtt": mqtt("mqtt-ws"), "amqpwsb10": amqp("amqp-ws")}
 		server := httpd.New(https)
 		eg.Go(func() error { return server.Serve(ctx, l) })
 	}
 	if l := open["mqtt"]; l != nil {
-		eg.Go(func() error { return front.door(false).Serve(ctx, l, mqtt("mqtt")) })
+		eg.Go(func() error { return front.door("mqtt").Serve(ctx, l, mqtt("mqtt")) })
 	}
 	if l := open["amqp"]; l != nil {
-		eg.Go(func() error { return front.door(false).Serve(ctx, l, amqp("amqp")) })
+		eg.Go(func() error { return front.door("amqp").Serve(ctx, l, amqp("amqp")) })
 	}
 }
 

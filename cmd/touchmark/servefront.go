@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"sync"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -17,6 +18,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/door"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/httpd"
+	"github.com/touchmark/touchmark/pkg/meter"
 	"github.com/touchmark/touchmark/pkg/registration"
 )
 
@@ -91,10 +93,13 @@ type front struct {
 	files       *door.Certificates // nil for a certificate of the service's own
 	tickets     *door.Tickets
 	log         *slog.Logger
+
+	mu    sync.Mutex // guards doors
+	doors map[string]*door.Door
 }
 
 func (d *serviceData) front(ctx context.Context, o *serveOptions, store registration.Store, log *slog.Logger) (*front, error) {
-	f := &front{o: &o.front, log: log}
+	f := &front{o: &o.front, log: log, doors: make(map[string]*door.Door)}
 	var err error
 	if len(o.front.tlsCerts) == 0 {
 		f.certificate, err = d.certificate(o)
@@ -132,8 +137,9 @@ func (d *serviceData) front(ctx context.Context, o *serveOptions, store registra
 	return f, err
 }
 
-// door returns a door. Proxies of HTTP may say there whom they speak for.
-func (f *front) door(http bool) *door.Door {
+// door returns a door of that name. Proxies of HTTP may say there whom they speak for.
+func (f *front) door(name string) *door.Door {
+	http := name == "https"
 	var alpn []string
 	if http {
 		alpn = []string{"http/1.1"}
@@ -144,7 +150,23 @@ func (f *front) door(http bool) *door.Door {
 		cfg.TLSProxies = f.o.enders
 	}
 	f.tickets.Use(cfg.TLS)
-	return door.New(cfg)
+	d := door.New(cfg)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.doors[name] = d
+	return d
+}
+
+// counts are what the doors have let in.
+func (f *front) counts() map[string]meter.Door {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	all := make(map[string]meter.Door)
+	for name, d := range f.doors {
+		open, shook, failed := d.Counts()
+		all[name] = meter.Door{Connections: open, Handshakes: shook, FailedHandshakes: failed}
+	}
+	return all
 }
 
 // watch reads the certificate files again at every SIGHUP, until the context ends.

@@ -36,13 +36,13 @@ func (o *limitOptions) check() error {
 	return nil
 }
 
-func (o *limitOptions) wrap(scopes *registration.Scopes, log *slog.Logger) *limit.Limiter {
+func (o *limitOptions) wrap(next registration.Registrar, known func(string) bool, throttled func(string), log *slog.Logger) *limit.Limiter {
 	none := func(r float64) float64 {
 		if r == 0 {
 			return -1
 		}
 		return r
 	}
-	return limit.New(limit.Config{Registrar: scopes, Scopes: scopes.Known, Off: o.off, Log: log,
+	return limit.New(limit.Config{Registrar: next, Scopes: known, Off: o.off, Throttled: throttled, Log: log,
 		PerDevice: none(o.perDevice), PerAddress: none(o.perAddress), PerScope: none(o.perScope)})
 }

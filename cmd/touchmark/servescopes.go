@@ -27,6 +27,10 @@ func (o *serveOptions) linkHubs(ctx context.Context, store registration.Store, d
 	edit := func(sc *registration.Scope) (*registration.Scope, error) {
 		if sc == nil {
 			sc = &registration.Scope{ID: d.scope, Name: cmp.Or(o.name, "touchmark-"+dps.Fold(d.scope))}
+			sc.Quotas = o.meter.quotas
+		}
+		if o.meter.quotasAsked {
+			sc.Quotas = o.meter.quotas
 		}
 		sc.Name = cmp.Or(o.name, sc.Name)
 		locate(sc)
@@ -48,7 +52,7 @@ func (o *serveOptions) linkHubs(ctx context.Context, store registration.Store, d
 		is := *was
 		is.Hubs = slices.Clone(was.Hubs)
 		_, err = edit(&is)
-		same = slices.Equal(was.Hubs, is.Hubs) && was.Name == is.Name && was.Subscription == is.Subscription && was.ResourceGroup == is.ResourceGroup && was.Location == is.Location
+		same = slices.Equal(was.Hubs, is.Hubs) && was.Name == is.Name && was.Subscription == is.Subscription && was.ResourceGroup == is.ResourceGroup && was.Location == is.Location && was.Quotas == is.Quotas
 		return err
 	})
 	if err == nil && !same {

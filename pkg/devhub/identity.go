@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/touchmark/touchmark/pkg/dps"
 )
 
 // The kinds of authentication (service API, section 5.2).
@@ -41,22 +43,15 @@ const scopePrefix = "ms-azure-iot-edge://"
 
 // Limits of an identity.
 const (
-	maxDeviceID    = 128
 	maxReason      = 128
 	maxChildren    = 100
 	maxGenerations = 5 // of edge devices, one above the other
 )
 
-// checkDeviceID checks what IoT Hub takes as a device ID. It is told apart by case.
+// checkDeviceID checks what IoT Hub takes as a device ID.
 func checkDeviceID(id string) error {
-	if id == "" || len(id) > maxDeviceID || id == "." || id == ".." { // which are no part of a path
-		return badArgument("deviceId: want 1 to %d characters, and neither . nor ..", maxDeviceID)
-	}
-	for i := range len(id) {
-		c := id[i]
-		if !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || strings.IndexByte("-:.+%_#*?!(),=@;$'", c) >= 0) {
-			return badArgument("deviceId: character %d is not allowed", i+1)
-		}
+	if err := dps.CheckDeviceID(id); err != nil {
+		return badArgument("deviceId: %v", err)
 	}
 	return nil
 }

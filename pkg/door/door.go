@@ -21,6 +21,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -142,6 +143,8 @@ type Door struct {
 	computing chan struct{} // one per handshake that computes
 	callers   callers
 
+	open, shook, failed atomic.Int64 // connections; handshakes
+
 	mu     sync.Mutex
 	conns  map[*Conn]struct{}
 	ending bool
@@ -191,6 +194,11 @@ func (d *Door) Serve(ctx context.Context, l net.Listener, handle Handler) error 
 		tc := c.(*tls.Conn)
 		go d.Handle(ctx, &Conn{Conn: tc, Remote: tc.RemoteAddr().String(), Certificates: tc.ConnectionState().PeerCertificates}, handle)
 	}
+}
+
+// Counts returns how many connections are open, and how many handshakes ended well and otherwise since the start.
+func (d *Door) Counts() (open int, shook, failed int64) {
+	return int(d.open.Load()), d.shook.Load(), d.failed.Load()
 }
 
 // Handle has a handler talk on one connection, and closes it. It is for connections that came in some other way than by

@@ -81,6 +81,7 @@ func (l *listener) run(ctx context.Context) {
 // meet admits a connection and does its handshake.
 func (l *listener) meet(ctx context.Context, raw net.Conn) {
 	s := &slot{Conn: raw, d: l.d, remote: raw.RemoteAddr()}
+	l.d.open.Add(1)
 	proxied := l.d.trusts(addressOf(s.remote))
 	if !proxied && !s.admit() {
 		_ = s.Close()
@@ -91,11 +92,13 @@ func (l *listener) meet(ctx context.Context, raw net.Conn) {
 		defer cancel()
 		c, err := l.handshake(ctx, s, proxied)
 		if err != nil {
+			l.d.failed.Add(1)
 			// Debug: anybody can cause it.
 			l.d.cfg.Log.Debug("handshake failed", "remote", s.remote.String(), "cause", err)
 			_ = s.Close() // without the alert that a tls.Conn's Close writes: nobody is known to read it
 			return
 		}
+		l.d.shook.Add(1)
 		select {
 		case l.ready <- c:
 		case <-l.closed:

@@ -54,6 +54,7 @@ func (s *slot) Close() error {
 		if s.taken {
 			s.d.callers.give(s.from)
 		}
+		s.d.open.Add(-1)
 		<-s.d.slots
 	}
 	return s.Conn.Close()

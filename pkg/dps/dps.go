@@ -8,6 +8,7 @@ package dps
 
 import (
 	"fmt"
+	"strings"
 	"time"
 )
 
@@ -27,6 +28,20 @@ func CheckRegistrationID(id string) error { return checkID("registration ID", id
 
 // CheckGroupID says what keeps id from being an enrollment group ID, which has the grammar of a registration ID.
 func CheckGroupID(id string) error { return checkID("group ID", id) }
+
+// CheckDeviceID says what keeps id from being a device's name in a hub: 1 to 128 letters, digits and "-.%_#*?!(),:;=@$'+" (service
+// API, section 4.1), and no part of a path. Hubs tell them apart by case.
+func CheckDeviceID(id string) error {
+	if id == "" || len(id) > MaxRegistrationID || id == "." || id == ".." {
+		return fmt.Errorf("device ID %.20q: want 1 to %d characters, and neither . nor ..", id, MaxRegistrationID)
+	}
+	for i := 0; i < len(id); i++ {
+		if !idByte(id[i]) && strings.IndexByte("%#*?!(),;=@$'+", id[i]) < 0 {
+			return fmt.Errorf("device ID %q: character %d is not one of letters, digits and -.%%_#*?!(),:;=@$'+ characters", id, i+1)
+		}
+	}
+	return nil
+}
 
 func checkID(what, id string) error {
 	if id == "" {

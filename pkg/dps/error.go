@@ -22,6 +22,7 @@ const (
 	CodeHubRefused       Code = 400209
 	CodeHubUnreachable   Code = 401001
 	CodeUnauthorized     Code = 401002
+	CodeQuota            Code = 403002
 	CodeNotFound         Code = 404000
 	CodeNoEnrollment     Code = 404201
 	CodeNoGroup          Code = 404202

@@ -61,7 +61,9 @@ type Config struct {
 	Keys int
 	// Off lets everything through. What replicas with limits put off is taken up.
 	Off bool
-	Log *slog.Logger
+	// Throttled is told of every request that was put off or refused, by which limit; nil is nobody.
+	Throttled func(limit string)
+	Log       *slog.Logger
 }
 
 // How many seconds' worth of a rate may come at once; and by what factor who is being slowed down may exceed the rate
@@ -422,6 +424,9 @@ type told struct {
 // putOff returns how a call is answered that is not let in, and tells the log: at most once per key and interval, with what
 // was left untold since the last time. All 429 of one interval have one tracking ID, that of the line.
 func (l *Limiter) putOff(t *told, why string, c *call, deferred bool, now time.Time) error {
+	if l.cfg.Throttled != nil {
+		l.cfg.Throttled(why)
+	}
 	if deferred {
 		t.deferred++
 	} else {

@@ -50,7 +50,7 @@ func (s *Service) Challenge(ctx context.Context, req *Request) ([]byte, error) {
 		// the blob is kept nowhere and admits nobody.
 		return blob, nil
 	}
-	s.cfg.Log.Info("TPM challenged", "registrationId", req.RegistrationID, "protocol", req.Protocol, "remote", req.Remote)
+	s.wasChallenged(req, nil)
 	return blob, nil
 }
 
@@ -69,7 +69,7 @@ func (s *Service) challenged(ctx context.Context, req *Request, tpm *dps.TPMAtte
 	if cause != nil {
 		return s.logged(req, "challenge", cause)
 	}
-	s.cfg.Log.Info("TPM challenged", "registrationId", req.RegistrationID, "trackingId", e.TrackingID, "reason", e.Error(), "protocol", req.Protocol, "remote", req.Remote)
+	s.wasChallenged(req, e)
 	return &Challenge{Blob: blob, Refusal: e}
 }
 
@@ -107,7 +107,7 @@ func (s *Service) challenge(ctx context.Context, req *Request, keys *attest.TPMK
 			return err
 		}
 		if r == nil {
-			return refuse(errors.New("no enrollment has this registration ID"))
+			return because("no-enrollment", "no enrollment has this registration ID")
 		}
 		var e dps.IndividualEnrollment
 		if err := json.Unmarshal(r.Document, &e); err != nil {
@@ -121,14 +121,14 @@ func (s *Service) challenge(ctx context.Context, req *Request, keys *attest.TPMK
 			root, _ = base64.StdEncoding.DecodeString(e.Attestation.TPM.StorageRootKey) // checked when it was enrolled
 		}
 		if enrolled != hash {
-			return refuse(errors.New("the enrollment is not for this endorsement key"))
+			return because("endorsement-key", "the enrollment is not for this endorsement key")
 		}
 		if e.ProvisioningStatus == dps.EnrollmentDisabled {
 			return nil // which it is told when it has proved itself
 		}
 		ended, err := tx.KeyEnded(s.scope, hash)
 		if err == nil && ended {
-			return refuse(errors.New("its endorsement key belonged to an identity that ended"))
+			return because("ended", "its endorsement key belonged to an identity that ended")
 		}
 		if err == nil {
 			c, err = s.pending(tx, id, hash)
@@ -222,9 +222,9 @@ func (s *Service) proveTPM(tx Tx, v *verdict, e *dps.IndividualEnrollment, req *
 	}
 	switch now := s.cfg.Now(); {
 	case c == nil || c.EKHash != hash:
-		return refuse(errors.New("its TPM was not challenged"))
+		return because("challenge", "its TPM was not challenged")
 	case !now.Before(c.Expires):
-		return refuse(errors.New("the challenge of its TPM has expired"))
+		return because("challenge", "the challenge of its TPM has expired")
 	case token.SignedBy(c.Key):
 		v.tpm = &c.Keys
 	case c.Previous != nil && now.Sub(c.Begun) < previousTime && token.SignedBy(c.Previous.Key):

@@ -345,6 +345,11 @@ func (s *Service) check(d *document) error {
 	if err := dps.CheckRegistrationID(*d.id()); err != nil {
 		return invalid("%v", err)
 	}
+	if d.kind == Individual && d.individual.DeviceID != "" {
+		if err := dps.CheckDeviceID(d.individual.DeviceID); err != nil {
+			return invalid("%v", err)
+		}
+	}
 	e := d.base()
 	if err := e.Attestation.Check(); err != nil {
 		return invalid("%v", err)

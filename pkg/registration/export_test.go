@@ -23,3 +23,10 @@ func (s *Service) Strangers() int {
 	defer s.groups.mu.RUnlock()
 	return len(s.groups.strangers)
 }
+
+// Listed is what pages are made of, and PageOf makes one.
+type Listed = listed
+
+func NewListed(id string, v any, octets int) Listed { return listed{id, v, octets} }
+
+var PageOf = page

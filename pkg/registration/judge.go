@@ -144,16 +144,16 @@ func (s *Service) known(tx Tx, req *Request, v *verdict) (err error) {
 			return err
 		}
 		if ended {
-			return refuse(errors.New("its key belonged to an identity that ended"))
+			return because("ended", "its key belonged to an identity that ended")
 		}
 	}
 	switch {
 	case !v.closed:
 		return nil
 	case d == nil || d.Group != dps.Fold(v.group):
-		return refuse(fmt.Errorf("group %q is closed and no bundle named the device for it", v.group))
+		return because("closed", "group %q is closed and no bundle named the device for it", v.group)
 	case v.x509 && d.KeyHash != v.key:
-		return refuse(fmt.Errorf("group %q is closed and the key is not the one of the device's revision %d", v.group, d.Revision))
+		return because("closed", "group %q is closed and the key is not the one of the device's revision %d", v.group, d.Revision)
 	}
 	return nil
 }
@@ -189,7 +189,7 @@ func (s *Service) judgeIndividual(tx Tx, r *Record, req *Request, token *attest.
 func proveIndividual(r *Record, e *dps.IndividualEnrollment, req *Request, token *attest.Token) error {
 	if token != nil {
 		if e.Attestation.Type != dps.AttestationSymmetricKey {
-			return refuse(errors.New("the enrollment does not attest by symmetric key"))
+			return because("kind", "the enrollment does not attest by symmetric key")
 		}
 		keys, err := keysOf(r)
 		if err != nil {
@@ -203,7 +203,7 @@ func proveIndividual(r *Record, e *dps.IndividualEnrollment, req *Request, token
 		return refuse(attest.ErrSignature)
 	}
 	if e.Attestation.Type != dps.AttestationX509 || e.Attestation.X509.ClientCertificates == nil {
-		return refuse(errors.New("the enrollment does not attest by certificate"))
+		return because("kind", "the enrollment does not attest by certificate")
 	}
 	for _, c := range []*dps.X509Certificate{e.Attestation.X509.ClientCertificates.Primary, e.Attestation.X509.ClientCertificates.Secondary} {
 		if c == nil {
@@ -213,7 +213,7 @@ func proveIndividual(r *Record, e *dps.IndividualEnrollment, req *Request, token
 			return nil
 		}
 	}
-	return refuse(errors.New("the certificate is not the enrolled one"))
+	return because("certificate", "the certificate is not the enrolled one")
 }
 
 // stillHolds returns ErrConflict when what a verdict stands on has changed since: an operator who was told that a device is
@@ -276,10 +276,10 @@ func (s *Service) judgeByKey(tx groupReader, req *Request, token *attest.Token) 
 		return nil, err
 	}
 	if g == nil {
-		return nil, refuse(errors.New("no enrollment has this registration ID and no group's key derives the one it was signed with"))
+		return nil, because("no-enrollment", "no enrollment has this registration ID and no group's key derives the one it was signed with")
 	}
 	if g.disabled {
-		return nil, refuse(fmt.Errorf("group %q is disabled", g.id))
+		return nil, because("group-disabled", "group %q is disabled", g.id)
 	}
 	return &verdict{enrollment: &g.enrollment, group: g.id, closed: g.closed, revision: revision, groupKeys: g.keys}, nil
 }
@@ -340,7 +340,7 @@ func (s *Service) keyedGroup(tx groupReader, req *Request, token *attest.Token, 
 
 func (s *Service) judgeByChain(tx groupReader, req *Request) (*verdict, error) {
 	if name := s.operational(req.Proof.Certificates); name != "" {
-		return nil, refuse(fmt.Errorf("its certificate is an operational one of issuer %q", name))
+		return nil, because("operational", "its certificate is an operational one of issuer %q", name)
 	}
 	revision, err := s.groupsAt(tx)
 	if err != nil {
@@ -356,7 +356,7 @@ func (s *Service) judgeByChain(tx groupReader, req *Request) (*verdict, error) {
 		return nil, err
 	}
 	if g.disabled {
-		return nil, refuse(fmt.Errorf("group %q is disabled", g.id))
+		return nil, because("group-disabled", "group %q is disabled", g.id)
 	}
 	if g.missing {
 		return nil, refuse(fmt.Errorf("group %q: %w", g.id, errCANotFound))
@@ -383,7 +383,7 @@ func (s *Service) blocked(tx Tx, v *verdict) error {
 	}
 	d, err := open(r)
 	if err == nil && d.individual.ProvisioningStatus == dps.EnrollmentDisabled {
-		err = refuse(fmt.Errorf("its certificate is that of the disabled enrollment %q", r.ID))
+		err = because("blocked", "its certificate is that of the disabled enrollment %q", r.ID)
 	}
 	return err
 }

@@ -34,8 +34,8 @@ func checkPolicyName(name string) error {
 
 func noPolicy() *dps.Error { return dps.NewError(dps.CodeNotFound, "Policy not found.", nil) }
 
-// PutPolicy writes a shared access policy of a scope in a transaction, with its entry in the audit record. Empty keys are made:
-// whoever keeps some fills them in. It completes p.
+// PutPolicy writes a shared access policy of a scope in a transaction, with its entry in the audit record where that changes
+// anything. Empty keys are made: whoever keeps some fills them in. It completes p, and spells its name as it was first written.
 func PutPolicy(tx Tx, scope string, by Actor, p *Policy, now time.Time) error {
 	if err := checkPolicyName(p.Name); err != nil {
 		return err
@@ -53,26 +53,36 @@ func PutPolicy(tx Tx, scope string, by Actor, p *Policy, now time.Time) error {
 			return invalid("A key of a policy must be base64 of 16 to 64 octets")
 		}
 	}
-	scope = dps.Fold(scope)
-	was, err := found(tx.Policy(scope, p.Name))
-	if err != nil {
-		return err
-	}
+	was, others, err := policyNamed(tx, scope, p.Name)
 	action := "update"
-	if was == nil {
-		action = "create"
-		all, err := tx.Policies(scope)
-		if err != nil {
-			return err
-		}
-		if len(all) >= maxPolicies {
-			return invalid("A service has at most %d policies", maxPolicies)
-		}
-	}
-	if err := tx.PutPolicy(scope, p); err != nil {
+	switch {
+	case err != nil:
 		return err
+	case was != nil:
+		p.Name = was.Name
+	case others >= maxPolicies:
+		return invalid("A service has at most %d policies", maxPolicies)
+	default:
+		action = "create"
 	}
-	return tx.PutAudit(scope, NewAudit(by, action, "policy/"+p.Name, plainPolicy(was), plainPolicy(p), now))
+	a := NewAudit(by, action, "policy/"+p.Name, plainPolicy(was), plainPolicy(p), now)
+	if a.Before == a.After {
+		return nil
+	}
+	return errors.Join(tx.PutPolicy(dps.Fold(scope), p), tx.PutAudit(dps.Fold(scope), a))
+}
+
+// policyNamed returns the policy of that name in any case, or nil, and how many others there are. Tokens name one to the letter.
+func policyNamed(tx Tx, scope, name string) (named *Policy, others int, err error) {
+	all, err := tx.Policies(dps.Fold(scope))
+	for _, p := range all {
+		if strings.EqualFold(p.Name, name) {
+			named = p
+		} else {
+			others++
+		}
+	}
+	return named, others, err
 }
 
 // plainPolicy is what of a policy the audit record's hashes are of; nil for none.
@@ -85,15 +95,14 @@ func plainPolicy(p *Policy) any {
 
 // DeletePolicy removes a policy of a scope in a transaction, with its entry in the audit record, or says ErrNotFound.
 func DeletePolicy(tx Tx, scope string, by Actor, name string, now time.Time) error {
-	scope = dps.Fold(scope)
-	was, err := tx.Policy(scope, name)
+	was, _, err := policyNamed(tx, scope, name)
 	if err != nil {
 		return err
 	}
-	if err := tx.DeletePolicy(scope, name); err != nil {
-		return err
+	if was == nil {
+		return ErrNotFound
 	}
-	return tx.PutAudit(scope, NewAudit(by, "delete", "policy/"+name, plainPolicy(was), nil, now))
+	return errors.Join(tx.DeletePolicy(dps.Fold(scope), was.Name), tx.PutAudit(dps.Fold(scope), NewAudit(by, "delete", "policy/"+was.Name, plainPolicy(was), nil, now)))
 }
 
 // Policy returns a shared access policy, or ErrNotFound.
@@ -117,13 +126,13 @@ func (s *Service) Policies(ctx context.Context) (all []*Policy, err error) {
 // ShowPolicy returns a shared access policy to be shown with its keys, which is in the audit record.
 func (s *Service) ShowPolicy(ctx context.Context, by Actor, name string) (p *Policy, err error) {
 	err = s.cfg.Store.Update(ctx, func(tx Tx) error {
-		if p, err = found(tx.Policy(s.scope, name)); err != nil {
+		if p, _, err = policyNamed(tx, s.scope, name); err != nil {
 			return err
 		}
 		if p == nil {
 			return noPolicy()
 		}
-		return s.audit(tx, by, "show keys", "policy/"+name, plainPolicy(p), plainPolicy(p))
+		return s.audit(tx, by, "show keys", "policy/"+p.Name, plainPolicy(p), plainPolicy(p))
 	})
 	return p, err
 }
@@ -132,7 +141,7 @@ func (s *Service) ShowPolicy(ctx context.Context, by Actor, name string) (p *Pol
 // than once. Keys that are empty then are made.
 func (s *Service) EditPolicy(ctx context.Context, by Actor, name string, edit func(*Policy) error) (p *Policy, err error) {
 	err = s.cfg.Store.Update(ctx, func(tx Tx) error {
-		if p, err = found(tx.Policy(s.scope, name)); err != nil {
+		if p, _, err = policyNamed(tx, s.scope, name); err != nil {
 			return err
 		}
 		if p == nil {

@@ -51,11 +51,21 @@ type Provisioning struct {
 	Outcome string
 	Err     error         // why it failed or waits
 	Took    time.Duration // since the decision
+	// OperationID is that of the device's operation which waited, and Substatus how the device comes to the hub.
+	OperationID string
+	Substatus   dps.Substatus
 }
 
 func (s *Service) observe(t *Task, hub, outcome string, err error) {
 	if s.cfg.OnProvision != nil {
-		s.cfg.OnProvision(Provisioning{s.scope, t.ID, hub, outcome, err, s.cfg.Now().Sub(t.Begun)})
+		p := Provisioning{Scope: s.scope, RegistrationID: t.ID, Hub: hub, Outcome: outcome, Err: err, Took: s.cfg.Now().Sub(t.Begun)}
+		if g := t.Goal; g != nil {
+			p.OperationID = g.Operation
+			if g.Final != nil {
+				p.Substatus = g.Final.Substatus
+			}
+		}
+		s.cfg.OnProvision(p)
 	}
 	level := s.cfg.Log.Info
 	if outcome == "orphaned" || outcome == "failed" {

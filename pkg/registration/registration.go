@@ -3,6 +3,7 @@ package registration
 import (
 	"context"
 	"errors"
+	"time"
 
 	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/dps"
@@ -25,6 +26,8 @@ type Request struct {
 	Protocol      string
 	Remote        string
 	ClientVersion string
+	// Began is when it came in, for the log's durations; zero for unknown. Doors leave it empty.
+	Began time.Time
 
 	searched *searched // by the service itself
 }

@@ -114,7 +114,7 @@ func (s *Service) knownAt(view groupReader, revision int64) (*knownSettings, err
 	case sc == nil:
 		sc = &Scope{Settings: s.cfg.Settings}
 	case sc.Deleting:
-		return nil, refuse(errors.New("the scope is being deleted"))
+		return nil, because("scope", "the scope is being deleted")
 	}
 	known := &knownSettings{revision: revision, Settings: &sc.Settings}
 	if known.rules, err = parseRules(sc.IPFilter); err != nil {
@@ -162,6 +162,13 @@ func CheckScope(sc *Scope) error {
 	}
 	if sc.AllocationPolicy == dps.AllocationCustom {
 		return invalid("A service's allocation policy cannot be custom: an enrollment's can")
+	}
+	quotas, ok := QuotasOf(sc.Quotas)
+	if !ok {
+		return invalid("There is no profile of quotas %.40q: there are azure and none", sc.Quotas)
+	}
+	if quotas.Hubs > 0 && len(sc.Hubs) > quotas.Hubs {
+		return Exceeds("linked hubs", int64(len(sc.Hubs)-1), int64(quotas.Hubs))
 	}
 	seen := make(map[string]bool)
 	for _, h := range sc.Hubs {
@@ -226,6 +233,12 @@ func (s *Settings) allowed(name string) error {
 		return invalid("Hub %s is not linked to this service", fmt.Sprintf("%.100q", name))
 	}
 	return nil
+}
+
+// Deleted reports whether a scope is deleted, or being deleted: nothing more is to be written of it.
+func Deleted(tx Tx, scope string) (bool, error) {
+	sc, err := found(tx.Scope(scope))
+	return sc != nil && sc.Deleting, err
 }
 
 // eraseAtOnce is how many rows of a deleted scope one transaction removes.

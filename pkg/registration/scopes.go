@@ -75,6 +75,20 @@ func (s *Scopes) Known(folded string) bool {
 	return s.open[folded] != nil
 }
 
+// Quotas returns those of the scope of a folded ID, as far as can be said without the store: none for a scope that nobody has
+// asked for yet.
+func (s *Scopes) Quotas(folded string) Quotas {
+	s.mu.Lock()
+	svc := s.open[folded]
+	s.mu.Unlock()
+	if svc != nil {
+		if set := svc.settings.Load(); set != nil {
+			return set.Limits()
+		}
+	}
+	return Quotas{}
+}
+
 // ByName returns the service of that name, or ErrNotFound.
 func (s *Scopes) ByName(ctx context.Context, name string) (*Service, error) {
 	return s.make(ctx, func(tx Tx) (*Scope, error) { return tx.ScopeByName(name) })
@@ -116,11 +130,11 @@ func (s *Scopes) Forget(id string) {
 // enrolled.
 func (s *Scopes) of(ctx context.Context, req *Request) (*Service, error) {
 	if len(req.IDScope) > dps.MaxIDScope {
-		return nil, s.unknown(req, errors.New("ID scope is too long"))
+		return nil, s.unknown(req, &broken{"scope", "ID scope is too long"})
 	}
 	svc, err := s.Service(ctx, req.IDScope)
 	if errors.Is(err, ErrNotFound) {
-		return nil, s.unknown(req, errors.New("unknown ID scope"))
+		return nil, s.unknown(req, &broken{"scope", "unknown ID scope"})
 	}
 	return svc, err
 }

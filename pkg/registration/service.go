@@ -74,8 +74,11 @@ type Config struct {
 	GiveUp time.Duration
 	// OnProvision is told of every step of telling hubs; it must not block. May be nil.
 	OnProvision func(Provisioning)
-	Log         *slog.Logger
-	Now         func() time.Time
+	// Attempt is told what each device tried, and what came of it, with the folded ID scope; an empty one is none of the
+	// service's. It must not wait. Nil is nobody.
+	Attempt func(scope string, a *Attempt)
+	Log     *slog.Logger
+	Now     func() time.Time
 }
 
 // MaxBody bounds a register body, in octets (device API, section 15.1).
@@ -122,7 +125,9 @@ func New(cfg Config) *Service {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Service{cfg: cfg, scope: dps.Fold(cfg.Scope), inFlight: make(map[string]*flight), searcher: newSearcher(), intermediates: attest.NewPool(cfg.Intermediates)}
+	s := &Service{cfg: cfg, scope: dps.Fold(cfg.Scope), inFlight: make(map[string]*flight), searcher: newSearcher(), intermediates: attest.NewPool(cfg.Intermediates)}
+	s.cfg.Store = &quotaStore{Store: cfg.Store, s: s, counts: make(map[Counted]*count)}
+	return s
 }
 
 // Scope returns the ID scope, as it was given.
@@ -292,8 +297,7 @@ func (s *Service) wrote(req *Request, v *verdict, after *Registration) {
 	if after.Issued == nil { // chains are long
 		s.recent.put(after.ID, &recentRegistration{after.Group, after.Operations[0]})
 	}
-	s.cfg.Log.Info("registration", "registrationId", req.RegistrationID, "status", after.State.Status, "substatus", after.State.Substatus,
-		"hub", after.State.AssignedHub, "reason", v.reason(), "group", v.group, "protocol", req.Protocol, "remote", req.Remote, "operationId", after.Operations[0].ID)
+	s.succeeded(req, v, after)
 }
 
 // repeated returns the operation that a request is about which a device sends again: because its transport says so, or because
@@ -507,18 +511,6 @@ func (s *Service) Lookup(ctx context.Context, req *Request) (*dps.RegistrationSt
 	return state, nil
 }
 
-// logged writes a refusal down with its reason and returns what the device may see.
-func (s *Service) logged(req *Request, what string, err error) error {
-	e := dps.AsError(err)
-	level := slog.LevelInfo
-	if e.Code.Status() >= 500 {
-		level = slog.LevelError
-	}
-	s.cfg.Log.Log(context.Background(), level, "refused", "operation", what, "registrationId", clip(req.RegistrationID), "idScope", clip(req.IDScope),
-		"code", int(e.Code), "trackingId", e.TrackingID, "reason", e.Error(), "protocol", req.Protocol, "remote", req.Remote)
-	return e
-}
-
 func clip(s string) string {
 	if len(s) > 128 {
 		return s[:128]
@@ -536,7 +528,7 @@ func (s *Service) checkRequest(req *Request) error {
 		}
 	}
 	if dps.Fold(req.IDScope) != s.scope {
-		return refuse(errors.New("unknown ID scope"))
+		return because("scope", "unknown ID scope")
 	}
 	return nil
 }

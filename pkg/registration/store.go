@@ -158,6 +158,22 @@ type Tx interface {
 	Secret(scope, name string) ([]byte, error)
 	PutSecret(scope, name string, value []byte) error
 
+	// Count returns how many there are of something, and limit where they are more.
+	Count(scope string, what Counted, limit int64) (int64, error)
+	// AddUsage adds to what was counted before. Usage returns what was counted from the first day to the last, in order.
+	AddUsage(scope string, u Usage) error
+	Usage(scope, from, to string) ([]Usage, error)
+
+	// Attempts returns what is kept of a device's attempts, newest first, and AttemptByTracking the newest with that tracking ID,
+	// or ErrNotFound. PutAttempt writes a new one, DeleteAttempt forgets one, if it is there. The device is a folded ID.
+	Attempts(scope, device string) ([]*Attempt, error)
+	AttemptByTracking(scope, trackingID string) (*Attempt, error)
+	PutAttempt(scope, device string, a *Attempt) error
+	DeleteAttempt(scope, device, id string) error
+	// TrimAttempts forgets up to limit of the oldest attempts of a class: all but the newest keep, and those whose ID is not
+	// greater than before. It returns how many it forgot.
+	TrimAttempts(scope string, class AttemptClass, keep int, before string, limit int) (int64, error)
+
 	Outbox
 }
 

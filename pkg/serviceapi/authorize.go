@@ -27,7 +27,7 @@ func (c *call) open(need access.Right) error {
 	}
 	var e *dps.Error
 	switch {
-	case errors.As(err, &e): // of the store, or of Admit
+	case errors.As(err, &e): // of the store
 	case errors.Is(err, access.ErrUnavailable):
 		e = dps.NewError(dps.CodeServiceOverloaded, "Try again later", err)
 	default:
@@ -45,11 +45,6 @@ func (c *call) principal() (*access.Principal, error) {
 	}
 	if err := c.svc.Admits(c.ctx(), c.r.RemoteAddr, registration.ServiceAPI); err != nil {
 		return nil, err
-	}
-	if c.cfg.Admit != nil {
-		if err := c.cfg.Admit(c.r, c.sc); err != nil {
-			return nil, err
-		}
 	}
 	if c.cfg.Bearer != nil {
 		p, err := c.cfg.Bearer.Authenticate(c.r)

@@ -5,9 +5,13 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"io"
+	"math/big"
 	"net/http"
 	"net/http/httptest"
 	"regexp"
@@ -53,6 +57,11 @@ var calls = map[string]struct{ path, body, rights string }{
 	"GET touchmark/orders/*/devices":               {"/touchmark/orders/PO-1/devices", "", "Wr"},
 	"GET touchmark/orders/*/unseen":                {"/touchmark/orders/PO-1/unseen", "", "Wr"},
 	"GET touchmark/orders/*/refusals":              {"/touchmark/orders/PO-1/refusals", "", "Wr"},
+	"GET touchmark/usage":                          {"/touchmark/usage", "", "Wr"},
+	"GET touchmark/diagnose/*":                     {"/touchmark/diagnose/dev-1", "", "Wr"},
+	"POST touchmark/diagnose/*":                    {"/touchmark/diagnose/dev-1", handedIn, "Wr"},
+	"DELETE touchmark/diagnose/*":                  {"/touchmark/diagnose/nobody", "", "Ww"},
+	"GET touchmark/attempts/*":                     {"/touchmark/attempts/nothing", "", "Wr"},
 	"GET touchmark/outbox":                         {"/touchmark/outbox", "", "Wr"},
 	"GET touchmark/orphans":                        {"/touchmark/orphans", "", "Wr"},
 	"DELETE touchmark/orphans/*":                   {"/touchmark/orphans/nobody?hub=h&deviceId=d", "", "Ww"},
@@ -63,6 +72,20 @@ var calls = map[string]struct{ path, body, rights string }{
 	"PUT touchmark/policies/*":                     {"/touchmark/policies/line", `{"rights":"EnrollmentRead"}`, "C"},
 	"DELETE touchmark/policies/*":                  {"/touchmark/policies/nobody", "", "C"},
 }
+
+// handedIn is a certificate that nobody enrolled, in PEM.
+var handedIn = func() string {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		panic(err)
+	}
+	c := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "dev-1"}}
+	der, err := x509.CreateCertificate(rand.Reader, c, c, key.Public(), key)
+	if err != nil {
+		panic(err)
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+}()
 
 // letters are all rights, one by one.
 var letters = map[string]access.Right{"C": access.ServiceConfig, "R": access.EnrollmentRead, "W": access.EnrollmentWrite, "r": access.RegistrationStatusRead, "w": access.RegistrationStatusWrite,
@@ -275,6 +298,12 @@ func TestIsolationMatrix(t *testing.T) {
 			continue // these make something of their own
 		}
 		res, b := theirs.call(t, r.Method, c.path, c.body)
+		if r.Pattern == "touchmark/diagnose/*" && r.Method != "DELETE" { // which says of every device what is known of it
+			if !strings.Contains(string(b), `"enrollment":null,"registration":null,"attempts":[]`) {
+				t.Errorf("%s %s: %s", r.Method, r.Pattern, b)
+			}
+			continue
+		}
 		if seen := string(b); res.StatusCode == 200 && seen != "[]" && r.Pattern != "touchmark/audit" && r.Pattern != "touchmark/policies" && !strings.Contains(seen, `"isSuccessful":false`) || strings.Contains(seen, "own-key") ||
 			strings.Contains(seen, `"line`) || strings.Contains(seen, registrationtest.Scope) || strings.Contains(seen, "dev-1") {
 			t.Errorf("%s %s: %d %s", r.Method, r.Pattern, res.StatusCode, b)
@@ -346,14 +375,18 @@ func TestIsolationMatrix(t *testing.T) {
 	ours.want(t, 200, 0, "GET", "/enrollments/own-key", "")
 }
 
-// Who is kept out before it can try anything learns nothing either.
-func TestAdmit(t *testing.T) {
-	_, o := newOperator(t, func(c *serviceapi.Config) {
-		c.Admit = func(r *http.Request, sc *registration.Scope) error {
-			return fmt.Errorf("%s may not see %s", r.RemoteAddr, sc.Name)
+// Who is kept out by its address learns nothing either; rules for devices do not matter here. DPS-S 80.
+func TestAddresses(t *testing.T) {
+	d, o := newOperator(t)
+	for target, want := range map[string]int{registration.ServiceAPI: 401, registration.AllAPIs: 401, registration.DeviceAPI: 200} {
+		if _, _, err := registration.EditScope(t.Context(), d.Store, registrationtest.Scope, start, "filter", d.Now(), func(sc *registration.Scope) (*registration.Scope, error) {
+			sc.IPFilter = []registration.IPRule{{Name: "here", Mask: "127.0.0.0/8", Target: target}}
+			return sc, nil
+		}); err != nil {
+			t.Fatal(err)
 		}
-	})
-	if _, b := o.call(t, "GET", "/enrollments/own-key", ""); !isDenial(b) {
-		t.Errorf("%s", b)
+		if res, b := o.call(t, "GET", "/enrollments/own-key", ""); res.StatusCode != want || want == 401 && !isDenial(b) {
+			t.Errorf("rejected for %s: %d %s", target, res.StatusCode, b)
+		}
 	}
 }

@@ -57,7 +57,7 @@ func TestOneWinner(t *testing.T) {
 // gap, in the document, and in the audit record as in the answers.
 func TestWriters(t *testing.T) {
 	_, o := newOperator(t)
-	const each = 5
+	const each = 2
 	body := func(n int) string {
 		return ofDevice("w", fmt.Sprintf(`"initialTwin":{"tags":{"n":%d}},"attestation":{"type":"symmetricKey"}`, n))
 	}

@@ -236,6 +236,13 @@ func TestValidation(t *testing.T) {
 		o.want(t, 200, 0, "PUT", fmt.Sprint("/enrollments/ok", i), ofDevice(fmt.Sprint("ok", i), members))
 		o.want(t, 200, 0, "PUT", fmt.Sprint("/enrollmentGroups/ok", i), ofGroup(fmt.Sprint("ok", i), members))
 	}
+	for id, want := range map[string]int{"Pump 1": 400, "a/b": 400, "ü": 400, strings.Repeat("d", 129): 400, "a-.%_#*?!(),:=@$'+Z9": 200, strings.Repeat("d", 128): 200} {
+		if res, b := o.call(t, "PUT", "/enrollments/hub", ofDevice("hub", `"deviceId":`+quote(id)+`,`+newKeys)); res.StatusCode != want {
+			t.Errorf("device ID %s: %d %s", id, res.StatusCode, b)
+		} else if want == 200 {
+			o.want(t, 204, 0, "DELETE", "/enrollments/hub", "")
+		}
+	}
 	for _, id := range []string{strings.Repeat("a", 129), "a b", "a.", "a_", "ü", "a/b", ""} {
 		o.want(t, 400, dps.CodeInvalidArgument, "PUT", "/enrollments/"+url.PathEscape("x"+id), ofDevice("x"+id, newKeys)[:0]+`{"registrationId":`+quote(id)+`,`+newKeys+`}`)
 	}
@@ -545,6 +552,7 @@ func TestAudit(t *testing.T) {
 	do("create enrollment/bulk", "POST", "/enrollments", `{"mode":"create","enrollments":[`+ofDevice("bulk", newKeys)+`]}`)
 	do("create policy/p", "PUT", "/touchmark/policies/p", `{"rights":"EnrollmentRead"}`)
 	do("update policy/p", "PUT", "/touchmark/policies/p", `{"primaryKey":null}`)
+	do("", "PUT", "/touchmark/policies/P", `{"rights":"EnrollmentRead"}`)
 	do("show keys policy/p", "GET", "/touchmark/policies/p", "")
 	do("", "GET", "/touchmark/policies", "")
 	do("delete policy/p", "DELETE", "/touchmark/policies/p", "")
@@ -621,7 +629,11 @@ func TestPolicies(t *testing.T) {
 	if try(second) != 401 || try(key(rolled, "secondaryKey")) != 200 {
 		t.Errorf("the secondary key rolled: %v", rolled)
 	}
-	if shown := o.want(t, 200, 0, "GET", "/touchmark/policies/line-3", ""); !maps.Equal(shown, rolled) {
+	// Its name is the same in any case, and stays as it was first written.
+	if same := o.want(t, 200, 0, "PUT", "/touchmark/policies/LINE-3", "{}"); !maps.Equal(same, rolled) {
+		t.Errorf("%v, not %v", same, rolled)
+	}
+	if shown := o.want(t, 200, 0, "GET", "/touchmark/policies/Line-3", ""); !maps.Equal(shown, rolled) {
 		t.Errorf("%v, not %v", shown, rolled)
 	}
 	if _, b := o.call(t, "GET", "/touchmark/policies", ""); !strings.Contains(string(b), `{"name":"line-3","rights":"EnrollmentRead, RegistrationStatusRead"}`) || strings.Contains(string(b), "Key") {

@@ -22,6 +22,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/access"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/exchange"
+	"github.com/touchmark/touchmark/pkg/meter"
 	"github.com/touchmark/touchmark/pkg/registration"
 )
 
@@ -36,8 +37,6 @@ type Config struct {
 	Domain string
 	// Bearer knows bearer tokens; nil refuses them.
 	Bearer *access.Authenticator
-	// Admit refuses callers before anything is looked at that they bring; nil lets all try.
-	Admit func(r *http.Request, sc *registration.Scope) error
 	// Import takes a bundle; nil leaves it out.
 	Import ImportFunc
 	// Calls are more of touchmark's own, of the first scope: each by the name that follows touchmark/ in its path, for those who
@@ -48,8 +47,13 @@ type Config struct {
 	// StrictQuery has the text of queries count, and refuses what it does not understand. Without it every query returns all, as on
 	// Azure.
 	StrictQuery bool
-	Log         *slog.Logger
-	Now         func() time.Time
+	// Throttle refuses a call of a caller who may make it, because there were too many in the scope; nil is never.
+	Throttle func(sc *registration.Scope) error
+	// Meter counts every call, and tells of usage; nil for nothing. Attempts are what devices tried; nil where they are not kept.
+	Meter    *meter.Meter
+	Attempts *registration.Attempts
+	Log      *slog.Logger
+	Now      func() time.Time
 	// BundleTimeout is how long a bundle may say nothing, and its answer may take; zero means 30 s.
 	BundleTimeout time.Duration
 }
@@ -152,6 +156,11 @@ var routes = [...]route{
 	{"GET", "touchmark/orders/*/devices", access.RegistrationStatusRead, (*call).orderDevices},
 	{"GET", "touchmark/orders/*/unseen", access.RegistrationStatusRead, (*call).orderUnseen},
 	{"GET", "touchmark/orders/*/refusals", access.RegistrationStatusRead, (*call).orderRefusals},
+	{"GET", "touchmark/usage", access.RegistrationStatusRead, (*call).usage},
+	{"GET", "touchmark/diagnose/*", access.RegistrationStatusRead, (*call).diagnose},
+	{"POST", "touchmark/diagnose/*", access.RegistrationStatusRead, (*call).try},
+	{"DELETE", "touchmark/diagnose/*", access.RegistrationStatusWrite, (*call).forgetAttempts},
+	{"GET", "touchmark/attempts/*", access.RegistrationStatusRead, (*call).attempt},
 	{"GET", "touchmark/outbox", access.RegistrationStatusRead, (*call).outbox},
 	{"GET", "touchmark/orphans", access.RegistrationStatusRead, (*call).orphans},
 	{"DELETE", "touchmark/orphans/*", access.RegistrationStatusWrite, (*call).forgetOrphan},
@@ -207,7 +216,9 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("X-Ms-Request-Id", dps.NewUUID())
-	v, err := a.serve(w, r)
+	c, begun := &call{API: a, w: w, r: r}, time.Now()
+	v, err := a.serve(c)
+	defer func() { c.observe(begun, err) }()
 	if err == nil && v == nil {
 		w.WriteHeader(http.StatusNoContent)
 		return
@@ -223,21 +234,25 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	exchange.Write(w, http.StatusOK, b)
 }
 
-func (a *API) serve(w http.ResponseWriter, r *http.Request) (any, error) {
-	segments, err := exchange.Segments(r)
+func (a *API) serve(c *call) (any, error) {
+	segments, err := exchange.Segments(c.r)
 	if err != nil {
 		return nil, err
 	}
-	if err := checkVersion(r.URL.Query().Get("api-version"), a.cfg.Now()); err != nil {
+	if err := checkVersion(c.r.URL.Query().Get("api-version"), a.cfg.Now()); err != nil {
 		return nil, dps.NewError(dps.CodeBadRequest, "api-version is missing or not known", err)
 	}
-	c := &call{API: a, w: w, r: r}
 	rt, err := a.find(c, segments)
 	if err != nil {
 		return nil, err
 	}
 	if err := c.open(rt.right); err != nil {
 		return nil, err
+	}
+	if c.cfg.Throttle != nil {
+		if err := c.cfg.Throttle(c.sc); err != nil {
+			return nil, err
+		}
 	}
 	return rt.serve(c)
 }

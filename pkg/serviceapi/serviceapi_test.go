@@ -41,6 +41,7 @@ type service struct {
 	*registrationtest.Fixture
 	*registrationtest.Listener
 	scopes *registration.Scopes
+	plain  *http.Client // without a certificate
 }
 
 func open(t testing.TB, edit ...func(*serviceapi.Config)) *service {
@@ -64,11 +65,15 @@ func open(t testing.TB, edit ...func(*serviceapi.Config)) *service {
 	d.Listener = f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
 		return httpd.New(httpd.Config{Registrar: d.scopes, Handlers: handlers, Log: log, Now: f.Now, Door: door.New(door.Config{TLS: door.TLSConfig(cert, "http/1.1"), Log: log})}).Serve(ctx, l)
 	})
+	d.plain = d.client(t, nil)
 	return d
 }
 
 // client connects to the door whatever the URL's host.
 func (d *service) client(t testing.TB, cert *tls.Certificate) *http.Client {
+	if cert == nil && d.plain != nil {
+		return d.plain
+	}
 	tr := &http.Transport{TLSClientConfig: d.TLS(cert), MaxIdleConnsPerHost: 64, DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, network, d.Addr)
 	}}

@@ -417,8 +417,6 @@ var sealedColumns = [...]sealedColumn{
 	{"outbox", "body", []string{"id"}, as("task")},
 	{"kin", "body", []string{"id"}, as("kin")},
 	{"scopes", "document", nil, as("scope")},
-	{"outbox", "body", []string{"id"}, as("task")},
-	{"kin", "body", []string{"id"}, as("kin")},
 }
 
 func (c *sealedColumn) rows() string {

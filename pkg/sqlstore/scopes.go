@@ -24,6 +24,7 @@ var scopeTables = [...][2]string{
 	{"challenges", "id"}, {"issued", "serial_number"}, {"policies", "name"}, {"secrets", "name"}, {"audit", "id"},
 	{"ca_certificates", "name"}, {"ca_references", "name, id"},
 	{"outbox", "id"}, {"orphans", "id, hub, device_id"}, {"kin", "id"}, {"edges", "name"},
+	{"usage", "day, api, operation, result"}, {"attempts", "device, id"},
 }
 
 const scopeColumns = `SELECT scope, document, version FROM scopes `

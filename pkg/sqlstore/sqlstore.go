@@ -455,6 +455,7 @@ type statements struct {
 	keyStatements
 	freshStatements
 	outboxStatements
+	meterStatements
 }
 
 const (
@@ -469,7 +470,7 @@ type statement struct {
 }
 
 func (st *statements) all() []statement {
-	return slices.Concat(st.scopeStatements.all(), st.keyStatements.all(), st.outboxStatements.all(), st.freshStatements.all(), st.caStatements.all(), []statement{
+	return slices.Concat(st.scopeStatements.all(), st.keyStatements.all(), st.outboxStatements.all(), st.freshStatements.all(), st.caStatements.all(), st.meterStatements.all(), []statement{
 		{&st.revision, `SELECT groups_revision FROM scopes WHERE scope = $1`},
 		{&st.bumpRevision, `INSERT INTO scopes (scope, groups_revision) VALUES ($1, 1) ON CONFLICT (scope) DO UPDATE SET groups_revision = scopes.groups_revision + 1`},
 		{&st.record, recordColumns + `WHERE scope = $1 AND kind = $2 AND id = $3`},

@@ -22,7 +22,7 @@ import (
 // Run runs the suite on a store that open returns; each call gives an empty one.
 func Run(t *testing.T, open func(t *testing.T) registration.Store) {
 	for name, f := range map[string]func(*testing.T, registration.Store){
-		"records": records, "certificates": certificates, "registrations": registrations, "scopes": scopes, "tenants": tenants, "updates": updates, "devices": devices, "orders": orders, "endings": endings, "authorities": authorities, "changes": changes, "issued": issuedCertificates, "challenges": challenges, "fresh": fresh, "outbox": outbox, "caCertificates": caCertificates,
+		"records": records, "certificates": certificates, "registrations": registrations, "scopes": scopes, "tenants": tenants, "updates": updates, "devices": devices, "orders": orders, "endings": endings, "authorities": authorities, "changes": changes, "issued": issuedCertificates, "challenges": challenges, "fresh": fresh, "outbox": outbox, "caCertificates": caCertificates, "counts": counts, "usage": usage, "attempts": attempts,
 	} {
 		t.Run(name, func(t *testing.T) { f(t, open(t)) })
 	}
