@@ -367,7 +367,7 @@ func (s *site) whole(id string) error {
 
 // Every step of every way to a hub, broken before and after it took effect, and the process killed there: a fresh process brings
 // the device to exactly one hub, which the record names, with its whole twin; and when it comes again it is where it belongs.
-// DPS-S 94.
+// DPS-S 87, 94.
 func TestFaults(t *testing.T) {
 	type scenario struct {
 		before, change func(*site)
@@ -751,6 +751,13 @@ func TestOvertaken(t *testing.T) {
 		s.heal()
 		if at := s.p.at("own-key"); !slices.Equal(at, []string{"a.example"}) {
 			t.Errorf("after its record was deleted midway it is at %v", at)
+		}
+		s.assign(s.start(), s.Derived("dev-1"))
+		if err := svc.DeleteEnrollment(t.Context(), registration.Actor{}, registration.Group, "keys", ""); err != nil {
+			t.Fatal(err)
+		}
+		if st, err := svc.GetRegistration(t.Context(), "dev-1"); err != nil || !slices.Equal(s.p.at("dev-1"), []string{st.AssignedHub}) {
+			t.Errorf("after its group was deleted: %+v, %v, at %v", st, err, s.p.at("dev-1"))
 		}
 	})
 }
