@@ -33,7 +33,7 @@ func CheckGroupID(id string) error { return checkID("group ID", id) }
 // API, section 4.1), and no part of a path. Hubs tell them apart by case.
 func CheckDeviceID(id string) error {
 	if id == "" || len(id) > MaxRegistrationID || id == "." || id == ".." {
-		return fmt.Errorf("device ID %.20q: want 1 to %d characters, and neither . nor ..", id, MaxRegistrationID)
+		return fmt.Errorf("device ID %.20q: want 1 to %d characters, and not . or .. alone", id, MaxRegistrationID)
 	}
 	for i := 0; i < len(id); i++ {
 		if !idByte(id[i]) && strings.IndexByte("%#*?!(),;=@$'+", id[i]) < 0 {
