@@ -110,7 +110,11 @@ func TestManagement(t *testing.T) {
 	}
 	device := []byte("0123456789abcdef")
 	enrollment := `{"registrationId":"dev-1","attestation":{"type":"symmetricKey","symmetricKey":{"primaryKey":"` + base64.StdEncoding.EncodeToString(device) + `","secondaryKey":"` + base64.StdEncoding.EncodeToString(device) + `"}}}`
-	if status, a := m.call("PUT", "/enrollments/dev-1?api-version=2021-10-01", attesttest.ServiceToken(key, "localhost", "provisioningserviceowner", time.Now().Add(time.Hour)), enrollment); status != 200 {
+	operate := func(method, body string) (int, map[string]any) {
+		t.Helper()
+		return m.call(method, "/enrollments/dev-1?api-version=2021-10-01", attesttest.ServiceToken(key, "localhost", "provisioningserviceowner", time.Now().Add(time.Hour)), body)
+	}
+	if status, a := operate("PUT", enrollment); status != 200 {
 		t.Fatalf("%d %v", status, a)
 	}
 	register := func() int {
@@ -139,6 +143,17 @@ func TestManagement(t *testing.T) {
 	if got := register(); got != 401 {
 		t.Errorf("kept out: %d", got)
 	}
+	if status, a := operate("GET", ""); status != 200 {
+		t.Errorf("an operator, by a rule for devices: %d %v", status, a)
+	}
+	change(func(p map[string]any) { p["ipFilterRules"].([]any)[0].(map[string]any)["target"] = "serviceApi" })
+	if status, a := operate("GET", ""); status != 401 || a["message"] != "Unauthorized" {
+		t.Errorf("an operator who is kept out: %d %v", status, a)
+	}
+	if got := register(); got != 202 {
+		t.Errorf("a device, by a rule for operators: %d", got)
+	}
+	change(func(p map[string]any) { p["ipFilterRules"].([]any)[0].(map[string]any)["target"] = "all" })
 	stopServe(t, cmd)
 	startServe(t, dir, "--https", "127.0.0.1:0", "--mqtt", "off", "--amqp", "off")
 	m = manage(t, dir)

@@ -180,8 +180,47 @@ func shareFile(ctx context.Context, store registration.Store, name string, local
 	return kept, err
 }
 
+const storeHelp = `A service keeps everything that it remembers in its store: a SQLite file in the data directory, or a database that speaks
+PostgreSQL's protocol. What is in the store stays where the store is, and nowhere else.
+
+ONE MACHINE
+  touchmark serve --data service            keeps service/service.db; one process at a time
+
+REPLICAS
+  Any number of services may work on one database: devices and operators may meet another one with every request, and one that dies
+  takes nothing along. Give each a data directory of its own, the same database and the same data key:
+
+    createdb --encoding UTF8 --locale C --template template0 touchmark
+    head -c 32 /dev/urandom > data.key                                    (mode 0600, the same file for all)
+    touchmark serve --data replica-1 --store postgres://touchmark@db.example.net/touchmark?sslmode=verify-full --data-key-file data.key
+
+  ID scope, recipient, CA and secrets are in the database, encrypted, and all replicas' the same. Public keys in trust and owners, and
+  what flags name, are each replica's own: start all of them alike. A password goes into PGPASSFILE or PGPASSWORD, or with the address
+  into --store-file or TOUCHMARK_STORE; never into --store. What is deleted or changed at one replica is so at the others at once; a
+  device may hear for ten seconds more of the operation that it began.
+
+  --store-connections (8) is for each replica. More help where the database is far away, and cost where many devices with
+  neighbouring IDs come at once. When the database is not reached for 20 seconds, callers read 503 and come again.
+
+WHAT IS ENCRYPTED
+  Symmetric keys, keys of policies, connection strings of hubs, settings of scopes, device keys and what TPMs are challenged with: by
+  AES-256-GCM, under a data key that is in the store, wrapped. The key that it is wrapped under is not: data.key in the data
+  directory, --data-key-file, or --data-key: one in a token or TPM that never leaves it. Without it nobody reads a secret in the
+  store, nor in a copy of it; nor do you. Keep a copy of it apart from the backups.
+
+    touchmark store rotate-key --data service       a new data key, while the service runs
+    touchmark store rewrap --data service --to-key 'pkcs11:token=service;object=store-key'
+
+  The service changes the data key by itself before it has been used too often for AES-GCM.
+
+BACKUP
+  touchmark backup copies a SQLite store while the service runs, touchmark restore makes a data directory of it. For PostgreSQL use
+  its own means; a standby and archived logs lose nothing.`
+
 func newStore(a *app) *cobra.Command {
-	return parent("store", "Look after the store of a registration service", newStoreRotate(a), newStoreRewrap(a))
+	c := parent("store", "Look after the store of a registration service", newStoreRotate(a), newStoreRewrap(a))
+	c.Long = storeHelp
+	return c
 }
 
 // withServiceStore opens the store of a service that runs, or does not.

@@ -27,7 +27,6 @@ const (
 	// ownerPolicy is what a new service has, with ownerRights (service API, section 3.3).
 	ownerPolicy = "provisioningserviceowner"
 	ownerRights = access.ServiceConfig | access.DeviceConnect | access.EnrollmentWrite
-	maxPolicies = 50
 	maxTags     = 50
 	checkTime   = 20 * time.Second
 	// editAgain is how often a change is made again that another one came before.
@@ -147,7 +146,7 @@ func (c *call) show(sc *registration.Scope) *resource {
 		if h.Kind != registration.HubAzure {
 			shown.Kind = h.Kind
 		}
-		if h.Kind == registration.HubRecord { // clients insist on one, and send it back
+		if h.ConnectionString == "" { // clients insist on one, and send it back
 			shown.ConnectionString = "HostName=" + h.Name
 		}
 		p.IoTHubs = append(p.IoTHubs, shown)
@@ -544,8 +543,17 @@ func hostOf(text string) string {
 	return ""
 }
 
-// hub reads a linked hub. What clients were shown and send back is the stored one.
+// hub reads a linked hub. What clients were shown and send back is the stored one; one that they change is not the start's any more,
+// which would undo it.
 func (c *call) hub(in *linkedHub, stored *registration.Settings) (*registration.LinkedHub, error) {
+	h, err := c.readHub(in, stored)
+	if err == nil && h.FromStart {
+		h.FromStart = *h == *stored.Hub(h.Name)
+	}
+	return h, err
+}
+
+func (c *call) readHub(in *linkedHub, stored *registration.Settings) (*registration.LinkedHub, error) {
 	if in.AuthenticationType != "" && !strings.EqualFold(in.AuthenticationType, "KeyBased") {
 		return nil, bad("authenticationType %.30q: this service has no identity of its own; it links hubs by their keys, KeyBased", in.AuthenticationType)
 	}
@@ -565,11 +573,13 @@ func (c *call) hub(in *linkedHub, stored *registration.Settings) (*registration.
 	case h.Kind == "":
 		return nil, bad("Linked hub %.100q needs a connection string", host)
 	}
-	if h.Kind == was.Kind && (in.ConnectionString == "" || h.Kind == registration.HubRecord && strings.EqualFold(in.ConnectionString, "HostName="+host)) {
-		h.ConnectionString = was.ConnectionString
-	}
-	if h.Kind == registration.HubRecord && strings.EqualFold(in.ConnectionString, "HostName="+host) {
+	bare := in.ConnectionString == "" || strings.EqualFold(in.ConnectionString, "HostName="+host)
+	same := h.Kind == was.Kind
+	switch {
+	case bare && (same && was.ConnectionString == "" || h.Kind == registration.HubRecord):
 		h.ConnectionString = ""
+	case same && in.ConnectionString == "":
+		h.ConnectionString = was.ConnectionString
 	}
 	if h.Location == "" && was.Name == "" && h.Kind == registration.HubAzure {
 		return nil, bad("Linked hub %.100q needs its location", host)
@@ -583,8 +593,11 @@ func (c *call) hub(in *linkedHub, stored *registration.Settings) (*registration.
 		}
 	}
 	h.Reserved = in.ApplyAllocationPolicy != nil && !*in.ApplyAllocationPolicy
+	if same && h.ConnectionString == "" && was.ConnectionString == "" { // as it was linked by a start
+		return h, nil
+	}
 	var err error
-	if h.Kind == was.Kind {
+	if same {
 		if h.ConnectionString, err = c.cfg.Hubs.Restore(h.ConnectionString, was.ConnectionString); err != nil {
 			return nil, bad("Linked hub %.100q: %v", host, err)
 		}
@@ -634,72 +647,48 @@ func (c *call) checkHubs(ctx context.Context, was, is *registration.Scope, check
 	return eg.Wait()
 }
 
-// putPolicies has a scope have these policies and no others, and returns them with their keys.
+// putPolicies has a scope have these policies and no others, and returns them with their keys. Keys that are left out stay, or are
+// made.
 func (c *call) putPolicies(tx registration.Tx, id string, in []policy) ([]policy, error) {
-	scope := dps.Fold(id)
-	if len(in) > maxPolicies {
-		return nil, bad("%d policies: a service has %d at most", len(in), maxPolicies)
-	}
-	stored, err := tx.Policies(scope)
+	stored, err := tx.Policies(dps.Fold(id))
 	if err != nil {
 		return nil, err
 	}
 	named := func(name string) func(*registration.Policy) bool {
 		return func(p *registration.Policy) bool { return strings.EqualFold(p.Name, name) }
 	}
-	var next []*registration.Policy
+	now, next := c.cfg.Now(), []*registration.Policy{}
 	for _, p := range in {
-		if !word(p.KeyName, 1, 64, "-._") {
-			return nil, bad("Policy %.80q: want a name of 1 to 64 letters, digits and -._", p.KeyName)
-		}
 		if slices.ContainsFunc(next, named(p.KeyName)) {
-			return nil, bad("Policy %s is there twice", p.KeyName)
+			return nil, bad("Policy %.80q is there twice", p.KeyName)
 		}
-		rights, err := access.ParseRights(p.Rights, access.Policy)
-		if err != nil {
-			return nil, bad("Policy %s: %v", p.KeyName, err)
-		}
-		is := &registration.Policy{Name: p.KeyName, Rights: rights.String()}
+		is := &registration.Policy{Name: p.KeyName, Rights: p.Rights}
 		if i := slices.IndexFunc(stored, named(p.KeyName)); i >= 0 {
 			is.Name, is.Primary, is.Secondary = stored[i].Name, stored[i].Primary, stored[i].Secondary
 		}
-		for _, slot := range []struct {
-			text string
-			key  *[]byte
-		}{{p.PrimaryKey, &is.Primary}, {p.SecondaryKey, &is.Secondary}} {
+		for i, text := range []string{p.PrimaryKey, p.SecondaryKey} {
+			key, err := base64.StdEncoding.Strict().DecodeString(text)
 			switch {
-			case slot.text != "":
-				key, err := base64.StdEncoding.Strict().DecodeString(slot.text)
-				if err != nil || len(key) < 16 || len(key) > 64 {
-					return nil, bad("Policy %s: a key must be base64 of 16 to 64 octets", p.KeyName)
-				}
-				*slot.key = key
-			case *slot.key == nil:
-				*slot.key = make([]byte, 32)
-				_, _ = rand.Read(*slot.key)
+			case err != nil:
+				return nil, bad("Policy %.80q: a key must be base64 of 16 to 64 octets", p.KeyName)
+			case text == "":
+			case i == 0:
+				is.Primary = key
+			default:
+				is.Secondary = key
 			}
 		}
 		next = append(next, is)
 	}
-	now := c.cfg.Now()
 	for _, p := range stored {
-		if slices.ContainsFunc(next, named(p.Name)) {
-			continue
-		}
-		if err := errors.Join(tx.DeletePolicy(scope, p.Name), tx.PutAudit(scope, registration.NewAudit(c.by, "delete", "policy/"+p.Name, p, nil, now))); err != nil {
-			return nil, err
+		if !slices.ContainsFunc(next, named(p.Name)) {
+			if err := registration.DeletePolicy(tx, id, c.by, p.Name, now); err != nil {
+				return nil, err
+			}
 		}
 	}
 	for _, p := range next {
-		var was any
-		if i := slices.IndexFunc(stored, named(p.Name)); i >= 0 {
-			was = stored[i]
-		}
-		a := registration.NewAudit(c.by, "put", "policy/"+p.Name, was, p, now)
-		if a.Before == a.After {
-			continue
-		}
-		if err := errors.Join(tx.PutPolicy(scope, p), tx.PutAudit(scope, a)); err != nil {
+		if err := registration.PutPolicy(tx, id, c.by, p, now); err != nil {
 			return nil, err
 		}
 	}

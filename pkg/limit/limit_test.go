@@ -87,11 +87,11 @@ func answer(v *dps.OperationStatus, err error) registrationtest.Answer {
 }
 
 func (c conn) Register(t testing.TB, body string) registrationtest.Answer {
-	return answer(c.l.Register(t.Context(), request(c.d, "192.0.2.1:1", body)))
+	return answer(c.l.Register(t.Context(), request(c.d, "127.0.0.1:1", body)))
 }
 
 func (c conn) Status(t testing.TB, op, _ string) registrationtest.Answer {
-	return answer(c.l.Status(t.Context(), request(c.d, "192.0.2.1:1", ""), op))
+	return answer(c.l.Status(t.Context(), request(c.d, "127.0.0.1:1", ""), op))
 }
 
 func TestUnnoticed(t *testing.T) {

@@ -279,6 +279,14 @@ func (s *timedStore) View(ctx context.Context, f func(registration.Tx) error) er
 	return s.timed("view", func(f func(registration.Tx) error) error { return s.next.View(ctx, f) }, f)
 }
 
+// Scrub implements [registration.Scrubber] where the store does.
+func (s *timedStore) Scrub(ctx context.Context) error {
+	if x, ok := s.next.(registration.Scrubber); ok {
+		return x.Scrub(ctx)
+	}
+	return nil
+}
+
 func (s *timedStore) Update(ctx context.Context, f func(registration.Tx) error) error {
 	return s.timed("update", func(f func(registration.Tx) error) error { return s.next.Update(ctx, f) }, f)
 }

@@ -121,6 +121,13 @@ func TestMetrics(t *testing.T) {
 			f.Put(t, registration.Individual, "own-key", e)
 			register(s, f.ByKey("own-key", f.OwnKey))
 		}, append(devices("register", "200"), attest("disabled"), p+"registration_attempts_total{hub=none,"+scope+",status=disabled}")},
+		{"registered, and not yet at its hub", func() {
+			m.Attempt(strings.ToLower(registrationtest.Scope), &registration.Attempt{Operation: "register", Result: "assigning", Protocol: "mqtt", Proof: "symmetricKey"})
+		}, []string{attest("success")}},
+		{"at its hub", func() {
+			p := registration.Provisioning{Hub: "hub-a.example", Outcome: "assigned", Substatus: dps.DeviceDataMigrated}
+			m.Attempt(strings.ToLower(registrationtest.Scope), p.Attempt(f.Now()))
+		}, []string{p + "registration_attempts_total{hub=hub-a.example," + scope + ",status=assigned}", p + "device_assignments_total{hub=hub-a.example," + scope + ",substatus=deviceDataMigrated}"}},
 		{"an operation", func() { call("GET", "/enrollments/dev-1?api-version=2021-10-01", 200) }, []string{p + "service_requests_total{api_version=2021-10-01,code=200,operation=enrollment.get}",
 			p + "service_request_duration_seconds_count{operation=enrollment.get}"}},
 		{"a refused one", func() { call("POST", "/enrollmentGroups/query?api-version=made-up", 401) }, []string{p + "service_requests_total{api_version=other,code=401,operation=group.query}",

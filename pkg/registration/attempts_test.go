@@ -149,6 +149,42 @@ func TestAttemptsOfOneDevice(t *testing.T) {
 	}
 }
 
+// What becomes of a registration at its hub completes its entry, whenever it comes; what ends none is none.
+func TestAttemptsAtHubs(t *testing.T) {
+	f := registrationtest.NewFixture(t)
+	_, log := attempted(t, f, nil)
+	scope := strings.ToLower(registrationtest.Scope)
+	for i, outcome := range []string{"assigned", "failed"} {
+		op := dps.NewUUID()
+		log.Add(scope, &registration.Attempt{RegistrationID: "own-key", At: f.Now(), Operation: "register", Result: "assigning", Remote: "192.0.2.1:1", Proof: "symmetricKey", OperationID: op})
+		if i == 0 { // in another flush
+			if err := log.Flush(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		f.Advance(time.Second)
+		for _, step := range []string{"retry", outcome} {
+			p := registration.Provisioning{Scope: scope, RegistrationID: "own-key", Hub: "hub-a.example", Outcome: step, OperationID: op, Substatus: dps.InitialAssignment}
+			if step == "failed" {
+				p.Err = errors.New("the hub is full")
+			}
+			if a := p.Attempt(f.Now()); a != nil {
+				log.Add(scope, a)
+			}
+		}
+	}
+	all, err := log.Of(t.Context(), scope, "own-key")
+	if err != nil || len(all) != 2 {
+		t.Fatalf("%+v, %v", all, err)
+	}
+	if a := all[1]; a.Result != "assigned" || a.Hub != "hub-a.example" || a.Substatus != string(dps.InitialAssignment) || a.Operation != "register" || a.Remote != "192.0.2.1:1" || a.Code != 0 {
+		t.Errorf("%+v", a)
+	}
+	if a := all[0]; a.Result != "failed" || a.Code != dps.CodeHubRefused || a.Reason != "the hub is full" || a.Proof != "symmetricKey" {
+		t.Errorf("%+v", a)
+	}
+}
+
 // A flood of IDs that nobody enrolled costs a bounded number of rows, and memory stays flat; what else is on record stays.
 func TestAttemptsFlood(t *testing.T) {
 	f := registrationtest.NewFixture(t)

@@ -305,7 +305,7 @@ func TestIssuerOfEnrollment(t *testing.T) {
 		t.Errorf("a key that the issuer does not take: %v", err)
 	}
 	// The certificate is for the hub, so it has the device's name there, as the hub writes it.
-	for device, want := range map[string]dps.Status{"Pump 7": dps.Failed, strings.Repeat("x", 65): dps.Failed, "Pump-7": dps.Assigned} {
+	for device, want := range map[string]dps.Status{"Pump#7": dps.Failed, strings.Repeat("x", 65): dps.Failed, "Pump-7": dps.Assigned} {
 		f.PutDocument(t, registration.Individual, "own-key", dps.IndividualEnrollment{RegistrationID: "own-key", DeviceID: device, Enrollment: func() dps.Enrollment {
 			e := registrationtest.Symmetric(f.OwnKey, f.OtherKey)
 			e.ClientCertificateIssuancePolicy = &dps.ClientCertificateIssuancePolicy{CertificateAuthorityName: "ops"}

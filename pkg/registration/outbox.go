@@ -204,13 +204,18 @@ func (s *Service) Orphans(ctx context.Context, after Orphan, limit int) (page []
 	return page, err
 }
 
-// ForgetOrphan takes an orphan off the list: somebody has looked after it. ErrNotFound: it is not there.
+// ForgetOrphan takes an orphan off the list: somebody has looked after it.
 func (s *Service) ForgetOrphan(ctx context.Context, o *Orphan, by Actor) error {
 	return s.cfg.Store.Update(ctx, func(tx Tx) error {
-		if err := tx.DeleteOrphan(s.scope, o); err != nil {
+		gone := Orphan{ID: dps.Fold(o.ID), Hub: o.Hub, DeviceID: o.DeviceID}
+		err := tx.DeleteOrphan(s.scope, &gone)
+		if errors.Is(err, ErrNotFound) {
+			return dps.NewError(dps.CodeNotFound, "Orphan not found.", nil)
+		}
+		if err != nil {
 			return err
 		}
-		return tx.PutAudit(s.scope, NewAudit(by, "forget", "orphan/"+o.Hub+"/"+o.DeviceID, o, nil, s.cfg.Now()))
+		return tx.PutAudit(s.scope, NewAudit(by, "forget", "orphan/"+o.Hub+"/"+o.DeviceID, gone, nil, s.cfg.Now()))
 	})
 }
 

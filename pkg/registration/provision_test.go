@@ -25,6 +25,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/registration"
 	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
 	"github.com/touchmark/touchmark/pkg/sqlstore"
+	"github.com/touchmark/touchmark/pkg/sqlstore/sqlstoretest"
 )
 
 // A fault is what happens to one step, a call to a hub or a transaction.
@@ -212,6 +213,8 @@ type site struct {
 	*registrationtest.Fixture
 	p *plant
 	t *testing.T
+
+	replica func() registration.Store // of a process; nil: the fixture's own
 }
 
 func newSite(t *testing.T, kind registration.HubKind, hubs ...string) *site {
@@ -220,7 +223,7 @@ func newSite(t *testing.T, kind registration.HubKind, hubs ...string) *site {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = store.Close() })
-	s := &site{registrationtest.NewFixtureOn(t, store), &plant{hubs: map[string]map[string]*known{}}, t}
+	s := &site{Fixture: registrationtest.NewFixtureOn(t, store), p: &plant{hubs: map[string]map[string]*known{}}, t: t}
 	s.link(kind, hubs...)
 	return s
 }
@@ -251,7 +254,11 @@ func (s *site) edit(f func(*registration.Scope)) {
 
 // start is a process on the site's store; with faults its transactions are steps, too.
 func (s *site) start(edit ...func(*registration.Config)) *registration.Scopes {
-	cfg := registration.Config{Store: stepped{s.Store, s.p}, OpenHub: s.p.open, Now: s.Now}
+	store := s.Store
+	if s.replica != nil {
+		store = s.replica()
+	}
+	cfg := registration.Config{Store: stepped{store, s.p}, OpenHub: s.p.open, Now: s.Now}
 	for _, f := range edit {
 		f(&cfg)
 	}
@@ -360,7 +367,7 @@ func (s *site) whole(id string) error {
 
 // Every step of every way to a hub, broken before and after it took effect, and the process killed there: a fresh process brings
 // the device to exactly one hub, which the record names, with its whole twin; and when it comes again it is where it belongs.
-// DPS-S 94.
+// DPS-S 87, 94.
 func TestFaults(t *testing.T) {
 	type scenario struct {
 		before, change func(*site)
@@ -745,6 +752,13 @@ func TestOvertaken(t *testing.T) {
 		if at := s.p.at("own-key"); !slices.Equal(at, []string{"a.example"}) {
 			t.Errorf("after its record was deleted midway it is at %v", at)
 		}
+		s.assign(s.start(), s.Derived("dev-1"))
+		if err := svc.DeleteEnrollment(t.Context(), registration.Actor{}, registration.Group, "keys", ""); err != nil {
+			t.Fatal(err)
+		}
+		if st, err := svc.GetRegistration(t.Context(), "dev-1"); err != nil || !slices.Equal(s.p.at("dev-1"), []string{st.AssignedHub}) {
+			t.Errorf("after its group was deleted: %+v, %v, at %v", st, err, s.p.at("dev-1"))
+		}
 	})
 }
 
@@ -951,7 +965,28 @@ func (h hanging) Admit(ctx context.Context, d *registration.HubDevice) (bool, er
 // Many replicas, many registrations of few devices, hubs that come and go and are busy: at rest each device is at the one hub that its
 // record names.
 func TestManyMinds(t *testing.T) {
-	s := newSite(t, registration.HubAzure, "a.example", "b.example", "c.example")
+	t.Run("SQLite", func(t *testing.T) {
+		manyMinds(newSite(t, registration.HubAzure, "a.example", "b.example", "c.example"))
+	})
+	t.Run("PostgreSQL", func(t *testing.T) { // each replica with a store of its own
+		store := func(dsn string) registration.Store {
+			s, err := sqlstore.Open(t.Context(), sqlstore.Config{DSN: dsn, DataKey: make([]byte, 32)})
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = s.Close() })
+			return s
+		}
+		dsn := sqlstoretest.Start(t).Database(t)
+		s := &site{Fixture: registrationtest.NewFixtureOn(t, store(dsn)), p: &plant{hubs: map[string]map[string]*known{}}, t: t}
+		s.link(registration.HubAzure, "a.example", "b.example", "c.example")
+		s.replica = func() registration.Store { return store(dsn) }
+		manyMinds(s)
+	})
+}
+
+func manyMinds(s *site) {
+	t := s.t
 	var n atomic.Int64
 	s.p.fault = func(step int, name string) fault {
 		if name == "store" {

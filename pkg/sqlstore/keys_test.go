@@ -195,7 +195,7 @@ func TestSealedRows(t *testing.T) {
 // says here, or in sealedColumns, which it is: what is sealed and not on that list is lost when the old key is dropped.
 func TestSealedColumns(t *testing.T) {
 	plain := []string{"records.document", "records.content", "certificates.fingerprint", "certificates.subject", "authorities.subject", "authorities.key_id",
-		"registrations.body", "grants.document", "issued.plan", "audit.body", "orphans.body", "ca_certificates.body", "commits.token", "data_keys.wrapped"}
+		"registrations.body", "grants.document", "issued.plan", "audit.body", "orphans.body", "attempts.body", "ca_certificates.body", "commits.token", "data_keys.wrapped"}
 	path := filepath.Join(t.TempDir(), "s.db")
 	open(t, path)
 	db, err := sql.Open("sqlite", path)
