@@ -64,8 +64,9 @@ PRIVATE ENDPOINTS
 
 DELETING
   DELETE lets nobody in from then on, and removes all that is kept of the service: enrollments, registrations, devices, keys, the audit
-  record. What takes longer than a moment goes on (202, Azure-AsyncOperation), over restarts too. Left is the ID scope, with the
-  name and the place that the service had, encrypted, so that the ID is not given out again.
+  record. Hubs are not told: devices stay what they are there. What takes longer than a moment goes on (202, Azure-AsyncOperation),
+  over restarts too. Left is the ID scope, with the name and the place that the service had, encrypted, so that the ID is not given
+  out again.
   In a store in a file, what was deleted is overwritten at once. Then the file is written anew, if it has up to 256 MiB, and nothing of
   it is left there; a larger file may keep fragments of rows, until it is backed up and restored. Backups, and copies that a disk or a
   file system keeps, are yours to delete. In PostgreSQL rows are deleted, and VACUUM and the write-ahead log are the database's.
