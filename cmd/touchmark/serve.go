@@ -4,19 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
-	"net/http"
-	"os"
-	"slices"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sync/errgroup"
-
-	"github.com/touchmark/touchmark/pkg/dps"
-	"github.com/touchmark/touchmark/pkg/emulate"
-	"github.com/touchmark/touchmark/pkg/httpd"
-	"github.com/touchmark/touchmark/pkg/registration"
-	"github.com/touchmark/touchmark/pkg/serviceapi"
 )
 
 type serveOptions struct {
@@ -100,7 +89,8 @@ register in are there already, and faults happen on demand. touchmark help emula
 	return c
 }
 
-func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
+// check finds what is wrong with the flags as far as that can be said without doing anything.
+func (o *serveOptions) check() error {
 	if o.https == "off" && o.mqtt == "off" && o.amqp == "off" {
 		return usageError{errors.New("all doors are off")}
 	}
@@ -115,185 +105,21 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if len(o.hostnames) == 0 {
 		o.hostnames = []string{"localhost"}
 	}
-	if err := o.checkHub(); err != nil {
-		return err
-	}
-	d := &serviceData{}
-	if o.ephemeral {
-		err = o.inMemory(d)
-	} else {
-		var lock *os.File
-		if lock, err = d.open(o.data); err == nil {
-			defer lock.Close()
-		}
-	}
-	if err != nil {
-		return err
-	}
-	faults, err := o.faultList(d.seed)
-	if err != nil {
-		return err
-	}
-	log := o.meter.logger(a)
-	store, closeStore, err := o.store.open(ctx, a, d, log)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, closeStore()) }()
-	if err := d.load(o); err != nil {
-		return err
-	}
-	owner, err := d.owner(ctx, store)
-	if err != nil {
-		return err
-	}
-	owners, err := d.owners(o.owners)
-	if err != nil {
-		return err
-	}
-	if o.requireOrders && len(owners) == 0 {
-		return hint(usageError{errors.New("--require-orders without an owner would refuse every bundle")}, "name the owner's public key with --owner owner.pem")
-	}
-	intermediates, err := d.intermediates(o.intermediates)
-	if err != nil {
-		return err
-	}
-	told := make(chan struct{})
-	hub, closeHub, err := a.openHub(ctx, o, d, told, log)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, closeHub()) }()
-	if linked, err := o.linkHubs(ctx, store, d); err != nil {
-		return err
-	} else if linked == 0 {
-		a.note("no hub is linked: devices will register and fail with 400208, no hub could be chosen; name one with --hub")
-	}
-	watched, err := o.meter.watch(ctx, store, log)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, watched.close()) }()
-	// What the start names is the first scope's: another tenant's devices have nothing to do with these owners and issuers.
-	own := registration.Config{Owners: owners, RequireOrders: o.requireOrders, Intermediates: intermediates}
-	closeIssuers, err := a.openIssuers(ctx, &o.issue, &own)
-	defer func() { err = errors.Join(err, closeIssuers()) }()
-	if err != nil {
-		return err
-	}
-	shared := registration.Config{Store: watched.store, Log: log, AtOnce: own.AtOnce, Attempt: watched.attempt, PrivateNetworks: o.admit.private}
-	o.enrollable(&shared)
-	bearer, err := d.bearer(&o.accessOptions)
-	if err != nil {
-		return err
-	}
-	hubs, err := o.provisioning(&shared)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, hubs.Close()) }()
-	shared.OpenHub = hub.openedBy(dps.Fold(d.scope), hubs.Hub)
-	watched.provisioning(&shared)
-	scopes := registration.NewScopes(registration.ScopesConfig{
-		Config: shared,
-		Own: func(sc *registration.Scope, cfg *registration.Config) error {
-			if dps.Fold(sc.ID) == dps.Fold(d.scope) {
-				cfg.Owners, cfg.RequireOrders, cfg.Intermediates, cfg.Issuers = own.Owners, own.RequireOrders, own.Intermediates, own.Issuers
-			}
-			return nil
-		}})
-	defer startProvisioning(scopes)()
-	svc, err := scopes.Service(ctx, d.scope)
-	if err != nil {
-		return fmt.Errorf("opening ID scope %s: %w", d.scope, err)
-	}
-	front, err := d.front(ctx, o, store, log)
-	if err != nil {
-		return err
-	}
-	emulated := &emulator{o: o, d: d, svc: svc, issuers: slices.Collect(maps.Keys(own.Issuers))}
-	if o.ephemeral {
-		if err := emulated.enroll(ctx); err != nil {
-			return err
-		}
-	}
-	exchanges, closeExchanges, err := a.openExchanges(o.exchanges, told, log)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, closeExchanges()) }()
+	return o.checkHub()
+}
 
-	open, err := a.listenAll(o)
-	if err != nil {
+func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
+	if err := o.check(); err != nil {
 		return err
 	}
-	eg, ctx := errgroup.WithContext(ctx)
-	eg.Go(func() error { return front.watch(ctx) })
-	limited, profiles := watched.wrap(scopes, &o.limits)
-	var registrar registration.Registrar = limited
-	if o.ephemeral || exchanges != nil {
-		registrar = emulate.New(emulate.Config{Registrar: limited, Faults: faults, Exchanges: exchanges, Stop: ctx.Done()})
-	}
-	ready := map[string]any{"ready": true, "idScope": d.scope, "caFile": d.caFile(o), "recipient": d.recipient}
-	for name, l := range open {
-		ready[name] = reachable(l, o.hostnames[0])
-	}
-	d.described(ready)
-	api := serviceapi.Config{
-		Scopes: scopes, First: d.scope, Hosts: o.hostnames, Domain: o.domain, Bearer: bearer, StrictQuery: o.strictQuery,
-		Calls: make(map[string]serviceapi.Call), Import: d.importBundle, Recipient: d.recipient, Log: log,
-		Meter: watched.meter, Attempts: watched.attempts,
-		Throttle: func(sc *registration.Scope) error { return profiles.Service(sc.ID, sc.Limits()) },
-	}
-	address, _ := ready["https"].(string)
-	switch {
-	case o.ephemeral:
-		api.Calls["faults"] = faultCalls(faults)
-		err = emulated.describe(ready, owner, address)
-	case address != "":
-		err = d.writeConnection(owner, address)
-		ready["connectionStringFile"] = d.path(connectionFile)
-	}
-	if err != nil {
-		return err
-	}
-	readiness := watched.readiness(ctx.Done())
-	watched.meter.Watch(scopes.Known, watched.sources(front, own.Issuers))
-	if l := open["metrics"]; l != nil {
-		watched.serve(l, readiness)
-	}
-	management, err := o.management(ctx, d, scopes, bearer, ready, log)
-	if err != nil {
-		return err
-	}
-	handlers := serviceapi.New(api).Handlers()
-	counted := watched.meter.Handler(func(*http.Request) string { return "" }, management) // it is billed to no scope
-	handlers["subscriptions"], handlers["providers"] = counted, counted
-	https := httpd.Config{Log: log, Handlers: watched.handlers(handlers, readiness)}
-	if hub != nil {
-		if err := hub.describe(ready, &https, address); err != nil {
+	s := &serving{a: a, o: o, d: &serviceData{}, log: o.meter.logger(a), told: make(chan struct{})}
+	defer func() { err = errors.Join(err, s.close()) }()
+	for _, step := range []func(context.Context) error{s.openStore, s.openWork, s.openScopes, s.openFront} {
+		if err := step(ctx); err != nil {
 			return err
 		}
 	}
-	o.serveDoors(ctx, eg, open, front, registrar, limited.Overloaded, hub.door(), https)
-	if o.ephemeral {
-		emulated.tell(a)
-	}
-	if a.json {
-		if err := a.printJSON(ready); err != nil {
-			return err
-		}
-	} else {
-		a.printReady(ready)
-	}
-	close(told)
-	err = eg.Wait()
-	management.Wait()
-	if ctx.Err() != nil && (err == nil || errors.Is(err, context.Canceled)) {
-		a.note("stopped; everybody who was there has been answered")
-		return nil
-	}
-	return err
+	return s.serve(ctx)
 }
 
 // printReady leaves out what is secret.

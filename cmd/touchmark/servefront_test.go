@@ -134,7 +134,7 @@ func TestServeTLS(t *testing.T) {
 	}
 	args, rsaCert := writePair(t, dir, "rsa", 1, rsaKey.Public(), rsaKey)
 	more, ecCert := writePair(t, dir, "ec", 2, ecKey.Public(), ecKey)
-	args = append(append(args, more...), "--https", "127.0.0.1:0", "--mqtt", "127.0.0.1:0")
+	args = append(append(args, more...), "--https", "127.0.0.1:0", "--mqtt", "127.0.0.1:0", "--amqp", "127.0.0.1:0")
 	cmd, ready, log := startServe(t, dir, args...)
 	pool := x509.NewCertPool()
 	pool.AddCert(rsaCert)

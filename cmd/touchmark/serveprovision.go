@@ -47,15 +47,16 @@ func (o *provisionOptions) provisioning(cfg *registration.Config) (*hub.Pool, er
 
 // startProvisioning works at what hubs have yet to be told until stop is called, which waits for what is under way. Doors go before
 // it does: a registration that they answer may leave something to tell.
-func startProvisioning(scopes *registration.Scopes) (stop func()) {
+func startProvisioning(scopes *registration.Scopes) (stop func() error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		scopes.Provision(ctx)
 	}()
-	return func() {
+	return func() error {
 		cancel()
 		<-done
+		return nil
 	}
 }
