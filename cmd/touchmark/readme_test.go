@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// The README's journey works as pasted, in ten lines, and once more. Only the ports are other ones, since somebody may have
-// those.
+// The README's journey works as pasted, in ten lines, and once more, and so do the operator's day and the way to the built-in hub
+// in its folder. Only the ports are other ones, since somebody may have those.
 func TestReadme(t *testing.T) {
 	root, err := filepath.Abs("../..")
 	if err != nil {
@@ -23,13 +23,13 @@ func TestReadme(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, rest, _ := strings.Cut(string(b), "## The journey")
-	_, rest, _ = strings.Cut(rest, "```sh\n")
-	script, _, ok := strings.Cut(rest, "```")
-	if n := strings.Count(script, "\n"); !ok || n != 10 {
+	script := commands(t, b, "## The journey")
+	if n := strings.Count(script, "\n"); n != 10 {
 		t.Fatalf("the journey has %d lines", n)
 	}
-	for _, port := range []string{"127.0.0.1:8443", "127.0.0.1:8883", "127.0.0.1:5671"} {
+	again := script[strings.Index(script, "./touchmark mint"):]
+	script += again + commands(t, b, "## Operators") + "kill %1\nwait %1 || true\n" + commands(t, b, "## From power-on")
+	for _, port := range []string{"127.0.0.1:8443", "127.0.0.1:8883", "127.0.0.1:5671", "127.0.0.1:9443", "127.0.0.1:9883"} {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			t.Fatal(err)
@@ -40,8 +40,7 @@ func TestReadme(t *testing.T) {
 	home := t.TempDir()
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
-	again := script[strings.Index(script, "./touchmark mint"):]
-	cmd := exec.CommandContext(ctx, "bash", "-c", "set -e\ntrap 'kill %1' EXIT\n"+script+again)
+	cmd := exec.CommandContext(ctx, "bash", "-c", "set -e\ntrap 'kill $(jobs -p)' EXIT\n"+script)
 	cmd.Dir, cmd.Env, cmd.WaitDelay = root, goHome(t, home), 5*time.Second
 	out, err := cmd.CombinedOutput()
 	if err != nil {
@@ -53,6 +52,18 @@ func TestReadme(t *testing.T) {
 			t.Errorf("%s: %s, %v\n%s", stamp, a, err, out)
 		}
 	}
+}
+
+// commands returns the first commands under a heading.
+func commands(t *testing.T, readme []byte, heading string) string {
+	t.Helper()
+	_, rest, ok := strings.Cut(string(readme), heading)
+	_, rest, _ = strings.Cut(rest, "```sh\n")
+	script, _, ends := strings.Cut(rest, "```")
+	if !ok || !ends {
+		t.Fatalf("the README has no commands under %s", heading)
+	}
+	return script
 }
 
 // goHome is the environment with another home, where Go still finds what hangs on it.
@@ -75,12 +86,7 @@ func TestReadmeFloor(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, rest, _ := strings.Cut(string(b), "## The factory floor")
-	_, rest, _ = strings.Cut(rest, "```sh\n")
-	script, _, ok := strings.Cut(rest, "```")
-	if !ok {
-		t.Fatal("no script")
-	}
+	script := commands(t, b, "## The factory floor")
 	dir := t.TempDir()
 	if err := os.Symlink(program(t), filepath.Join(dir, "touchmark")); err != nil {
 		t.Fatal(err)
@@ -108,12 +114,7 @@ func TestReadmeEmulator(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, rest, _ := strings.Cut(string(b), "## The emulator")
-	_, rest, _ = strings.Cut(rest, "```sh\n")
-	script, _, ok := strings.Cut(rest, "```")
-	if !ok {
-		t.Fatal("no script")
-	}
+	script := commands(t, b, "## The emulator")
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "bash", "-c", "set -e\ntrap 'kill %1' EXIT\n"+script)

@@ -95,6 +95,10 @@ func (l *Ledger) snapshot(ctx context.Context, f func(*snapshot) error) error {
 		return denied(err)
 	}
 	defer func() { _ = tx.Rollback() }()
+	return l.snapshotIn(ctx, tx, f)
+}
+
+func (l *Ledger) snapshotIn(ctx context.Context, tx *sql.Tx, f func(*snapshot) error) (err error) {
 	s := &snapshot{hashReader: hashReader{ctx, tx}, tx: tx}
 	s.note, err = readCheckpoint(ctx, tx)
 	if errors.Is(err, ErrNotFound) {

@@ -56,6 +56,9 @@ func (l *Ledger) Verify(ctx context.Context, station crypto.PublicKey) (Report, 
 	if serr := <-structure; err == nil {
 		err = serr
 	}
+	if err == nil { // what every reader begins with
+		err = l.snapshotIn(ctx, stx, func(*snapshot) error { return nil })
+	}
 	if err != nil {
 		if errors.Is(err, ErrStation) || ctx.Err() != nil {
 			return v.report, err // nothing says that the ledger is damaged
