@@ -47,7 +47,7 @@ func pathLen(n int) edit {
 }
 
 // Ways from a leaf to a group: what is sent and what is stored, in whatever order and company. Device API, section 7.3;
-// DPS-D 42, 43, 45.
+// DPS-D 42, 43, 45, DPS-S 83.
 func TestPaths(t *testing.T) {
 	root := attesttest.CA(t, nil, "root")
 	mid := attesttest.CA(t, root, "mid")
@@ -245,7 +245,7 @@ func TestBlocks(t *testing.T) {
 	}
 }
 
-// What a CA must be, by one edit of a good one each: enrolled, and between the leaf and the enrolled one. DPS-D 46.
+// What a CA must be, by one edit of a good one each: enrolled, and between the leaf and the enrolled one. DPS-D 46, DPS-S 85.
 func TestCAs(t *testing.T) {
 	root := attesttest.CA(t, nil, "root")
 	critical := func(c *x509.Certificate) {
@@ -339,7 +339,7 @@ func TestCAs(t *testing.T) {
 	}
 }
 
-// What a leaf must be. DPS-D 44, 46.
+// What a leaf must be. DPS-D 44, 46, DPS-S 85.
 func TestLeaves(t *testing.T) {
 	root := attesttest.CA(t, nil, "root")
 	long := strings.Repeat("x", 65)

@@ -423,13 +423,14 @@ func Doors(t *testing.T, serve func(*testing.T, *Fixture) func(testing.TB, Devic
 		f := NewFixture(t, hubs...)
 		return f, serve(t, f)
 	}
-	t.Run("keys", func(t *testing.T) { // DPS-D 11, 16, 19, 27, 39
+	t.Run("keys", func(t *testing.T) { // DPS-D 11, 16, 19, 27, 39; DPS-S 86: either of the group's keys
 		f, dial := start(t, hub)
 		for _, key := range [][]byte{f.OwnKey, f.OtherKey} {
 			if s := assigned(t, dial(t, f.ByKey("own-key", key)), "own-key"); s["symmetricKey"] != nil || s["x509"] != nil {
 				t.Errorf("individual: %v", s)
 			}
 		}
+		assigned(t, dial(t, f.ByKey("dev-5", attest.DeriveKey(bytes.Repeat([]byte("s"), 32), "dev-5"))), "dev-5")
 		c := dial(t, f.Derived("dev-1"))
 		first := assigned(t, c, "dev-1")
 		if g, _ := first["symmetricKey"].(map[string]any); g["enrollmentGroupId"] != "keys" || first["substatus"] != "initialAssignment" {
@@ -572,7 +573,7 @@ func Doors(t *testing.T, serve func(*testing.T, *Fixture) func(testing.TB, Devic
 		f.Put(t, registration.Group, "line-3", Signers(f.Mid, nil))
 		assigned(t, dial(t, ByCertificate("dev-2", dev.TLS())), "dev-2")
 	})
-	t.Run("foreign certificates", func(t *testing.T) { // DPS-D 44, 46
+	t.Run("foreign certificates", func(t *testing.T) { // DPS-D 44, 46, DPS-S 85
 		f, dial := start(t, hub)
 		late := func(c *x509.Certificate) { c.NotAfter = attesttest.Now.Add(-time.Minute) }
 		twin := attesttest.CA(t, nil, "factory root")
@@ -590,7 +591,7 @@ func Doors(t *testing.T, serve func(*testing.T, *Fixture) func(testing.TB, Devic
 			refused(t, dial(t, d), why)
 		}
 	})
-	t.Run("foreign keys", func(t *testing.T) { // DPS-D 36, 37
+	t.Run("foreign keys", func(t *testing.T) { // DPS-D 36, 37, DPS-S 86
 		f, dial := start(t, hub)
 		good := attest.DeriveKey(f.GroupKey, "dev-1")
 		token := func(scope, id string, in time.Duration) Device {
@@ -612,7 +613,7 @@ func Doors(t *testing.T, serve func(*testing.T, *Fixture) func(testing.TB, Devic
 			assigned(t, dial(t, token(Scope, "dev-1", in)), "dev-1")
 		}
 	})
-	t.Run("disabled", func(t *testing.T) { // DPS-D 13, 29, 45
+	t.Run("disabled", func(t *testing.T) { // DPS-D 13, 29, 45, DPS-S 82, 83
 		f, dial := start(t, hub)
 		off := func(kind registration.Kind, id string, e dps.Enrollment) {
 			e.ProvisioningStatus = dps.EnrollmentDisabled
@@ -629,6 +630,10 @@ func Doors(t *testing.T, serve func(*testing.T, *Fixture) func(testing.TB, Devic
 		}
 		refused(t, dial(t, f.ByKey("own-key", f.GroupKey)), "wrong key for a disabled enrollment")
 		refused(t, dial(t, ByCertificate("dev-3", in3.TLS(f.Mid))), "disabled group below an enabled one")
+		if err := f.Service.DeleteEnrollment(t.Context(), registration.Actor{Name: "test"}, registration.Individual, "dev-2", ""); err != nil {
+			t.Fatal(err)
+		}
+		assigned(t, dial(t, ByCertificate("dev-2", in2.TLS())), "dev-2") // its group lets it in again
 	})
 	t.Run("closed groups", func(t *testing.T) {
 		f, dial := start(t, hub)
