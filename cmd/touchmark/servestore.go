@@ -215,7 +215,17 @@ WHAT IS ENCRYPTED
 
 BACKUP
   touchmark backup copies a SQLite store while the service runs, touchmark restore makes a data directory of it. For PostgreSQL use
-  its own means; a standby and archived logs lose nothing.`
+  its own means; a standby and archived logs lose nothing.
+
+WHEN A MACHINE IS LOST
+  One machine: restore the last backup on another with the same data key, at the same address. What was acknowledged since is gone with
+  the disk: devices register again by themselves, enrollments since then are imported again, which changes nothing that is there. Who
+  cannot have that takes a database with a standby: replicas go on where it does, and devices meet them with their next try.
+
+WHAT IS KEPT OF DEVICES, AND FOR HOW LONG
+  Registrations until they are deleted (touchmark registration delete), an individual enrollment's with the enrollment. Attempts for
+  serve --attempts-retention, a month, by registration ID, address and certificate. Usage counts name no device. The audit record names
+  enrollments and is never shortened. touchmark scope delete erases everything of a scope, from the file too: help management says how far.`
 
 func newStore(a *app) *cobra.Command {
 	c := parent("store", "Look after the store of a registration service", newStoreRotate(a), newStoreRewrap(a))
