@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -9,7 +10,9 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/hub"
 	"github.com/touchmark/touchmark/pkg/operator"
+	"github.com/touchmark/touchmark/pkg/registration"
 )
 
 func newHub(a *app) *cobra.Command {
@@ -37,7 +40,7 @@ func newHub(a *app) *cobra.Command {
 				if a.json {
 					return a.printJSON(h)
 				}
-				return a.table(nil, [][]string{{"Hub", h.Name}, {"  location", h.Location}, {"  takes part in allocation", yesNo(h.Apply == nil || *h.Apply)}, {"  weight", weight(h)}, {"  connection", h.ConnectionString}})
+				return a.table(nil, [][]string{{"Hub", h.Name}, {"  kind", cmp.Or(h.Kind, "azure")}, {"  location", h.Location}, {"  takes part in allocation", yesNo(h.Apply == nil || *h.Apply)}, {"  weight", weight(h)}, {"  connection", h.ConnectionString}})
 			})
 		},
 	}
@@ -102,29 +105,34 @@ func (a *app) printHubs(hubs []operator.Hub) error {
 			}
 			continue
 		}
-		rows = append(rows, []string{h.Name, h.Location, yesNo(h.Apply == nil || *h.Apply), weight(h)})
+		rows = append(rows, []string{h.Name, cmp.Or(h.Kind, "azure"), h.Location, yesNo(h.Apply == nil || *h.Apply), weight(h)})
 	}
 	if a.json {
 		return nil
 	}
-	return a.table([]string{"HUB", "LOCATION", "ALLOCATES", "WEIGHT"}, rows)
+	return a.table([]string{"HUB", "KIND", "LOCATION", "ALLOCATES", "WEIGHT"}, rows)
 }
 
 func newHubPut(a *app, link bool) *cobra.Command {
 	o := &managementOptions{}
-	var file, location string
+	var file, location, kind string
 	var apply, unchecked bool
 	var weight int
 	use, short := "update HOST --management FILE", "Change how a hub is linked"
 	long := "update changes what flags name: the key, after the hub's was rolled; the weight; whether it takes part in allocation. The keys of\nother hubs stay."
 	if link {
-		use, short = "link --connection-string-file FILE --management FILE", "Link a hub"
-		long = "link has a scope assign devices to a hub. The file holds the hub's connection string, of a policy that may write its registry:\nHostName=…;SharedAccessKeyName=…;SharedAccessKey=…"
+		use, short = "link {--connection-string-file FILE | --kind {record | builtin} HOST} --management FILE", "Link a hub"
+		long = "link has a scope assign devices to a hub. The file holds the hub's connection string; of an IoT hub that of a policy that may write its\nregistry: HostName=…;SharedAccessKeyName=…;SharedAccessKey=… Those of other kinds are in touchmark help hubs. A hub of kind record, which\nis told nothing, and the one of serve --hub builtin have a name alone."
 	}
 	c := &cobra.Command{
-		Use: use, Short: short, Long: long, Args: cobra.ExactArgs(map[bool]int{false: 1}[link]),
+		Use: use, Short: short, Long: long, Args: func(_ *cobra.Command, args []string) error {
+			if named := !link || kind == "record" || kind == "builtin"; len(args) != map[bool]int{true: 1}[named] || named && link && file != "" {
+				return usageError{errors.New("want the hub's connection string in a file; for those that have none, and to change one, its host name")}
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			h := operator.Hub{Location: location}
+			h := operator.Hub{Location: location, Kind: kind}
 			if file != "" {
 				b, err := a.readInput(file, 8<<10)
 				if err != nil {
@@ -132,11 +140,18 @@ func newHubPut(a *app, link bool) *cobra.Command {
 				}
 				h.ConnectionString = strings.TrimSpace(string(b))
 				clear(b)
-				if h.Name = operator.HubName(h.ConnectionString); checkHost(h.Name) != nil {
+				if h.Name = operator.HubName(h.ConnectionString); kind != "" {
+					c, err := hub.ParseConnection(registration.HubKind(kind), h.ConnectionString)
+					if err != nil {
+						return usageError{fmt.Errorf("%s: %w", file, err)}
+					}
+					h.Name = c.Host
+				}
+				if checkHost(h.Name) != nil {
 					return usageError{fmt.Errorf("%s holds no connection string of a hub", file)}
 				}
 			}
-			if !link {
+			if len(args) > 0 {
 				if h.Name != "" && dps.Fold(h.Name) != dps.Fold(args[0]) {
 					return usageError{fmt.Errorf("%s is for hub %s, not %s", file, h.Name, args[0])}
 				}
@@ -177,13 +192,18 @@ func newHubPut(a *app, link bool) *cobra.Command {
 	f := c.Flags()
 	f.StringVar(&file, "connection-string-file", "", "file with the hub's connection string; - is standard input")
 	f.StringVar(&location, "location", map[bool]string{true: "local"}[link], "region of the hub")
+	if link {
+		f.StringVar(&kind, "kind", "", "azure, mosquitto, webhook, record or builtin (touchmark only; default: azure)")
+		_ = c.RegisterFlagCompletionFunc("kind", cobra.FixedCompletions([]string{"azure", "mosquitto", "webhook", "record", "builtin"}, cobra.ShellCompDirectiveNoFileComp))
+	}
 	f.BoolVar(&unchecked, "unchecked", false, "link it although it cannot be reached now (touchmark only)")
 	f.BoolVar(&apply, "apply-allocation-policy", true, "take part in allocation; without, devices come only where an enrollment names the hub")
 	f.IntVar(&weight, "allocation-weight", 1, "share of the devices where allocation is hashed: 1 to 1000")
 	c.Example = "  touchmark hub update hub-a.example.net --allocation-weight 3 --management service/management.connection"
 	if link {
-		c.Example = "  touchmark hub link --connection-string-file hub-a.connection --location westeurope --management service/management.connection"
-		_ = c.MarkFlagRequired("connection-string-file")
+		c.Example = `  touchmark hub link --connection-string-file hub-a.connection --location westeurope --management service/management.connection
+  touchmark hub link --connection-string-file broker.connection --kind mosquitto --management service/management.connection
+  touchmark hub link records.example.net --kind record --management service/management.connection`
 	}
 	return c
 }

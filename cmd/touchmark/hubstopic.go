@@ -49,6 +49,11 @@ WHAT MOVES ON REPROVISIONING, from the former hub to the next
     reported properties           no: no hub lets them be written from outside
     removal at the former hub     yes                yes           yes                another system's
 
+LINKING ONE
+    touchmark hub link --connection-string-file broker.connection --kind mosquitto --management service/management.connection
+    touchmark hub link records.example.net --kind record --management service/management.connection
+  serve --hub NAME links one of kind record, and --hub builtin the built-in one, for as long as the service is started so.
+
 MOSQUITTO
   A device with a key has its ID for user name and MQTT client ID; its password is its primary key, as base64. A device with a
   certificate is let in by the broker itself: the certificate's chain ends at cafile, its common name is the device ID. So they need

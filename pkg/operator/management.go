@@ -131,6 +131,7 @@ type ScopeView struct {
 // A Hub is a linked hub. Its connection string has **** in the place of the key, as the service answers it; put back so, the key stays.
 type Hub struct {
 	Name             string `json:"name,omitempty"`
+	Kind             string `json:"kind,omitempty"` // touchmark's; empty is Azure's
 	ConnectionString string `json:"connectionString,omitempty"`
 	Location         string `json:"location,omitempty"`
 	Apply            *bool  `json:"applyAllocationPolicy,omitempty"`
@@ -211,7 +212,9 @@ func (s *Scope) SetHub(h Hub) error {
 	if err := json.Unmarshal(b, &hubs[at]); err != nil { // into the map that is there: other members stay
 		return err
 	}
-	delete(hubs[at], "name") // a service makes it of the connection string
+	if hubs[at]["connectionString"] != nil {
+		delete(hubs[at], "name") // a service makes it of the connection string
+	}
 	return s.SetProperty("iotHubs", hubs)
 }
 
