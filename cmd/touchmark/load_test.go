@@ -292,7 +292,7 @@ func TestLoadInterrupted(t *testing.T) {
 func TestLoadServiceKilled(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	serve := exec.Command(program(t), "serve", "--data", "svc", "--https", "127.0.0.1:0", "--mqtt", "127.0.0.1:0", "--hub", "hub-a.example.net", "--json", "--quiet")
+	serve := exec.Command(program(t), "serve", "--data", "svc", "--https", "127.0.0.1:0", "--mqtt", "127.0.0.1:0", "--amqp", "127.0.0.1:0", "--hub", "hub-a.example.net", "--json", "--quiet")
 	serve.Dir = dir
 	said, err := serve.StdoutPipe()
 	if err != nil {

@@ -177,7 +177,7 @@ func sqlState(err error) string {
 // duplicate reports whether a row, or a table, is there already.
 func duplicate(err error) bool {
 	code := sqlState(err)
-	return code == "23505" || code == "42P07"
+	return code == "23505" || code == "42P07" || code == "42710" // a row, a table, a table's type
 }
 
 // again reports whether a transaction that failed with an error, before its commit, is to be run again: others were first, or
