@@ -20,6 +20,7 @@
 package sqlstore
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/cipher"
@@ -632,13 +633,24 @@ func (t *tx) scanRecord(scope string, row scanner) (*registration.Record, error)
 		return nil, absent(err)
 	}
 	r.Symmetric, r.Closed = symmetric != 0, closed != 0
+	var err error
 	if keys != nil {
-		var err error
 		if r.Keys, err = t.unseal(keys, scope, string(r.Kind), id); err != nil {
 			return nil, err
 		}
 	}
-	return r, nil
+	if keyOf(r.Document) != 0 {
+		r.Document, err = t.unseal(r.Document, scope, string(r.Kind), id, "document")
+	}
+	return r, err
+}
+
+// document is a record's as it is kept: encrypted where it names a webhook, for the address of one has its key in it.
+func (t *tx) document(scope string, r *registration.Record) []byte {
+	if !bytes.Contains(r.Document, []byte(`"webhookUrl"`)) {
+		return r.Document
+	}
+	return t.seal(r.Document, scope, string(r.Kind), dps.Fold(r.ID), "document")
 }
 
 func (t *tx) Record(scope string, kind registration.Kind, id string) (*registration.Record, error) {
@@ -693,7 +705,7 @@ func (t *tx) PutRecord(scope string, r *registration.Record) error {
 			return err
 		}
 	}
-	_, err := t.exec(t.st.putRecord, scope, string(r.Kind), id, r.ID, r.Document, keys, bit(r.Symmetric), r.Content, bit(r.Closed))
+	_, err := t.exec(t.st.putRecord, scope, string(r.Kind), id, r.ID, t.document(scope, r), keys, bit(r.Symmetric), r.Content, bit(r.Closed))
 	return err
 }
 
