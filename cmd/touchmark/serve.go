@@ -241,7 +241,7 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	d.described(ready)
 	api := serviceapi.Config{
 		Scopes: scopes, First: d.scope, Hosts: o.hostnames, Domain: o.domain, Bearer: bearer, StrictQuery: o.strictQuery,
-		Calls: make(map[string]serviceapi.Call), Import: d.importBundle, Recipient: d.recipient, Log: log,
+		Calls: make(map[string]serviceapi.Call), Import: d.importBundle, Recipient: d.recipientOf, Log: log,
 		Meter: watched.meter, Attempts: watched.attempts,
 		Throttle: func(sc *registration.Scope) error { return profiles.Service(sc.ID, sc.Limits()) },
 	}
