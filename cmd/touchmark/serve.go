@@ -187,18 +187,21 @@ func (a *app) runServe(ctx context.Context, o *serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	hubs, err := o.provisioning(&shared)
+	hubs, tenantHooks, err := o.provisioning(&shared, d.scope)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, hubs.Close()) }()
 	shared.OpenHub = hub.openedBy(dps.Fold(d.scope), hubs.Hub)
 	watched.provisioning(&shared)
+	tenantHooks = watched.meter.WatchWebhook(tenantHooks)
 	scopes := registration.NewScopes(registration.ScopesConfig{
 		Config: shared,
 		Own: func(sc *registration.Scope, cfg *registration.Config) error {
 			if dps.Fold(sc.ID) == dps.Fold(d.scope) {
 				cfg.Owners, cfg.RequireOrders, cfg.Intermediates, cfg.Issuers = own.Owners, own.RequireOrders, own.Intermediates, own.Issuers
+			} else {
+				cfg.Webhook = tenantHooks
 			}
 			return nil
 		}})

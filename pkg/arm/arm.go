@@ -58,8 +58,8 @@ type Hubs struct {
 	Mask func(text string) string
 	// Restore puts the secrets of the stored one into one that was shown masked.
 	Restore func(text, stored string) (string, error)
-	// Check asks a hub whether it is there and takes what the connection string says; nil links hubs unasked.
-	Check func(ctx context.Context, h registration.LinkedHub) error
+	// Check asks a hub that an ID scope is to have whether it is there and takes what the connection string says; nil links hubs unasked.
+	Check func(ctx context.Context, scope string, h registration.LinkedHub) error
 }
 
 const (
