@@ -37,7 +37,8 @@ import (
 type Config struct {
 	Scopes *registration.Scopes
 	Access *access.Authenticator
-	// First is an ID scope that is not deleted here, since the process itself stands on it; empty for none.
+	// First is an ID scope that is not deleted here, since the process itself stands on it; empty for none. Its audit record says
+	// who deleted others.
 	First string
 	// ServiceHost says where the service API of a provisioning service is; nil is as in Azure. DeviceHost is where devices call;
 	// empty is as in Azure.
