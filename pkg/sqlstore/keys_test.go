@@ -160,6 +160,25 @@ func TestStolenFile(t *testing.T) {
 	search("sealed anew")
 }
 
+// The files are the service's alone, also in a directory that others may look into.
+func TestFileModes(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	s := open(t, filepath.Join(dir, "s.db"))
+	mustUpdate(t, s, newTreasure("one").put)
+	files, err := os.ReadDir(dir)
+	if err != nil || len(files) < 2 {
+		t.Fatal(files, err)
+	}
+	for _, f := range files {
+		if info, err := f.Info(); err != nil || info.Mode().Perm() != 0o600 {
+			t.Errorf("%s: %v, %v", f.Name(), info.Mode(), err)
+		}
+	}
+}
+
 // The key of a webhook stands in its address, in an enrollment's document.
 func TestStolenWebhook(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s.db")

@@ -30,7 +30,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -159,6 +161,19 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	return s, nil
 }
 
+// makeFile makes an empty file for SQLite, where there is none: it takes its mode for those beside it too. A directory that was
+// there before may let everybody in.
+func makeFile(path string) error {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if errors.Is(err, fs.ErrExist) { // it is not opened: closing it would end SQLite's locks of this process
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
 // openSQLite opens a file, or memory.
 func (s *Store) openSQLite(ctx context.Context, path string) (err error) {
 	s.writers, s.batch, s.snapshot = 1, maxBatch, &sql.TxOptions{ReadOnly: true}
@@ -172,6 +187,8 @@ func (s *Store) openSQLite(ctx context.Context, path string) (err error) {
 		// SQLite's memdb: connections share what has the same name and begins with a slash, as long as one of them is open.
 		name = "file:/" + dps.NewUUID() + "?vfs=memdb&_pragma=temp_store(MEMORY)"
 		s.guard = new(sync.RWMutex)
+	} else if err := makeFile(path); err != nil {
+		return err
 	}
 	if s.write, err = sql.Open("sqlite", name+"&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=cache_size(-16000)&_pragma=wal_autocheckpoint(4000)&_pragma=secure_delete(1)&_txlock=immediate"); err != nil {
 		return err
