@@ -86,7 +86,6 @@ const (
 	maxBundle   = 8 << 30
 	defaultPage = 100
 	maxPage     = 1000
-	maxID       = 128 // of registrations, groups and orders
 )
 
 // API is the service API.
