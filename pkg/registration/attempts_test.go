@@ -419,7 +419,7 @@ func TestQuotas(t *testing.T) {
 	if err := put(100); err != nil {
 		t.Error(err)
 	}
-	for name, hubs := range map[string]int{"azure": 51, "plenty": 1} {
+	for name, hubs := range map[string]int{"azure": 51, "none": 1001, "plenty": 1} {
 		sc := &registration.Scope{ID: "0neX", Name: "plant-x"}
 		sc.Quotas = name
 		for i := range hubs {

@@ -152,6 +152,9 @@ func (s *Service) Current(ctx context.Context) (sc *Scope, err error) {
 	return sc, err
 }
 
+// maxHubs is how many hubs a scope has linked at most, whatever its quotas: all of them are looked at for every device.
+const maxHubs = 1000
+
 // CheckScope says what keeps a scope from being taken.
 func CheckScope(sc *Scope) error {
 	if err := dps.CheckIDScope(sc.ID); err != nil {
@@ -169,6 +172,9 @@ func CheckScope(sc *Scope) error {
 	}
 	if quotas.Hubs > 0 && len(sc.Hubs) > quotas.Hubs {
 		return Exceeds("linked hubs", int64(len(sc.Hubs)-1), int64(quotas.Hubs))
+	}
+	if len(sc.Hubs) > maxHubs {
+		return invalid("A service has at most %d linked hubs", maxHubs)
 	}
 	seen := make(map[string]bool)
 	for _, h := range sc.Hubs {
