@@ -78,7 +78,11 @@ A SCOPE FOR EACH TENANT
   Operators of plant-b call plant-b.dps.example.net, with a policy of its own. Its devices get its ID scope, and nothing else differs:
     touchmark init line-b --id-scope 0ne…
   DNS: *.dps.example.net has to lead to the service. Its own certificate is for that name too; one of yours (--tls-cert) has to be.
-  Bundles for it are taken from stations in scopes/ID-SCOPE/trust of the data directory, in lower case.
+  Bundles for it are taken from stations in scopes/ID-SCOPE/trust of the data directory, in lower case. Keys in them are sealed to a
+  recipient of its own, which GET /touchmark/info tells its operators: what is sealed to one scope opens in no other.
+  Who may link hubs in a scope, or write its enrollments, has the service call hosts of their choosing. Where tenants do so themselves,
+  start it with --tenants-public-only: hubs and webhooks of all scopes but the first are then called at public addresses alone, not on
+  this machine or in your networks.
   Without --domain, all operators' calls are for the first scope, by whatever name of --hostname, localhost or address they come: one
   machine needs no DNS.
 

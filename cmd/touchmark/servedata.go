@@ -6,7 +6,9 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
+	"crypto/hkdf"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -352,11 +354,37 @@ type memory struct{ *bytes.Reader }
 
 func (memory) Close() error { return nil }
 
+// identityOf returns what keys in bundles for a scope are sealed to. Other scopes than the first have one of their own each, that
+// follows from the first one's: else a tenant who came by another's bundle could put its sealed keys into one for its own scope,
+// and read them there.
+func (d *serviceData) identityOf(scope string) (*age.X25519Identity, error) {
+	if dps.Fold(scope) == dps.Fold(d.scope) {
+		return d.identity, nil
+	}
+	seed, err := hkdf.Extract(sha256.New, []byte(d.identity.String()), []byte("touchmark recipient of a scope, version 1"))
+	if err != nil {
+		return nil, err
+	}
+	return emulate.Seed(seed).Identity(dps.Fold(scope))
+}
+
+// recipientOf returns the public half of identityOf.
+func (d *serviceData) recipientOf(scope string) (string, error) {
+	id, err := d.identityOf(scope)
+	if err != nil {
+		return "", err
+	}
+	return id.Recipient().String(), nil
+}
+
 // takeBundle verifies a bundle, which stands at its beginning, and imports it. The request's body is not looked at.
 func (d *serviceData) takeBundle(ctx context.Context, svc *registration.Service, f io.ReadSeeker, in serviceapi.ImportRequest) (registration.ImportResult, error) {
 	var none registration.ImportResult
-	var err error
-	cfg := bundle.OpenConfig{Identities: []age.Identity{d.identity}}
+	identity, err := d.identityOf(svc.Scope())
+	if err != nil {
+		return none, err
+	}
+	cfg := bundle.OpenConfig{Identities: []age.Identity{identity}}
 	if cfg.Trusted, err = d.trusted(svc.Scope(), in.Trust); err != nil {
 		return none, err
 	}

@@ -75,7 +75,9 @@ func (o *serveOptions) management(ctx context.Context, d *serviceData, scopes *r
 		}},
 	}
 	if !o.admit.noHubCheck {
-		cfg.Hubs.Check = checkHub
+		cfg.Hubs.Check = func(ctx context.Context, scope string, h registration.LinkedHub) error {
+			return checkHub(ctx, h, o.publicOnly(d.scope, scope))
+		}
 	}
 	server := arm.New(ctx, cfg)
 	err := server.Resume(ctx)
@@ -112,8 +114,8 @@ func (o *serveOptions) hostOf(sc *registration.Scope, address string) string {
 }
 
 // checkHub asks a hub whether it is there.
-func checkHub(ctx context.Context, linked registration.LinkedHub) error {
-	h, err := hub.Open(hub.Config{Hub: linked})
+func checkHub(ctx context.Context, linked registration.LinkedHub, publicOnly bool) error {
+	h, err := hub.Open(hub.Config{Hub: linked, PublicOnly: publicOnly})
 	if err != nil {
 		return err
 	}

@@ -10,11 +10,13 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"reflect"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -170,6 +172,77 @@ func TestManagement(t *testing.T) {
 	// What a start names must be networks.
 	if code, said := attempt(t, dir, "serve", "--data", "other", "--private-network", "10.0.0.1/8"); code != exitUsage || !strings.Contains(said, "--private-network") {
 		t.Errorf("%d %s", code, said)
+	}
+}
+
+// Tenants who link hubs and name webhooks do not have the service call this machine, where it was started so: neither to ask a hub
+// whether it is there, nor to tell it of a device, nor to have a webhook choose. The first scope's operators may.
+func TestTenantsPublicOnly(t *testing.T) {
+	var calls atomic.Int64
+	inside := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		calls.Add(1)
+		http.Error(w, "the machine's own", http.StatusForbidden)
+	}))
+	defer inside.Close()
+	key := base64.StdEncoding.EncodeToString([]byte("0123456789abcdef"))
+	for _, flag := range []bool{false, true} {
+		dir := t.TempDir()
+		args := []string{"--https", "127.0.0.1:0", "--mqtt", "off", "--amqp", "off", "--name", "plant-a", "--domain", "dps.example.net", "--allow-http-webhooks"}
+		if flag {
+			args = append(args, "--tenants-public-only")
+		}
+		startServe(t, dir, args...)
+		m := manage(t, dir)
+		base := "/subscriptions/" + m.parts["Subscription"] + "/resourceGroups/" + m.parts["ResourceGroup"] + "/providers/Microsoft.Devices/provisioningServices/"
+		reached := func(what string, want bool) {
+			t.Helper()
+			if n := calls.Swap(0); n > 0 != want {
+				t.Errorf("%t: %s: %d calls", flag, what, n)
+			}
+		}
+		body := `{"location":"global","sku":{"name":"S1"},"properties":{"iotHubs":[{"name":"127.0.0.1","kind":"webhook","location":"x","connectionString":"URL=` + inside.URL + `/;Secret=` + key + `;Plain=true"}]}}`
+		if status, a := m.call("PUT", base+"plant-a?api-version=2022-02-05", "", body); status != 401 {
+			t.Errorf("%d %v", status, a)
+		}
+		reached("the first scope's hub", true)
+		if status, a := m.call("PUT", base+"plant-b?api-version=2022-02-05", "", body); status != 401 {
+			t.Errorf("%d %v", status, a)
+		}
+		reached("a tenant's hub", !flag)
+		status, made := m.call("PUT", base+"plant-b?api-version=2022-02-05&skipHubCheck=true", "", body)
+		if status != 201 {
+			t.Fatalf("%d %v", status, made)
+		}
+		scope := made["properties"].(map[string]any)["idScope"].(string)
+		_, keys := m.call("POST", base+"plant-b/listkeys?api-version=2022-02-05", "", "")
+		policy, err := base64.StdEncoding.DecodeString(keys["value"].([]any)[0].(map[string]any)["primaryKey"].(string))
+		if err != nil {
+			t.Fatal(err)
+		}
+		const host = "plant-b.dps.example.net"
+		for id, more := range map[string]string{"told": "", "asked": `,"allocationPolicy":"custom","customAllocationDefinition":{"webhookUrl":"` + inside.URL + `/","apiVersion":"2021-10-01"}`} {
+			enrollment := `{"registrationId":"` + id + `","attestation":{"type":"symmetricKey","symmetricKey":{"primaryKey":"` + key + `","secondaryKey":"` + key + `"}}` + more + `}`
+			r, err := http.NewRequest("PUT", m.parts["Endpoint"]+"/enrollments/"+id+"?api-version=2021-10-01", strings.NewReader(enrollment))
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.Host = host
+			r.Header.Set("Authorization", attesttest.ServiceToken(policy, host, "provisioningserviceowner", time.Now().Add(time.Hour)))
+			res, err := m.client.Do(r)
+			if err != nil || res.StatusCode != 200 {
+				t.Fatal(res, err)
+			}
+			res.Body.Close()
+			token := attesttest.Token([]byte("0123456789abcdef"), scope, id, time.Now().Add(time.Hour))
+			_, a := m.call("PUT", "/"+scope+"/registrations/"+id+"/register?api-version=2021-06-01", token, `{"registrationId":"`+id+`"}`)
+			for end := time.Now().Add(time.Minute); a["status"] == "assigning" && time.Now().Before(end); {
+				_, a = m.call("GET", fmt.Sprintf("/%s/registrations/%s/operations/%v?api-version=2021-06-01", scope, id, a["operationId"]), token, "")
+			}
+			if a["status"] != "failed" {
+				t.Errorf("%t: %s: %v", flag, id, a)
+			}
+			reached(id, !flag)
+		}
 	}
 }
 

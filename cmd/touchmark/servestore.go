@@ -203,8 +203,8 @@ REPLICAS
   neighbouring IDs come at once. When the database is not reached for 20 seconds, callers read 503 and come again.
 
 WHAT IS ENCRYPTED
-  Symmetric keys, keys of policies, connection strings of hubs, settings of scopes, device keys and what TPMs are challenged with: by
-  AES-256-GCM, under a data key that is in the store, wrapped. The key that it is wrapped under is not: data.key in the data
+  Symmetric keys, keys of policies, connection strings of hubs, settings of scopes, enrollments that name a webhook, device keys
+  and what TPMs are challenged with: by AES-256-GCM, under a data key that is in the store, wrapped. The key that it is wrapped under is not: data.key in the data
   directory, --data-key-file, or --data-key: one in a token or TPM that never leaves it. Without it nobody reads a secret in the
   store, nor in a copy of it; nor do you. Keep a copy of it apart from the backups.
 

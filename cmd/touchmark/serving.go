@@ -40,6 +40,8 @@ type serving struct {
 	// own is what the start gives the first scope alone: another tenant's devices have nothing to do with these owners and issuers.
 	own    registration.Config
 	shared registration.Config // by all scopes
+	// tenants calls the webhooks of all scopes but the first.
+	tenants registration.Webhook
 
 	bearer *access.Authenticator
 	scopes *registration.Scopes
@@ -125,13 +127,14 @@ func (s *serving) openWork(ctx context.Context) (err error) {
 	}
 	s.shared = registration.Config{Store: s.watched.store, Log: s.log, AtOnce: s.own.AtOnce, Attempt: s.watched.attempt, PrivateNetworks: o.admit.private}
 	o.enrollable(&s.shared)
-	hubs, err := o.provisioning(&s.shared)
+	hubs, tenants, err := o.provisioning(&s.shared, d.scope)
 	if err != nil {
 		return err
 	}
 	s.closing(hubs.Close)
 	s.shared.OpenHub = s.hub.openedBy(d.scope, hubs.Hub)
 	s.watched.provisioning(&s.shared)
+	s.tenants = s.watched.meter.WatchWebhook(tenants)
 	return nil
 }
 
@@ -143,6 +146,8 @@ func (s *serving) openScopes(ctx context.Context) (err error) {
 	s.scopes = registration.NewScopes(registration.ScopesConfig{Config: s.shared, Own: func(sc *registration.Scope, cfg *registration.Config) error {
 		if dps.Fold(sc.ID) == dps.Fold(s.d.scope) {
 			cfg.Owners, cfg.RequireOrders, cfg.Intermediates, cfg.Issuers = s.own.Owners, s.own.RequireOrders, s.own.Intermediates, s.own.Issuers
+		} else {
+			cfg.Webhook = s.tenants
 		}
 		return nil
 	}})
@@ -191,7 +196,7 @@ func (s *serving) serve(ctx context.Context) error {
 	s.d.described(ready)
 	api := serviceapi.Config{
 		Scopes: s.scopes, First: s.d.scope, Hosts: s.o.hostnames, Domain: s.o.domain, Bearer: s.bearer, StrictQuery: s.o.strictQuery,
-		Calls: make(map[string]serviceapi.Call), Import: s.d.importBundle, Recipient: s.d.recipient, Log: s.log,
+		Calls: make(map[string]serviceapi.Call), Import: s.d.importBundle, Recipient: s.d.recipientOf, Log: s.log,
 		Meter: s.watched.meter, Attempts: s.watched.attempts,
 		Throttle: func(sc *registration.Scope) error { return profiles.Service(sc.ID, sc.Limits()) },
 	}

@@ -37,7 +37,8 @@ import (
 type Config struct {
 	Scopes *registration.Scopes
 	Access *access.Authenticator
-	// First is an ID scope that is not deleted here, since the process itself stands on it; empty for none.
+	// First is an ID scope that is not deleted here, since the process itself stands on it; empty for none. Its audit record says
+	// who deleted others.
 	First string
 	// ServiceHost says where the service API of a provisioning service is; nil is as in Azure. DeviceHost is where devices call;
 	// empty is as in Azure.
@@ -58,8 +59,8 @@ type Hubs struct {
 	Mask func(text string) string
 	// Restore puts the secrets of the stored one into one that was shown masked.
 	Restore func(text, stored string) (string, error)
-	// Check asks a hub whether it is there and takes what the connection string says; nil links hubs unasked.
-	Check func(ctx context.Context, h registration.LinkedHub) error
+	// Check asks a hub that an ID scope is to have whether it is there and takes what the connection string says; nil links hubs unasked.
+	Check func(ctx context.Context, scope string, h registration.LinkedHub) error
 }
 
 const (

@@ -509,7 +509,7 @@ func TestHubCheck(t *testing.T) {
 	var asked []string
 	var mu sync.Mutex
 	b := newBench(t, func(c *arm.Config) {
-		c.Hubs.Check = func(ctx context.Context, h registration.LinkedHub) error {
+		c.Hubs.Check = func(ctx context.Context, _ string, h registration.LinkedHub) error {
 			mu.Lock()
 			asked = append(asked, h.Name)
 			mu.Unlock()

@@ -22,7 +22,7 @@ func (c *call) delete(sc *registration.Scope) (*answer, error) {
 	if dps.Fold(sc.ID) == dps.Fold(c.cfg.First) {
 		return nil, conflict("The process stands on this provisioning service: it goes with its data directory.")
 	}
-	if err := registration.CloseScope(c.r.Context(), c.store, sc.ID, c.by, c.cfg.Now()); err != nil {
+	if err := registration.CloseScope(c.r.Context(), c.store, sc.ID, c.by, c.cfg.First, c.cfg.Now()); err != nil {
 		return nil, err
 	}
 	done := c.erase(sc.ID, c.by)

@@ -97,7 +97,7 @@ func TestDeletionResumes(t *testing.T) {
 		b.fill(name, name, 1000)
 	}
 	cut := b.scope("cut")
-	if err := registration.CloseScope(t.Context(), b.store, cut.ID, registrationActor, time.Now()); err != nil {
+	if err := registration.CloseScope(t.Context(), b.store, cut.ID, registrationActor, "", time.Now()); err != nil {
 		t.Fatal(err)
 	}
 	if got := b.get("cut"); *got.Properties.State != "Deleting" {
@@ -128,6 +128,21 @@ func TestFirst(t *testing.T) {
 	b.start(func(c *arm.Config) { c.First = strings.ToLower(first) })
 	if r := b.call("DELETE", base+"/plant", ""); r.status != 409 || b.scope("plant").Deleting {
 		t.Errorf("%d %s", r.status, r.text)
+	}
+	// What is kept of another goes with it, and so does its audit record: the first one's says who did that.
+	b.put("other", description())
+	if r := b.call("DELETE", base+"/other", ""); r.status != 204 {
+		t.Errorf("%d %s", r.status, r.text)
+	}
+	var entries []*registration.Audit
+	if err := b.store.View(t.Context(), func(tx registration.Tx) (err error) {
+		entries, err = tx.Audits(dps.Fold(first), "", 100)
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if last := entries[len(entries)-1]; last.Action != "delete" || last.Object != "scope/other" || last.Actor == "" || last.Before == "" {
+		t.Errorf("the last entry: %+v", last)
 	}
 }
 

@@ -29,6 +29,7 @@ const (
 	ownerRights = access.ServiceConfig | access.DeviceConnect | access.EnrollmentWrite
 	maxTags     = 50
 	checkTime   = 20 * time.Second
+	checkAtOnce = 16
 	// editAgain is how often a change is made again that another one came before.
 	editAgain = 5
 )
@@ -627,6 +628,7 @@ func (c *call) checkHubs(ctx context.Context, was, is *registration.Scope, check
 	eg, ctx := errgroup.WithContext(ctx)
 	ctx, cancel := context.WithTimeout(ctx, checkTime)
 	defer cancel()
+	eg.SetLimit(checkAtOnce)
 	for _, h := range is.Hubs {
 		if checked[h] || h.Kind == registration.HubRecord {
 			continue
@@ -638,7 +640,7 @@ func (c *call) checkHubs(ctx context.Context, was, is *registration.Scope, check
 		}
 		checked[h] = true
 		eg.Go(func() error {
-			if err := c.cfg.Hubs.Check(ctx, h); err != nil {
+			if err := c.cfg.Hubs.Check(ctx, is.ID, h); err != nil {
 				return dps.NewError(dps.CodeHubUnreachable, fmt.Sprintf("iothub not found: %s cannot be reached with this connection string. Add skipHubCheck=true to the query to link it all the same.", h.Name), err)
 			}
 			return nil

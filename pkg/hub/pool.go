@@ -17,6 +17,8 @@ import (
 type PoolConfig struct {
 	// Base is how hubs are opened; its Hub does not count.
 	Base Config
+	// PublicOnly says for which scopes Base.PublicOnly holds, if not for all; nil is for no more.
+	PublicOnly func(scope string) bool
 	// MaxHubs that are open at once; 0 is 256. The one that was longest without a call goes.
 	MaxHubs int
 	// Concurrency is how many calls one hub is asked at a time; 0 is 32. Four times as many may wait; more are turned away.
@@ -130,6 +132,7 @@ func (p *Pool) acquire(key poolKey, h registration.LinkedHub) (*entry, error) {
 		}
 		cfg := p.cfg.Base
 		cfg.Hub = h
+		cfg.PublicOnly = cfg.PublicOnly || p.cfg.PublicOnly != nil && p.cfg.PublicOnly(key.scope)
 		opened, err := Open(cfg)
 		if err != nil {
 			return nil, newError(h.Name, codeArgument, false, err)

@@ -563,9 +563,17 @@ func (l *Attempts) Expire(ctx context.Context) error {
 	}
 }
 
+// fresh writes what is in memory for somebody who is about to read. Who asks and hangs up must not cost all scopes what is written
+// then.
+func (l *Attempts) fresh(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	return l.Flush(ctx)
+}
+
 // Of returns what is kept of a device's attempts, newest first; those of the last seconds at other replicas are missing.
 func (l *Attempts) Of(ctx context.Context, scope, registrationID string) (all []*Attempt, err error) {
-	if err := l.Flush(ctx); err != nil {
+	if err := l.fresh(ctx); err != nil {
 		return nil, err
 	}
 	err = l.cfg.Store.View(ctx, func(tx Tx) error {
@@ -578,7 +586,7 @@ func (l *Attempts) Of(ctx context.Context, scope, registrationID string) (all []
 // ByTracking returns the attempt whose answer had a tracking ID, or ErrNotFound. Of attempts that were the same it knows the
 // last one's.
 func (l *Attempts) ByTracking(ctx context.Context, scope, trackingID string) (a *Attempt, err error) {
-	if err := l.Flush(ctx); err != nil {
+	if err := l.fresh(ctx); err != nil {
 		return nil, err
 	}
 	err = l.cfg.Store.View(ctx, func(tx Tx) error {
@@ -590,7 +598,7 @@ func (l *Attempts) ByTracking(ctx context.Context, scope, trackingID string) (a 
 
 // Erase forgets a device's attempts, and puts that into the audit record.
 func (l *Attempts) Erase(ctx context.Context, scope, registrationID string, by Actor) error {
-	if err := l.Flush(ctx); err != nil {
+	if err := l.fresh(ctx); err != nil {
 		return err
 	}
 	scope, device := dps.Fold(scope), dps.Fold(registrationID)

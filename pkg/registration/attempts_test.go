@@ -2,6 +2,7 @@ package registration_test
 
 import (
 	"bytes"
+	"context"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
@@ -32,6 +33,21 @@ func from(d registrationtest.Device, remote string) *registration.Request {
 	r := request(d)
 	r.Remote, r.Protocol, r.ClientVersion = remote, "mqtt", "sdk/1.0"
 	return r
+}
+
+// An operator who asks and hangs up does not have the attempts of another scope lost that were to be written.
+func TestAttemptsHangUp(t *testing.T) {
+	f := registrationtest.NewFixture(t)
+	s, log := attempted(t, f, nil)
+	if _, err := s.Register(t.Context(), from(f.ByKey("own-key", f.OwnKey), "192.0.2.1:1002")); err != nil {
+		t.Fatal(err)
+	}
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, _ = log.Of(gone, "another", "own-key")
+	if all, err := log.Of(t.Context(), registrationtest.Scope, "own-key"); err != nil || len(all) != 1 {
+		t.Errorf("%d attempts, %v", len(all), err)
+	}
 }
 
 // What a device tried is there, newest first: what it came to, why, and with what; by the tracking ID that the device was told too.
@@ -403,7 +419,7 @@ func TestQuotas(t *testing.T) {
 	if err := put(100); err != nil {
 		t.Error(err)
 	}
-	for name, hubs := range map[string]int{"azure": 51, "plenty": 1} {
+	for name, hubs := range map[string]int{"azure": 51, "none": 1001, "plenty": 1} {
 		sc := &registration.Scope{ID: "0neX", Name: "plant-x"}
 		sc.Quotas = name
 		for i := range hubs {

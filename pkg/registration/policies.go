@@ -34,8 +34,9 @@ func checkPolicyName(name string) error {
 
 func noPolicy() *dps.Error { return dps.NewError(dps.CodeNotFound, "Policy not found.", nil) }
 
-// PutPolicy writes a shared access policy of a scope in a transaction, with its entry in the audit record where that changes
-// anything. Empty keys are made: whoever keeps some fills them in. It completes p, and spells its name as it was first written.
+// PutPolicy writes a shared access policy of a scope in a transaction, with its entry in the audit record: where nothing
+// changes, that its keys were shown, for whoever writes a policy is answered with them. Empty keys are made: whoever keeps
+// some fills them in. It completes p, and spells its name as it was first written.
 func PutPolicy(tx Tx, scope string, by Actor, p *Policy, now time.Time) error {
 	if err := checkPolicyName(p.Name); err != nil {
 		return err
@@ -67,7 +68,8 @@ func PutPolicy(tx Tx, scope string, by Actor, p *Policy, now time.Time) error {
 	}
 	a := NewAudit(by, action, "policy/"+p.Name, plainPolicy(was), plainPolicy(p), now)
 	if a.Before == a.After {
-		return nil
+		a.Action = "show keys"
+		return tx.PutAudit(dps.Fold(scope), a)
 	}
 	return errors.Join(tx.PutPolicy(dps.Fold(scope), p), tx.PutAudit(dps.Fold(scope), a))
 }

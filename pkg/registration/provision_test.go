@@ -1031,3 +1031,74 @@ func manyMinds(s *site) {
 func newLeaf(t *testing.T, by *attesttest.Holder, id string) []*x509.Certificate {
 	return []*x509.Certificate{attesttest.Leaf(t, by, id).Certificate}
 }
+
+// A tenant with many hubs that hang, and more to be told to them than is looked at in one go, has no other tenant's hub wait.
+func TestTenantHangs(t *testing.T) {
+	store := must(sqlstore.Open(t.Context(), sqlstore.Config{DataKey: make([]byte, 32)}))
+	defer store.Close()
+	now := time.Now()
+	tenant := func(id string, names ...string) {
+		hubs := registration.Records(names...)
+		for i := range hubs {
+			hubs[i].Kind = registration.HubAzure
+		}
+		must2(registration.EditScope(t.Context(), store, id, registration.Actor{}, "create", now, func(*registration.Scope) (*registration.Scope, error) {
+			return &registration.Scope{ID: id, Name: "name-" + id, Settings: registration.Settings{Hubs: hubs}}, nil
+		}))
+	}
+	away := func(scope, id, hub string, due time.Time) {
+		if err := store.Update(t.Context(), func(tx registration.Tx) error {
+			return tx.PutTask(scope, &registration.Task{ID: id, Begun: due, Due: due, Hub: hub, Away: []registration.Place{{Hub: hub, DeviceID: id}}})
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var hubs []string
+	for i := range 10 {
+		hubs = append(hubs, fmt.Sprintf("hub-%d.example", i))
+	}
+	tenant("0nebusy", hubs...)
+	tenant("0nequiet", "hub.example")
+	for i := range 700 {
+		away("0nebusy", fmt.Sprint("d", i), hubs[i%len(hubs)], now.Add(time.Duration(i-1000)*time.Millisecond))
+	}
+	away("0nequiet", "d", "hub.example", now.Add(-100*time.Millisecond))
+	asked, free := make(chan struct{}), make(chan struct{})
+	scopes := registration.NewScopes(registration.ScopesConfig{Config: registration.Config{Store: store, OpenHub: func(scope string, h registration.LinkedHub) (registration.Hub, error) {
+		return removing{remove: func() {
+			if dps.Fold(scope) == "0nequiet" {
+				close(asked)
+			} else {
+				<-free
+			}
+		}}, nil
+	}}})
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() { scopes.Provision(ctx) })
+	select {
+	case <-asked:
+	case <-time.After(20 * time.Second):
+		t.Error("the other tenant's hub is not told")
+	}
+	cancel()
+	close(free)
+	wg.Wait()
+}
+
+type removing struct {
+	registration.Hub
+	remove func()
+}
+
+func (r removing) Remove(context.Context, string) error {
+	r.remove()
+	return nil
+}
+
+func must2[A, B any](a A, b B, err error) (A, B) {
+	if err != nil {
+		panic(err)
+	}
+	return a, b
+}

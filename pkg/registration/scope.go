@@ -152,6 +152,9 @@ func (s *Service) Current(ctx context.Context) (sc *Scope, err error) {
 	return sc, err
 }
 
+// maxHubs is how many hubs a scope has linked at most, whatever its quotas: all of them are looked at for every device.
+const maxHubs = 1000
+
 // CheckScope says what keeps a scope from being taken.
 func CheckScope(sc *Scope) error {
 	if err := dps.CheckIDScope(sc.ID); err != nil {
@@ -169,6 +172,9 @@ func CheckScope(sc *Scope) error {
 	}
 	if quotas.Hubs > 0 && len(sc.Hubs) > quotas.Hubs {
 		return Exceeds("linked hubs", int64(len(sc.Hubs)-1), int64(quotas.Hubs))
+	}
+	if len(sc.Hubs) > maxHubs {
+		return invalid("A service has at most %d linked hubs", maxHubs)
 	}
 	seen := make(map[string]bool)
 	for _, h := range sc.Hubs {
@@ -247,7 +253,7 @@ const eraseAtOnce = 2000
 // DeleteScope deletes a scope with everything that is kept of it: nobody is let in from its first write on, and the rest goes
 // in small transactions. One that was interrupted goes on when it is called again. ErrNotFound: there is none of that ID.
 func DeleteScope(ctx context.Context, store Store, id string, by Actor, now time.Time) error {
-	err := CloseScope(ctx, store, id, by, now)
+	err := CloseScope(ctx, store, id, by, "", now)
 	for done := false; !done && err == nil; {
 		err = store.Update(ctx, func(tx Tx) (err error) {
 			done, err = tx.EraseScope(dps.Fold(id), eraseAtOnce)
@@ -265,8 +271,9 @@ type Scrubber interface {
 	Scrub(ctx context.Context) error
 }
 
-// CloseScope is the first step of DeleteScope, after which nobody is let in and there is no way back.
-func CloseScope(ctx context.Context, store Store, id string, by Actor, now time.Time) error {
+// CloseScope is the first step of DeleteScope, after which nobody is let in and there is no way back. A scope's audit record goes
+// with it: that it was deleted is written into that of another scope, unless witness is empty.
+func CloseScope(ctx context.Context, store Store, id string, by Actor, witness string, now time.Time) error {
 	return store.Update(ctx, func(tx Tx) error {
 		was, err := tx.Scope(dps.Fold(id))
 		if err != nil || was.Deleting {
@@ -277,6 +284,12 @@ func CloseScope(ctx context.Context, store Store, id string, by Actor, now time.
 		if err := tx.PutScope(&is); err != nil {
 			return err
 		}
-		return tx.PutAudit(dps.Fold(id), NewAudit(by, "delete", "scope/"+is.Name, was, nil, now))
+		a := NewAudit(by, "delete", "scope/"+is.Name, was, nil, now)
+		if witness != "" {
+			if err := tx.PutAudit(dps.Fold(witness), a); err != nil {
+				return err
+			}
+		}
+		return tx.PutAudit(dps.Fold(id), a)
 	})
 }

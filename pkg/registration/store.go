@@ -56,6 +56,7 @@ type Tx interface {
 	EraseScope(id string, limit int) (done bool, err error)
 
 	// PutAudit appends to the audit record of a scope. Audits returns up to limit entries whose ID is greater than after, in order.
+	// Of a scope that was erased nothing is written any more: PutAudit is ErrNotFound, which ends the transaction of the change.
 	PutAudit(scope string, a *Audit) error
 	Audits(scope, after string, limit int) ([]*Audit, error)
 

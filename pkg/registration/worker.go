@@ -13,11 +13,14 @@ import (
 // Bounds of working at what hubs have yet to be told.
 const (
 	workPeriod = 500 * time.Millisecond
-	// maxWorkers is how many tasks a process works at, and maxPerHub how many that wait for one hub: a hub that hangs keeps no other
-	// waiting.
-	maxWorkers = 64
-	maxPerHub  = 8
-	dueAtOnce  = 512
+	// maxWorkers is how many tasks a process works at, maxPerScope how many of one scope, and maxPerHub how many that wait for one
+	// hub: a hub that hangs keeps no other waiting, nor do many of a tenant's another tenant's.
+	maxWorkers  = 64
+	maxPerScope = 32
+	maxPerHub   = 8
+	dueAtOnce   = 512
+	// duePages is how many times as many are looked at behind those that have no place yet.
+	duePages = 16
 )
 
 // workers counts who works at what.
@@ -25,26 +28,29 @@ type workers struct {
 	wg   sync.WaitGroup
 	mu   sync.Mutex
 	all  int            // under mu
-	hubs map[string]int // under mu, by scope and folded name
+	busy map[string]int // under mu, by scope, and by scope and folded hub
 }
 
 // begin runs f if there is a place for another one at the hub.
 func (w *workers) begin(t *Task, f func()) bool {
-	key := t.Scope + "\x00" + strings.ToLower(t.Hub)
+	hub := t.Scope + "\x00" + strings.ToLower(t.Hub)
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.all >= maxWorkers || w.hubs[key] >= maxPerHub {
+	if w.all >= maxWorkers || w.busy[t.Scope] >= maxPerScope || w.busy[hub] >= maxPerHub {
 		return false
 	}
 	w.all++
-	w.hubs[key]++
+	w.busy[t.Scope]++
+	w.busy[hub]++
 	w.wg.Go(func() {
 		defer func() {
 			w.mu.Lock()
 			defer w.mu.Unlock()
 			w.all--
-			if w.hubs[key]--; w.hubs[key] == 0 {
-				delete(w.hubs, key)
+			for _, key := range []string{t.Scope, hub} {
+				if w.busy[key]--; w.busy[key] == 0 {
+					delete(w.busy, key)
+				}
 			}
 		}()
 		f()
@@ -52,10 +58,16 @@ func (w *workers) begin(t *Task, f func()) bool {
 	return true
 }
 
+func (w *workers) full() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.all >= maxWorkers
+}
+
 // Provision works at what the hubs of all scopes have yet to be told, until the context ends, and returns when nothing is under
 // way. Any number of processes may do so with one store.
 func (s *Scopes) Provision(ctx context.Context) {
-	w := &workers{hubs: make(map[string]int)}
+	w := &workers{busy: make(map[string]int)}
 	defer w.wg.Wait()
 	tick := time.NewTicker(workPeriod)
 	defer tick.Stop()
@@ -73,7 +85,7 @@ func (s *Scopes) Provision(ctx context.Context) {
 
 // ProvisionDue works once at each task that is due, and returns how many there were.
 func (s *Scopes) ProvisionDue(ctx context.Context) (n int, err error) {
-	w := &workers{hubs: make(map[string]int)}
+	w := &workers{busy: make(map[string]int)}
 	defer w.wg.Wait()
 	for {
 		begun, err := s.beginDue(ctx, w)
@@ -89,10 +101,23 @@ func (s *Scopes) beginDue(ctx context.Context, w *workers) (n int, err error) {
 	if s.cfg.Now != nil {
 		now = s.cfg.Now
 	}
-	var due []*Task
-	if err := s.cfg.Store.View(ctx, func(tx Tx) (err error) { due, err = tx.DueTasks(now(), dueAtOnce); return err }); err != nil {
-		return 0, err
+	var from time.Time
+	for range duePages {
+		var due []*Task
+		if err := s.cfg.Store.View(ctx, func(tx Tx) (err error) { due, err = tx.DueTasks(from, now(), dueAtOnce); return err }); err != nil {
+			return n, err
+		}
+		begun, err := s.beginAll(ctx, w, due)
+		if n += begun; err != nil || begun == len(due) || len(due) < dueAtOnce || w.full() {
+			return n, err
+		}
+		from = due[len(due)-1].Due
 	}
+	return n, nil
+}
+
+// beginAll begins those tasks that there is a place for, and returns how many.
+func (s *Scopes) beginAll(ctx context.Context, w *workers, due []*Task) (n int, err error) {
 	for _, t := range due {
 		if ctx.Err() != nil {
 			break

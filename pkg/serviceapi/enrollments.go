@@ -149,7 +149,11 @@ func matcher(item, text string) (func(any) (bool, error), error) {
 	}, nil
 }
 
-const checkSize = 12
+const (
+	checkSize = 12
+	// maxAfter bounds where a page begins: an orphan's ID, hub and device ID are the longest.
+	maxAfter = 1 << 10
+)
 
 // newToken returns a continuation token: where the next page of a list begins, behind a check that it belongs to it. It guards
 // against mistakes, and grants nothing.
@@ -160,7 +164,7 @@ func newToken(of, after string) string {
 
 func openToken(of, token string) (after string, ok bool) {
 	b, err := base64.RawURLEncoding.Strict().DecodeString(token)
-	if err != nil || len(b) <= checkSize || len(b) > checkSize+maxID {
+	if err != nil || len(b) <= checkSize || len(b) > checkSize+maxAfter {
 		return "", false
 	}
 	after = string(b[checkSize:])

@@ -23,7 +23,11 @@ import (
 
 func (c *call) info() (any, error) {
 	owners, required, err := c.svc.Owners()
-	return map[string]any{"idScope": c.svc.Scope(), "name": c.sc.Name, "recipient": c.cfg.Recipient, "owners": owners, "requireOrders": required}, err
+	recipient := ""
+	if err == nil && c.cfg.Recipient != nil {
+		recipient, err = c.cfg.Recipient(c.svc.Scope())
+	}
+	return map[string]any{"idScope": c.svc.Scope(), "name": c.sc.Name, "recipient": recipient, "owners": owners, "requireOrders": required}, err
 }
 
 // extra answers one of Config.Calls.

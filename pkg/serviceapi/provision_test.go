@@ -17,7 +17,8 @@ func TestProvisioning(t *testing.T) {
 	d, o := newOperator(t)
 	scope := strings.ToLower(registrationtest.Scope)
 	secret := &registration.HubDevice{ID: "dev-1", Keys: &dps.SymmetricKeyAttestation{PrimaryKey: "topsecret"}}
-	orphans := []registration.Orphan{{ID: "a", Hub: "Old.example", DeviceID: "A"}, {ID: "a", Hub: "older.example", DeviceID: "A"}, {ID: "b", Hub: "old.example", DeviceID: "b"}}
+	orphans := []registration.Orphan{{ID: "a", Hub: "Old.example", DeviceID: "A"}, {ID: "a", Hub: "older.example", DeviceID: "A"}, {ID: strings.Repeat("b", 128), Hub: strings.Repeat("old.", 60) + "example", DeviceID: strings.Repeat("b", 128)},
+		{ID: strings.Repeat("c", 128), Hub: "old.example", DeviceID: "c"}}
 	err := d.Store.Update(t.Context(), func(tx registration.Tx) (err error) {
 		for i := range orphans {
 			err = errors.Join(err, tx.PutOrphan(scope, &orphans[i]))
@@ -61,14 +62,14 @@ func TestProvisioning(t *testing.T) {
 		t.Errorf("%+v", kin)
 	}
 	var left []registration.Orphan
-	if all("/touchmark/orphans", "Orphan", &left); len(left) != 3 || left[0].Hub != "Old.example" || left[2].ID != "b" {
+	if all("/touchmark/orphans", "Orphan", &left); len(left) != 4 || left[0].Hub != "Old.example" || left[3].DeviceID != "c" {
 		t.Errorf("%+v", left)
 	}
 	if res, b := o.call(t, "DELETE", "/touchmark/orphans/A?hub=OLD.example&deviceId=A", ""); res.StatusCode != 204 {
 		t.Errorf("%d %s", res.StatusCode, b)
 	}
 	o.want(t, 404, dps.CodeNotFound, "DELETE", "/touchmark/orphans/a?hub=old.example&deviceId=A", "")
-	if all("/touchmark/orphans", "Orphan", &left); len(left) != 2 {
+	if all("/touchmark/orphans", "Orphan", &left); len(left) != 3 {
 		t.Errorf("%+v", left)
 	}
 	if _, b := o.call(t, "GET", "/touchmark/audit", "", "X-Ms-Max-Item-Count: 1000"); !strings.Contains(string(b), `"object":"orphan/OLD.example/A"`) {

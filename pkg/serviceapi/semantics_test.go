@@ -552,7 +552,8 @@ func TestAudit(t *testing.T) {
 	do("create enrollment/bulk", "POST", "/enrollments", `{"mode":"create","enrollments":[`+ofDevice("bulk", newKeys)+`]}`)
 	do("create policy/p", "PUT", "/touchmark/policies/p", `{"rights":"EnrollmentRead"}`)
 	do("update policy/p", "PUT", "/touchmark/policies/p", `{"primaryKey":null}`)
-	do("", "PUT", "/touchmark/policies/P", `{"rights":"EnrollmentRead"}`)
+	do("show keys policy/p", "PUT", "/touchmark/policies/P", `{"rights":"EnrollmentRead"}`) // which its answer does
+	do("show keys policy/p", "PUT", "/touchmark/policies/p", `{}`)
 	do("show keys policy/p", "GET", "/touchmark/policies/p", "")
 	do("", "GET", "/touchmark/policies", "")
 	do("delete policy/p", "DELETE", "/touchmark/policies/p", "")

@@ -42,8 +42,8 @@ type Config struct {
 	// Calls are more of touchmark's own, of the first scope: each by the name that follows touchmark/ in its path, for those who
 	// may write enrollments.
 	Calls map[string]Call
-	// Recipient is whom secrets for the service are sealed to.
-	Recipient string
+	// Recipient is whom secrets for a scope are sealed to; nil for nobody.
+	Recipient func(scope string) (string, error)
 	// StrictQuery has the text of queries count, and refuses what it does not understand. Without it every query returns all, as on
 	// Azure.
 	StrictQuery bool
@@ -86,7 +86,6 @@ const (
 	maxBundle   = 8 << 30
 	defaultPage = 100
 	maxPage     = 1000
-	maxID       = 128 // of registrations, groups and orders
 )
 
 // API is the service API.

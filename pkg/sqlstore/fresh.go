@@ -126,7 +126,7 @@ func (t *tx) PutFresh(scope string, records []*registration.Record, devices []*r
 		if r.Keys != nil {
 			keys = t.seal(r.Keys, scope, string(r.Kind), dps.Fold(r.ID))
 		}
-		return []any{dps.Fold(r.ID), r.ID, r.Document, keys, r.Content}
+		return []any{dps.Fold(r.ID), r.ID, t.document(scope, r), keys, r.Content}
 	}, insert); err != nil {
 		return err
 	}

@@ -398,6 +398,8 @@ type sealedColumn struct {
 	table, column string
 	key           []string // the columns behind scope that tell rows apart, all of them text
 	labels        func(row []string) []string
+	// mixed says that most rows hold what is plain, which never begins as what is sealed does.
+	mixed bool
 }
 
 func as(kind ...string) func([]string) []string { // scope, kind, key, and what is behind it
@@ -408,15 +410,16 @@ func as(kind ...string) func([]string) []string { // scope, kind, key, and what 
 
 // sealedColumns are all that there are, with what their content is bound to.
 var sealedColumns = [...]sealedColumn{
-	{"records", "keys", []string{"kind", "id"}, func(row []string) []string { return row }},
-	{"policies", "primary_key", []string{"name"}, as("policy", "primary")},
-	{"policies", "secondary_key", []string{"name"}, as("policy", "secondary")},
-	{"secrets", "value", []string{"name"}, as("secret")},
-	{"registrations", "device_key", []string{"id"}, as("registration")},
-	{"challenges", "body", []string{"id"}, as("challenge")},
-	{"outbox", "body", []string{"id"}, as("task")},
-	{"kin", "body", []string{"id"}, as("kin")},
-	{"scopes", "document", nil, as("scope")},
+	{"records", "keys", []string{"kind", "id"}, func(row []string) []string { return row }, false},
+	{"policies", "primary_key", []string{"name"}, as("policy", "primary"), false},
+	{"policies", "secondary_key", []string{"name"}, as("policy", "secondary"), false},
+	{"secrets", "value", []string{"name"}, as("secret"), false},
+	{"registrations", "device_key", []string{"id"}, as("registration"), false},
+	{"challenges", "body", []string{"id"}, as("challenge"), false},
+	{"outbox", "body", []string{"id"}, as("task"), false},
+	{"kin", "body", []string{"id"}, as("kin"), false},
+	{"scopes", "document", nil, as("scope"), false},
+	{"records", "document", []string{"kind", "id"}, func(row []string) []string { return append(row[:len(row):len(row)], "document") }, true},
 }
 
 func (c *sealedColumn) rows() string {
@@ -455,6 +458,9 @@ func (t *tx) sealedRows(column int, after []string, limit int) ([]sealedRow, err
 			dst = append(dst, &r.key[i])
 		}
 		err = row.Scan(append(dst, &r.value)...)
+		if sealedColumns[column].mixed && keyOf(r.value) == 0 {
+			r.value = nil
+		}
 		return r, err
 	}, t.st.keyStatements.sealedRows[column], append(args, limit)...)
 }

@@ -160,6 +160,71 @@ func TestStolenFile(t *testing.T) {
 	search("sealed anew")
 }
 
+// The files are the service's alone, also in a directory that others may look into.
+func TestFileModes(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	s := open(t, filepath.Join(dir, "s.db"))
+	mustUpdate(t, s, newTreasure("one").put)
+	files, err := os.ReadDir(dir)
+	if err != nil || len(files) < 2 {
+		t.Fatal(files, err)
+	}
+	for _, f := range files {
+		if info, err := f.Info(); err != nil || info.Mode().Perm() != 0o600 {
+			t.Errorf("%s: %v, %v", f.Name(), info.Mode(), err)
+		}
+	}
+}
+
+// The key of a webhook stands in its address, in an enrollment's document.
+func TestStolenWebhook(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s.db")
+	s := open(t, path)
+	const code = "a-function-key-that-nobody-is-to-find"
+	document := []byte(`{"registrationId":"d","customAllocationDefinition":{"webhookUrl":"https://f.example.net/a?code=` + code + `"}}`)
+	record := func(id string) *registration.Record {
+		return &registration.Record{Kind: registration.Individual, ID: id, Document: document}
+	}
+	mustUpdate(t, s, func(tx registration.Tx) error {
+		return errors.Join(tx.PutRecord("one", record("d")), tx.PutFresh("one", []*registration.Record{record("e")}, nil),
+			tx.PutRecord("one", &registration.Record{Kind: registration.Group, ID: "g", Document: document}), tx.PutRecord("one", &registration.Record{Kind: registration.Individual, ID: "plain", Document: []byte("{}")}))
+	})
+	check := func(when string) {
+		t.Helper()
+		files, _ := filepath.Glob(path + "*")
+		for _, f := range files {
+			if b, err := os.ReadFile(f); err != nil || bytes.Contains(b, []byte(code)) {
+				t.Errorf("%s: %s holds the key, %v", when, f, err)
+			}
+		}
+		mustView(t, s, func(tx registration.Tx) error {
+			all, err := tx.Records("one", registration.Individual, "", 10)
+			if err != nil || len(all) != 3 || !bytes.Equal(all[0].Document, document) || !bytes.Equal(all[1].Document, document) || string(all[2].Document) != "{}" {
+				t.Errorf("%s: %d, %v", when, len(all), err)
+			}
+			g, err := tx.Record("one", registration.Group, "g")
+			if err != nil || !bytes.Equal(g.Document, document) {
+				t.Errorf("%s: %v", when, err)
+			}
+			return nil
+		})
+	}
+	check("as written")
+	if err := s.Rotate(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := s.Reseal(t.Context()); err != nil || n > 3 {
+		t.Fatal(n, err)
+	}
+	if keys, err := s.DataKeys(t.Context()); err != nil || len(keys) != 1 {
+		t.Fatal(keys, err)
+	}
+	check("sealed anew")
+}
+
 // What is sealed serves in its own row only.
 func TestSealedRows(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s.db")
@@ -194,7 +259,7 @@ func TestSealedRows(t *testing.T) {
 // Every column of octets is either sealed anew when the data key is changed, or is known to hold nothing sealed. Whoever adds one
 // says here, or in sealedColumns, which it is: what is sealed and not on that list is lost when the old key is dropped.
 func TestSealedColumns(t *testing.T) {
-	plain := []string{"records.document", "records.content", "certificates.fingerprint", "certificates.subject", "authorities.subject", "authorities.key_id",
+	plain := []string{"records.content", "certificates.fingerprint", "certificates.subject", "authorities.subject", "authorities.key_id",
 		"registrations.body", "grants.document", "issued.plan", "audit.body", "orphans.body", "attempts.body", "ca_certificates.body", "commits.token", "data_keys.wrapped"}
 	path := filepath.Join(t.TempDir(), "s.db")
 	open(t, path)

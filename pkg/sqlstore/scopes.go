@@ -40,7 +40,8 @@ func (st *scopeStatements) all() []statement {
 			WHERE scopes.version = 0`},
 		{&st.updateScope, `UPDATE scopes SET groups_revision = groups_revision + 1, name = $2, document = $3, version = version + 1 WHERE scope = $1 AND version = $4`},
 		{&st.eraseScope, `UPDATE scopes SET groups_revision = groups_revision + 1, name = '' WHERE scope = $1`},
-		{&st.putAudit, `INSERT INTO audit (scope, id, body) VALUES ($1, $2, $3)`},
+		// Every change of an operator's has its entry, so that nothing is written of a scope that was erased.
+		{&st.putAudit, `INSERT INTO audit (scope, id, body) SELECT $1, $2, $3 WHERE NOT EXISTS (SELECT 1 FROM scopes WHERE scope = $1 AND name = '' AND document IS NOT NULL)`},
 		{&st.audits, `SELECT body FROM audit WHERE scope = $1 AND id > $2 ORDER BY id LIMIT $3`},
 		{&st.policies, `SELECT name, rights, primary_key, secondary_key FROM policies WHERE scope = $1 ORDER BY name`},
 		{&st.deletePolicy, `DELETE FROM policies WHERE scope = $1 AND name = $2`},
@@ -119,8 +120,12 @@ func (t *tx) EraseScope(id string, limit int) (bool, error) {
 
 func (t *tx) PutAudit(scope string, a *registration.Audit) error {
 	body, err := json.Marshal(a)
-	if err == nil {
-		_, err = t.exec(t.st.putAudit, scope, a.ID, body)
+	if err != nil {
+		return err
+	}
+	n, err := t.exec(t.st.putAudit, scope, a.ID, body)
+	if err == nil && n == 0 {
+		err = fmt.Errorf("scope %s was deleted: %w", scope, registration.ErrNotFound)
 	}
 	return err
 }

@@ -20,6 +20,7 @@
 package sqlstore
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/cipher"
@@ -29,7 +30,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -158,6 +161,19 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	return s, nil
 }
 
+// makeFile makes an empty file for SQLite, where there is none: it takes its mode for those beside it too. A directory that was
+// there before may let everybody in.
+func makeFile(path string) error {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if errors.Is(err, fs.ErrExist) { // it is not opened: closing it would end SQLite's locks of this process
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
 // openSQLite opens a file, or memory.
 func (s *Store) openSQLite(ctx context.Context, path string) (err error) {
 	s.writers, s.batch, s.snapshot = 1, maxBatch, &sql.TxOptions{ReadOnly: true}
@@ -171,6 +187,8 @@ func (s *Store) openSQLite(ctx context.Context, path string) (err error) {
 		// SQLite's memdb: connections share what has the same name and begins with a slash, as long as one of them is open.
 		name = "file:/" + dps.NewUUID() + "?vfs=memdb&_pragma=temp_store(MEMORY)"
 		s.guard = new(sync.RWMutex)
+	} else if err := makeFile(path); err != nil {
+		return err
 	}
 	if s.write, err = sql.Open("sqlite", name+"&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=cache_size(-16000)&_pragma=wal_autocheckpoint(4000)&_pragma=secure_delete(1)&_txlock=immediate"); err != nil {
 		return err
@@ -632,13 +650,24 @@ func (t *tx) scanRecord(scope string, row scanner) (*registration.Record, error)
 		return nil, absent(err)
 	}
 	r.Symmetric, r.Closed = symmetric != 0, closed != 0
+	var err error
 	if keys != nil {
-		var err error
 		if r.Keys, err = t.unseal(keys, scope, string(r.Kind), id); err != nil {
 			return nil, err
 		}
 	}
-	return r, nil
+	if keyOf(r.Document) != 0 {
+		r.Document, err = t.unseal(r.Document, scope, string(r.Kind), id, "document")
+	}
+	return r, err
+}
+
+// document is a record's as it is kept: encrypted where it names a webhook, for the address of one has its key in it.
+func (t *tx) document(scope string, r *registration.Record) []byte {
+	if !bytes.Contains(r.Document, []byte(`"webhookUrl"`)) {
+		return r.Document
+	}
+	return t.seal(r.Document, scope, string(r.Kind), dps.Fold(r.ID), "document")
 }
 
 func (t *tx) Record(scope string, kind registration.Kind, id string) (*registration.Record, error) {
@@ -693,7 +722,7 @@ func (t *tx) PutRecord(scope string, r *registration.Record) error {
 			return err
 		}
 	}
-	_, err := t.exec(t.st.putRecord, scope, string(r.Kind), id, r.ID, r.Document, keys, bit(r.Symmetric), r.Content, bit(r.Closed))
+	_, err := t.exec(t.st.putRecord, scope, string(r.Kind), id, r.ID, t.document(scope, r), keys, bit(r.Symmetric), r.Content, bit(r.Closed))
 	return err
 }
 

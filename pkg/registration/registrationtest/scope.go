@@ -110,6 +110,18 @@ func tenants(t *testing.T, s registration.Store) {
 		}
 		return nil
 	})
+	// Whoever was let in before and writes now, such as an import that takes its time, leaves nothing behind.
+	if err := s.Update(t.Context(), func(tx registration.Tx) error {
+		return errors.Join(tx.PutRecord("0nea", group("late")), tx.PutAudit("0nea", registration.NewAudit(by, "create", "enrollmentGroup/late", nil, []byte("x"), now)))
+	}); !errors.Is(err, registration.ErrNotFound) {
+		t.Errorf("written of a deleted scope: %v", err)
+	}
+	view(t, s, func(tx registration.Tx) error {
+		if _, err := tx.Record("0nea", registration.Group, "late"); !errors.Is(err, registration.ErrNotFound) {
+			t.Errorf("a deleted scope has a group again: %v", err)
+		}
+		return nil
+	})
 	if err := edit("0neD", "plant-a"); err != nil {
 		t.Errorf("the name is free again: %v", err)
 	}
