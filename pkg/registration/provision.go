@@ -612,7 +612,7 @@ func (s *Service) reached(tx Tx, w *Task, left []Place) error {
 
 // finish ends a task, but for former hubs that have yet to forget the device.
 func (s *Service) finish(t *Task, left []Place, waits error) error {
-	g := t.Goal
+	g, was := t.Goal, *t
 	var reg *Registration
 	now := s.cfg.Now()
 	err := s.write(t, func(tx Tx, w *Task) (err error) {
@@ -647,18 +647,18 @@ func (s *Service) finish(t *Task, left []Place, waits error) error {
 		return err
 	}
 	for _, p := range left {
-		s.observe(t, p.Hub, "orphaned", waits)
+		s.observe(&was, p.Hub, "orphaned", waits)
 	}
 	switch {
 	case g == nil:
-		s.observe(t, "", "cleaned", waits)
+		s.observe(&was, "", "cleaned", waits)
 	case g.Operation == "":
-		s.observe(t, g.Hub, "linked", nil)
+		s.observe(&was, g.Hub, "linked", nil)
 	default:
 		if reg.Issued == nil {
 			s.recent.put(reg.ID, &recentRegistration{reg.Group, reg.Operations[0]})
 		}
-		s.observe(t, g.Hub, "assigned", waits)
+		s.observe(&was, g.Hub, "assigned", waits)
 	}
 	return nil
 }
@@ -707,7 +707,7 @@ func (s *Service) putOff(t *Task, cause error) error {
 
 // fail gives a goal up: the registration has failed, and what was made for it goes away.
 func (s *Service) fail(t *Task, cause error) error {
-	g := t.Goal
+	g, was := t.Goal, *t
 	now := s.cfg.Now()
 	err := s.write(t, func(tx Tx, w *Task) error {
 		reg, err := s.waiting(tx, w)
@@ -728,7 +728,7 @@ func (s *Service) fail(t *Task, cause error) error {
 		return tx.PutRegistration(s.scope, reg)
 	})
 	if err == nil {
-		s.observe(t, g.Hub, "failed", cause)
+		s.observe(&was, g.Hub, "failed", cause)
 	}
 	return err
 }

@@ -1031,3 +1031,28 @@ func manyMinds(s *site) {
 func newLeaf(t *testing.T, by *attesttest.Holder, id string) []*x509.Certificate {
 	return []*x509.Certificate{attesttest.Leaf(t, by, id).Certificate}
 }
+
+// Those who watch are told which operation came to its end, and how: the log of attempts completes its entry by that.
+func TestWatched(t *testing.T) {
+	s := newSite(t, registration.HubAzure, "a.example")
+	s.own(static("a.example"))
+	var told []registration.Provisioning
+	scopes := s.start(func(cfg *registration.Config) {
+		cfg.OnProvision = func(p registration.Provisioning) { told = append(told, p) }
+	})
+	var want []string
+	for _, f := range []fault{none, full} {
+		s.p.fault = func(_ int, name string) fault {
+			if name != "store" {
+				return f
+			}
+			return none
+		}
+		s.Advance(time.Minute) // so soon that the hub is asked again
+		want = append(want, must(scopes.Register(t.Context(), request(s.device()))).OperationID)
+	}
+	if len(told) != 2 || told[0].Outcome != "assigned" || told[0].OperationID != want[0] || told[0].Substatus != dps.InitialAssignment ||
+		told[1].Outcome != "failed" || told[1].OperationID != want[1] || told[1].Substatus != dps.ReprovisionedToInitialAssignment {
+		t.Errorf("operations %q: %+v", want, told)
+	}
+}
