@@ -92,8 +92,9 @@ type Outbox interface {
 	Task(scope, id string) (*Task, error)
 	PutTask(scope string, t *Task) error
 	DeleteTask(scope string, t *Task) error
-	// DueTasks returns up to limit tasks of all scopes that are due, those first that have waited longest, without what is encrypted.
-	DueTasks(now time.Time, limit int) ([]*Task, error)
+	// DueTasks returns up to limit tasks of all scopes that are due, and up to perHub of those that wait for one hub: those first that
+	// have waited longest, without what is encrypted.
+	DueTasks(now time.Time, perHub, limit int) ([]*Task, error)
 	// Tasks returns up to limit tasks whose ID is greater than after, in order.
 	Tasks(scope, after string, limit int) ([]*Task, error)
 

@@ -1056,3 +1056,70 @@ func TestWatched(t *testing.T) {
 		t.Errorf("operations %q: %+v", want, told)
 	}
 }
+
+// Hundreds of devices that wait for a hub that hangs keep none waiting whose hub answers, however late it came.
+func TestManyHang(t *testing.T) {
+	s := newSite(t, registration.HubAzure, "a.example", "b.example")
+	s.Put(t, registration.Group, "keys", func() dps.Enrollment {
+		e := registrationtest.Symmetric(s.GroupKey, nil)
+		e.AllocationPolicy, e.IoTHubs = dps.AllocationStatic, []string{"a.example"}
+		return e
+	}())
+	s.own(static("b.example"))
+	reached := make(chan struct{})
+	over := sync.OnceFunc(func() { close(reached) })
+	hangs := false
+	scopes := s.start(func(cfg *registration.Config) {
+		cfg.OnProvision = func(p registration.Provisioning) {
+			if p.Outcome == "assigned" {
+				over()
+			}
+		}
+		cfg.OpenHub = func(_ string, h registration.LinkedHub) (registration.Hub, error) {
+			return stuck{testHub{s.p, h.Name}, func(ctx context.Context) {
+				if hangs && h.Name == "a.example" {
+					select {
+					case <-reached:
+					case <-ctx.Done():
+						t.Error("a device waits for another one's hub")
+						over()
+					}
+				}
+			}}, nil
+		}
+	})
+	s.p.fault = func(_ int, name string) fault {
+		if name != "store" {
+			return fails
+		}
+		return none
+	}
+	for i := range 600 {
+		must(scopes.Register(t.Context(), request(s.Derived(fmt.Sprint("dev-", i)))))
+	}
+	s.Advance(time.Second)
+	must(scopes.Register(t.Context(), request(s.device())))
+	s.Advance(time.Minute)
+	s.p.fault, hangs = func(_ int, name string) fault {
+		if strings.Contains(name, "a.example") {
+			return fails
+		}
+		return none
+	}, true
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); scopes.Provision(ctx) }()
+	<-reached
+	cancel()
+	<-done
+}
+
+type stuck struct {
+	testHub
+	wait func(context.Context)
+}
+
+func (h stuck) Device(ctx context.Context, id string) (*registration.HubDevice, error) {
+	h.wait(ctx)
+	return h.testHub.Device(ctx, id)
+}

@@ -90,7 +90,7 @@ func (s *Scopes) beginDue(ctx context.Context, w *workers) (n int, err error) {
 		now = s.cfg.Now
 	}
 	var due []*Task
-	if err := s.cfg.Store.View(ctx, func(tx Tx) (err error) { due, err = tx.DueTasks(now(), dueAtOnce); return err }); err != nil {
+	if err := s.cfg.Store.View(ctx, func(tx Tx) (err error) { due, err = tx.DueTasks(now(), maxPerHub, dueAtOnce); return err }); err != nil {
 		return 0, err
 	}
 	for _, t := range due {

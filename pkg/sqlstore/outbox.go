@@ -22,7 +22,8 @@ func (st *outboxStatements) all() []statement {
 	return []statement{
 		{&st.task, taskColumns + `WHERE scope = $1 AND id = $2`},
 		{&st.tasks, taskColumns + `WHERE scope = $1 AND id > $2 ORDER BY id LIMIT $3`},
-		{&st.dueTasks, `SELECT scope, id, version, due, owner, hub FROM outbox WHERE due <= $1 ORDER BY due LIMIT $2`},
+		{&st.dueTasks, `SELECT scope, id, version, due, owner, hub FROM (SELECT scope, id, version, due, owner, hub,
+			ROW_NUMBER() OVER (PARTITION BY scope, hub ORDER BY due) AS place FROM outbox WHERE due <= $1) AS waiting WHERE place <= $2 ORDER BY due LIMIT $3`},
 		{&st.insertTask, `INSERT INTO outbox (scope, id, version, due, owner, hub, body) VALUES ($1, $2, 1, $3, $4, $5, $6) ON CONFLICT (scope, id) DO NOTHING`},
 		{&st.updateTask, `UPDATE outbox SET version = version + 1, due = $3, owner = $4, hub = $5, body = $6 WHERE scope = $1 AND id = $2 AND version = $7`},
 		{&st.deleteTask, `DELETE FROM outbox WHERE scope = $1 AND id = $2 AND version = $3`},
@@ -67,14 +68,14 @@ func (t *tx) Tasks(scope, after string, limit int) ([]*registration.Task, error)
 	return each(t, t.scanTask, t.st.tasks, scope, after, limit)
 }
 
-func (t *tx) DueTasks(now time.Time, limit int) ([]*registration.Task, error) {
+func (t *tx) DueTasks(now time.Time, perHub, limit int) ([]*registration.Task, error) {
 	return each(t, func(row scanner) (*registration.Task, error) {
 		k := &registration.Task{}
 		var due int64
 		err := row.Scan(&k.Scope, &k.ID, &k.Version, &due, &k.Owner, &k.Hub)
 		k.Due = time.UnixMilli(due)
 		return k, err
-	}, t.st.dueTasks, now.UnixMilli(), limit)
+	}, t.st.dueTasks, now.UnixMilli(), perHub, limit)
 }
 
 func (t *tx) PutTask(scope string, k *registration.Task) error {

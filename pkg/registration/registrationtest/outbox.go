@@ -38,15 +38,18 @@ func outbox(t *testing.T, s registration.Store) {
 		if _, err := tx.Task("scope", "c"); !errors.Is(err, registration.ErrNotFound) {
 			t.Errorf("none: %v", err)
 		}
-		due, err := tx.DueTasks(now.Add(time.Second), 10)
+		due, err := tx.DueTasks(now.Add(time.Second), 10, 10)
 		if err != nil || len(due) != 3 || due[0].Scope != "other" || due[1].ID != "b" || due[2].ID != "a" || due[1].Goal != nil {
 			t.Errorf("due: %v, %v", due, err)
 		}
-		if due, err := tx.DueTasks(now, 10); err != nil || len(due) != 1 {
+		if due, err := tx.DueTasks(now, 10, 10); err != nil || len(due) != 1 {
 			t.Errorf("due now: %v, %v", due, err)
 		}
-		if due, err := tx.DueTasks(now.Add(time.Hour), 1); err != nil || len(due) != 1 {
+		if due, err := tx.DueTasks(now.Add(time.Hour), 10, 1); err != nil || len(due) != 1 {
 			t.Errorf("one of them: %v, %v", due, err)
+		}
+		if due, err := tx.DueTasks(now.Add(time.Hour), 1, 10); err != nil || len(due) != 2 || due[0].Scope != "other" || due[1].ID != "b" {
+			t.Errorf("one for each hub: %v, %v", due, err)
 		}
 		page, err := tx.Tasks("scope", "a", 10)
 		if err != nil || len(page) != 1 || page[0].ID != "b" || page[0].Goal == nil {
@@ -173,7 +176,7 @@ func outbox(t *testing.T, s registration.Store) {
 		update(t, s, func(tx registration.Tx) (err error) { done, err = tx.EraseScope("scope", 2); return err })
 	}
 	view(t, s, func(tx registration.Tx) error {
-		due, err := tx.DueTasks(now.Add(time.Hour), 10)
+		due, err := tx.DueTasks(now.Add(time.Hour), 10, 10)
 		if err != nil || len(due) != 1 || due[0].Scope != "other" {
 			t.Errorf("after the scope was erased: %v, %v", due, err)
 		}
