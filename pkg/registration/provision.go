@@ -22,7 +22,9 @@ import (
 const (
 	// firstTry is for how long a register call works at its task itself, so that the first poll finds the device assigned.
 	firstTry = 5 * time.Second
-	// leaseTime is for how long a task is one worker's. No call to a hub is begun that could outlive it: a call may last for callTime.
+	// leaseTime is for how long a task is one worker's, by its own clock. No call to a hub is begun that could outlive it: a call may last
+	// for callTime, and ends writeTime before the lease does. By so much may a replica's clock be ahead; when it is more, two may work at a
+	// task, and what a hub does late of what the first one asked is not known to the second.
 	leaseTime = 30 * time.Second
 	callTime  = 10 * time.Second
 	// writeTime bounds a transaction that says how far a task has come, whatever ended the work.
