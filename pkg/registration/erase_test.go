@@ -1,6 +1,7 @@
 package registration_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"testing"
@@ -57,4 +58,39 @@ func TestWritesAfterErasure(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
+}
+
+// A process that dies before what was erased has left the files knows at its next start that it is to go on.
+func TestErasureCutOff(t *testing.T) {
+	s := newSite(t, registration.HubRecord, "a.example")
+	store := &scrubbed{Store: s.Store, err: errors.New("the process dies")}
+	del := func() error {
+		return registration.DeleteScope(t.Context(), store, registrationtest.Scope, registration.Actor{Name: "test"}, s.Now())
+	}
+	left := func() (all []*registration.Scope) {
+		if err := s.Store.View(t.Context(), func(tx registration.Tx) (err error) { all, err = tx.Scopes("", 10); return err }); err != nil {
+			t.Fatal(err)
+		}
+		return all
+	}
+	if err := del(); !errors.Is(err, store.err) {
+		t.Fatal(err)
+	}
+	if all := left(); len(all) != 1 || !all[0].Deleting {
+		t.Errorf("nobody knows that the scope %+v is to be scrubbed", all)
+	}
+	if store.err = nil; del() != nil || len(left()) != 0 || store.n != 2 {
+		t.Errorf("%d scrubs, %d scopes are left", store.n, len(left()))
+	}
+}
+
+type scrubbed struct {
+	registration.Store
+	err error
+	n   int
+}
+
+func (s *scrubbed) Scrub(context.Context) error {
+	s.n++
+	return s.err
 }
