@@ -30,7 +30,8 @@ import (
 
 // Issue 6: the service is killed again and again while devices register and hubs come, go and change their weights, and hubs fail now
 // and then. At rest every device that was told its assignment is at the one hub that its record names, with its whole twin; no device
-// is at two hubs, but for those that are listed as orphans because a hub was unlinked; and nothing is left to tell.
+// is at two hubs, but for those that are listed as orphans because a hub was unlinked; and nothing is left to tell. What an operator was
+// told is made is there.
 //
 // TOUCHMARK_TEST_KILLS is how often it is killed: 100 for a release.
 func TestHubKill(t *testing.T) {
@@ -112,6 +113,7 @@ func TestHubKill(t *testing.T) {
 
 	var mu sync.Mutex
 	told := map[string]int{} // devices that were told an assignment, and how often
+	var made []string        // enrollments that the service said it had made
 	for range kills {
 		cmd, ready, _ := startServe(t, dir, flags...)
 		ctx, cancel := context.WithCancel(t.Context())
@@ -130,6 +132,18 @@ func TestHubKill(t *testing.T) {
 				}
 			})
 		}
+		operator, err := (&app{}).openService(filepath.Join(svc, connectionFile), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		load.Go(func() {
+			for round, i := len(made), 0; ctx.Err() == nil; i++ {
+				id := fmt.Sprintf("made-%d-%d", round, i)
+				if operator.call(ctx, http.MethodPut, "/enrollments/"+id, nil, nil, strings.NewReader(`{"registrationId":"`+id+`","attestation":{"type":"symmetricKey"}}`), nil) == nil {
+					made = append(made, id)
+				}
+			}
+		})
 		timer := time.AfterFunc(time.Duration(200+rand.IntN(700))*time.Millisecond, func() {
 			_ = cmd.Process.Kill()
 			cancel()
@@ -143,8 +157,8 @@ func TestHubKill(t *testing.T) {
 			return i != gone
 		})
 	}
-	if len(told) == 0 {
-		t.Fatal("nobody was told anything")
+	if len(told) == 0 || len(made) == 0 {
+		t.Fatalf("%d devices were told something, %d enrollments made", len(told), len(made))
 	}
 
 	for _, s := range stubs {
@@ -171,6 +185,14 @@ func TestHubKill(t *testing.T) {
 		orphans, err := s.Orphans(t.Context(), registration.Orphan{}, 10000)
 		if err != nil {
 			return err
+		}
+		for _, id := range made {
+			if err := store.View(t.Context(), func(tx registration.Tx) error {
+				_, err := tx.Record(strings.ToLower(idScope), registration.Individual, id)
+				return err
+			}); err != nil {
+				t.Errorf("%s was made: %v", id, err)
+			}
 		}
 		known, total := map[string][]string{}, 0
 		for name, stub := range stubs {
@@ -209,7 +231,7 @@ func TestHubKill(t *testing.T) {
 				t.Errorf("%s at %s: twin %+v, %v", id, r.Hub, twin, err)
 			}
 		}
-		t.Logf("%d kills, %d assignments told to %d devices, %d orphans of unlinked hubs", kills, total, len(told), len(orphans))
+		t.Logf("%d kills, %d assignments told to %d devices, %d orphans of unlinked hubs, %d enrollments made", kills, total, len(told), len(orphans), len(made))
 		return nil
 	})
 }

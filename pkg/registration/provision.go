@@ -22,7 +22,9 @@ import (
 const (
 	// firstTry is for how long a register call works at its task itself, so that the first poll finds the device assigned.
 	firstTry = 5 * time.Second
-	// leaseTime is for how long a task is one worker's. No call to a hub is begun that could outlive it: a call may last for callTime.
+	// leaseTime is for how long a task is one worker's, by its own clock. No call to a hub is begun that could outlive it: a call may last
+	// for callTime, and ends writeTime before the lease does. By so much may a replica's clock be ahead; when it is more, two may work at a
+	// task, and what a hub does late of what the first one asked is not known to the second.
 	leaseTime = 30 * time.Second
 	callTime  = 10 * time.Second
 	// writeTime bounds a transaction that says how far a task has come, whatever ended the work.
@@ -612,7 +614,7 @@ func (s *Service) reached(tx Tx, w *Task, left []Place) error {
 
 // finish ends a task, but for former hubs that have yet to forget the device.
 func (s *Service) finish(t *Task, left []Place, waits error) error {
-	g := t.Goal
+	g, was := t.Goal, *t
 	var reg *Registration
 	now := s.cfg.Now()
 	err := s.write(t, func(tx Tx, w *Task) (err error) {
@@ -647,18 +649,18 @@ func (s *Service) finish(t *Task, left []Place, waits error) error {
 		return err
 	}
 	for _, p := range left {
-		s.observe(t, p.Hub, "orphaned", waits)
+		s.observe(&was, p.Hub, "orphaned", waits)
 	}
 	switch {
 	case g == nil:
-		s.observe(t, "", "cleaned", waits)
+		s.observe(&was, "", "cleaned", waits)
 	case g.Operation == "":
-		s.observe(t, g.Hub, "linked", nil)
+		s.observe(&was, g.Hub, "linked", nil)
 	default:
 		if reg.Issued == nil {
 			s.recent.put(reg.ID, &recentRegistration{reg.Group, reg.Operations[0]})
 		}
-		s.observe(t, g.Hub, "assigned", waits)
+		s.observe(&was, g.Hub, "assigned", waits)
 	}
 	return nil
 }
@@ -707,7 +709,7 @@ func (s *Service) putOff(t *Task, cause error) error {
 
 // fail gives a goal up: the registration has failed, and what was made for it goes away.
 func (s *Service) fail(t *Task, cause error) error {
-	g := t.Goal
+	g, was := t.Goal, *t
 	now := s.cfg.Now()
 	err := s.write(t, func(tx Tx, w *Task) error {
 		reg, err := s.waiting(tx, w)
@@ -728,7 +730,7 @@ func (s *Service) fail(t *Task, cause error) error {
 		return tx.PutRegistration(s.scope, reg)
 	})
 	if err == nil {
-		s.observe(t, g.Hub, "failed", cause)
+		s.observe(&was, g.Hub, "failed", cause)
 	}
 	return err
 }

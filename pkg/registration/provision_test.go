@@ -1102,3 +1102,95 @@ func must2[A, B any](a A, b B, err error) (A, B) {
 	}
 	return a, b
 }
+
+// Those who watch are told which operation came to its end, and how: the log of attempts completes its entry by that.
+func TestWatched(t *testing.T) {
+	s := newSite(t, registration.HubAzure, "a.example")
+	s.own(static("a.example"))
+	var told []registration.Provisioning
+	scopes := s.start(func(cfg *registration.Config) {
+		cfg.OnProvision = func(p registration.Provisioning) { told = append(told, p) }
+	})
+	var want []string
+	for _, f := range []fault{none, full} {
+		s.p.fault = func(_ int, name string) fault {
+			if name != "store" {
+				return f
+			}
+			return none
+		}
+		s.Advance(time.Minute) // so soon that the hub is asked again
+		want = append(want, must(scopes.Register(t.Context(), request(s.device()))).OperationID)
+	}
+	if len(told) != 2 || told[0].Outcome != "assigned" || told[0].OperationID != want[0] || told[0].Substatus != dps.InitialAssignment ||
+		told[1].Outcome != "failed" || told[1].OperationID != want[1] || told[1].Substatus != dps.ReprovisionedToInitialAssignment {
+		t.Errorf("operations %q: %+v", want, told)
+	}
+}
+
+// Hundreds of devices that wait for a hub that hangs keep none waiting whose hub answers, however late it came.
+func TestManyHang(t *testing.T) {
+	s := newSite(t, registration.HubAzure, "a.example", "b.example")
+	s.Put(t, registration.Group, "keys", func() dps.Enrollment {
+		e := registrationtest.Symmetric(s.GroupKey, nil)
+		e.AllocationPolicy, e.IoTHubs = dps.AllocationStatic, []string{"a.example"}
+		return e
+	}())
+	s.own(static("b.example"))
+	reached := make(chan struct{})
+	over := sync.OnceFunc(func() { close(reached) })
+	hangs := false
+	scopes := s.start(func(cfg *registration.Config) {
+		cfg.OnProvision = func(p registration.Provisioning) {
+			if p.Outcome == "assigned" {
+				over()
+			}
+		}
+		cfg.OpenHub = func(_ string, h registration.LinkedHub) (registration.Hub, error) {
+			return stuck{testHub{s.p, h.Name}, func(ctx context.Context) {
+				if hangs && h.Name == "a.example" {
+					select {
+					case <-reached:
+					case <-ctx.Done():
+						t.Error("a device waits for another one's hub")
+						over()
+					}
+				}
+			}}, nil
+		}
+	})
+	s.p.fault = func(_ int, name string) fault {
+		if name != "store" {
+			return fails
+		}
+		return none
+	}
+	for i := range 600 {
+		must(scopes.Register(t.Context(), request(s.Derived(fmt.Sprint("dev-", i)))))
+	}
+	s.Advance(time.Second)
+	must(scopes.Register(t.Context(), request(s.device())))
+	s.Advance(time.Minute)
+	s.p.fault, hangs = func(_ int, name string) fault {
+		if strings.Contains(name, "a.example") {
+			return fails
+		}
+		return none
+	}, true
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); scopes.Provision(ctx) }()
+	<-reached
+	cancel()
+	<-done
+}
+
+type stuck struct {
+	testHub
+	wait func(context.Context)
+}
+
+func (h stuck) Device(ctx context.Context, id string) (*registration.HubDevice, error) {
+	h.wait(ctx)
+	return h.testHub.Device(ctx, id)
+}

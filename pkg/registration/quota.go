@@ -133,11 +133,15 @@ func (t *quotaTx) PutFresh(scope string, records []*Record, devices []*Device) e
 	return t.Tx.PutFresh(scope, records, devices)
 }
 
+// readQuotas reads the scope's quotas, once, and refuses to write to one that is being deleted.
 func (t *quotaTx) readQuotas(scope string) error {
 	if !t.read { // from the store: an operator who has just changed it must find it changed
 		sc, err := found(t.Scope(scope))
 		if err != nil {
 			return err
+		}
+		if sc != nil && sc.Deleting {
+			return because("scope", "the scope is being deleted")
 		}
 		if t.read = true; sc != nil {
 			t.has = sc.Limits()
@@ -146,6 +150,39 @@ func (t *quotaTx) readQuotas(scope string) error {
 		}
 	}
 	return nil
+}
+
+// PutAudit implements [Tx]. Whatever an operator changes comes by here: what is under way when the scope is deleted writes nothing
+// any more, for nobody could erase it.
+func (t *quotaTx) PutAudit(scope string, a *Audit) error {
+	if err := t.readQuotas(scope); err != nil {
+		return err
+	}
+	return t.Tx.PutAudit(scope, a)
+}
+
+// PutChallenge implements [Tx].
+func (t *quotaTx) PutChallenge(scope string, c *PendingChallenge, now time.Time) error {
+	if err := t.readQuotas(scope); err != nil {
+		return err
+	}
+	return t.Tx.PutChallenge(scope, c, now)
+}
+
+// PutIssued implements [Tx].
+func (t *quotaTx) PutIssued(scope string, c *Issued) error {
+	if err := t.readQuotas(scope); err != nil {
+		return err
+	}
+	return t.Tx.PutIssued(scope, c)
+}
+
+// PutGrant implements [Tx].
+func (t *quotaTx) PutGrant(scope string, g *Grant) error {
+	if err := t.readQuotas(scope); err != nil {
+		return err
+	}
+	return t.Tx.PutGrant(scope, g)
 }
 
 // PutRegistration implements [Tx].

@@ -254,17 +254,26 @@ const eraseAtOnce = 2000
 // in small transactions. One that was interrupted goes on when it is called again. ErrNotFound: there is none of that ID.
 func DeleteScope(ctx context.Context, store Store, id string, by Actor, now time.Time) error {
 	err := CloseScope(ctx, store, id, by, "", now)
+	scrubbed := false
 	for done := false; !done && err == nil; {
 		err = store.Update(ctx, func(tx Tx) (err error) {
-			done, err = tx.EraseScope(dps.Fold(id), eraseAtOnce)
+			if done, err = tx.EraseScope(dps.Fold(id), eraseAtOnce); err == nil && done && !scrubbed {
+				err = errUnscrubbed
+			}
 			return err
 		})
-	}
-	if s, ok := store.(Scrubber); ok && err == nil {
-		err = s.Scrub(ctx)
+		if errors.Is(err, errUnscrubbed) {
+			done, scrubbed, err = false, true, nil
+			if s, ok := store.(Scrubber); ok {
+				err = s.Scrub(ctx)
+			}
+		}
 	}
 	return err
 }
+
+// errUnscrubbed has the last step of a deletion wait: nobody knows of it any more behind that, and could go on.
+var errUnscrubbed = fmt.Errorf("%w: the store is to be scrubbed first", ErrConflict) // no fault of the store
 
 // A Scrubber is a store that can have what was erased leave its files, too.
 type Scrubber interface {

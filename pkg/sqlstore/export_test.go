@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"slices"
+	"time"
 
 	"github.com/pressly/goose/v3"
 
@@ -78,6 +79,23 @@ func (s *Store) DownAndUp(ctx context.Context) error {
 		_, err = p.Up(ctx)
 	}
 	return err
+}
+
+// Settle finds out whether a transaction was committed, which with commit it is. Both of the first two answers are what is so: that to
+// the first one may be lost.
+func (s *Store) Settle(ctx context.Context, commit bool) (answers [2]bool, err error) {
+	token := newToken()
+	if commit {
+		if _, err := s.write.ExecContext(ctx, putToken, token, time.Now().Unix()&^1); err != nil {
+			return answers, err
+		}
+	}
+	for i := range answers {
+		if answers[i], err = s.settle(ctx, token); err != nil {
+			return answers, err
+		}
+	}
+	return answers, nil
 }
 
 // Sealed reports whether a column is sealed anew when the data key is changed.

@@ -241,18 +241,22 @@ func newToken() []byte {
 	return token
 }
 
-const putToken = `INSERT INTO commits (token, at) VALUES ($1, $2)`
+// at is in seconds, and even for a transaction's own token; an odd one bars the transaction.
+const (
+	putToken = `INSERT INTO commits (token, at) VALUES ($1, $2)`
+	barToken = putToken + ` ON CONFLICT (token) DO UPDATE SET at = commits.at RETURNING at`
+)
 
 // settle finds out whether the transaction with a token was committed. It tries to put the token itself: the database has that
-// wait for a transaction that is still under way, refuses it if that has committed, and else bars it from ever doing so.
+// wait for a transaction that is still under way, shows the token of one that has committed, and else bars it from ever doing so.
+// What settle puts differs from what the transaction does, for the answer to that may be lost as well.
 func (s *Store) settle(ctx context.Context, token []byte) (committed bool, err error) {
 	for begun, attempt := time.Now(), 0; ; attempt++ {
-		_, err = s.write.ExecContext(ctx, putToken, token, time.Now().Unix())
+		var at int64
+		err = s.write.QueryRowContext(ctx, barToken, token, time.Now().Unix()|1).Scan(&at)
 		switch {
 		case err == nil:
-			return false, nil
-		case sqlState(err) == "23505":
-			return true, nil
+			return at&1 == 0, nil
 		case time.Since(begun) > s.patience || !s.pause(ctx, attempt):
 			return false, fmt.Errorf("whether it was committed is not known: %w", err)
 		}

@@ -47,6 +47,14 @@ func TestPostgreSQL(t *testing.T) {
 	t.Run("conflicts", func(t *testing.T) { conflicts(t, server.Database(t)) })
 	t.Run("connections end", func(t *testing.T) { connectionsEnd(t, server.Database(t)) })
 	t.Run("commit not answered", func(t *testing.T) { notAnswered(t, server) })
+	t.Run("what became of a commit", func(t *testing.T) {
+		s := openDSN(t, server.Database(t))
+		for _, commit := range []bool{true, false} {
+			if said, err := s.Settle(t.Context(), commit); err != nil || said != [2]bool{commit, commit} {
+				t.Errorf("committed %t: %v, %v", commit, said, err)
+			}
+		}
+	})
 	t.Run("statements that fail", func(t *testing.T) { failingStatements(t, server.Database(t)) })
 	t.Run("no database", func(t *testing.T) { noDatabase(t, server) })
 }

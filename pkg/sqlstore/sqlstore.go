@@ -431,7 +431,7 @@ func (s *Store) try(batch []*update) (failed *update, err error) {
 	var token []byte
 	if dirty && s.pg {
 		token = newToken()
-		if _, err := t.ExecContext(ctx, putToken, token, time.Now().Unix()); err != nil {
+		if _, err := t.ExecContext(ctx, putToken, token, time.Now().Unix()&^1); err != nil {
 			_ = t.Rollback()
 			return nil, err
 		}
