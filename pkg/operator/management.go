@@ -133,8 +133,10 @@ type Hub struct {
 	Name             string `json:"name,omitempty"`
 	ConnectionString string `json:"connectionString,omitempty"`
 	Location         string `json:"location,omitempty"`
-	Apply            *bool  `json:"applyAllocationPolicy,omitempty"`
-	Weight           *int   `json:"allocationWeight,omitempty"`
+	// Kind is touchmark's: azure, builtin, mosquitto, webhook or record; empty is azure, or what the hub has been.
+	Kind   string `json:"kind,omitempty"`
+	Apply  *bool  `json:"applyAllocationPolicy,omitempty"`
+	Weight *int   `json:"allocationWeight,omitempty"`
 }
 
 // NewScope makes one that is not at the service yet.
@@ -211,7 +213,10 @@ func (s *Scope) SetHub(h Hub) error {
 	if err := json.Unmarshal(b, &hubs[at]); err != nil { // into the map that is there: other members stay
 		return err
 	}
-	delete(hubs[at], "name") // a service makes it of the connection string
+	var c string
+	if _ = json.Unmarshal(hubs[at]["connectionString"], &c); HubName(c) != "" { // what is no text names nothing
+		delete(hubs[at], "name") // a service makes it of the connection string
+	}
 	return s.SetProperty("iotHubs", hubs)
 }
 
