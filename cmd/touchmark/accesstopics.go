@@ -6,7 +6,7 @@ import "github.com/spf13/cobra"
 
 var accessTopic = &cobra.Command{
 	Use:   "access",
-	Short: "Who may do what at a service: policies, keys, identity providers, the audit record",
+	Short: "Who may do what at a service: policies, providers, the audit record",
 	Long: `Operators prove themselves in one of three ways: with a key of a shared access policy, with a token of an identity provider, or with
 the management token. Devices have nothing to do with any of them.
 
@@ -65,7 +65,7 @@ WHO WAS REFUSED, AND WHO DID WHAT
 
 var scopesTopic = &cobra.Command{
 	Use:   "scopes",
-	Short: "Many tenants on one service: a scope for each, or one scope with a CA and a group for each",
+	Short: "Many tenants on one service: a scope for each, or a group for each",
 	Long: `One touchmark serve is many provisioning services, each with an ID scope. Devices name the scope by its ID, at the one global
 endpoint; operators name it by its host. What belongs to one scope cannot be seen or used from another: enrollments, registrations,
 hubs, policies, certificates, bundles, limits, the audit record.
@@ -75,7 +75,8 @@ A SCOPE FOR EACH TENANT
     touchmark serve --data service --domain dps.example.net
     touchmark scope create plant-b --management service/management.connection
     touchmark scope show plant-b --management service/management.connection
-  Operators of plant-b call plant-b.dps.example.net, with a policy of its own. Its devices get its ID scope, and nothing else differs:
+  Operators of plant-b call plant-b.dps.example.net, with a policy of its own. touchmark policy show provisioningserviceowner
+  --scope plant-b --show-keys prints its connection string: put it into a file of mode 0600, with the service's ca.pem beside it. Its devices get its ID scope, and nothing else differs:
     touchmark init line-b --id-scope 0ne…
   DNS: *.dps.example.net has to lead to the service. Its own certificate is for that name too; one of yours (--tls-cert) has to be.
   Bundles for it are taken from stations in scopes/ID-SCOPE/trust of the data directory, in lower case. Keys in them are sealed to a
@@ -84,7 +85,7 @@ A SCOPE FOR EACH TENANT
   start it with --tenants-public-only: hubs and webhooks of all scopes but the first are then called at public addresses alone, not on
   this machine or in your networks.
   Without --domain, all operators' calls are for the first scope, by whatever name of --hostname, localhost or address they come: one
-  machine needs no DNS.
+  machine needs no DNS, and the other scopes' devices register, but nobody can call their service APIs.
 
 ONE SCOPE, WITH AN INTERMEDIATE CA AND A GROUP FOR EACH TENANT
   When one team runs all of it, and tenants are lines, regions or products: one connection string, one set of hubs, and devices that are

@@ -5,7 +5,7 @@ import "github.com/spf13/cobra"
 // allocationTopic is for operators who link more than one hub.
 var allocationTopic = &cobra.Command{
 	Use:   "allocation",
-	Short: "Which hub a device gets, what the hub is told, and what happens when the device comes again",
+	Short: "Which hub a device gets, then and when it comes again",
 	Long: `The enrollment's allocationPolicy decides, or the scope's, or hashed. It chooses among the enrollment's iotHubs, or all linked hubs;
 one with applyAllocationPolicy false is chosen only by who names it.
 

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -28,6 +29,9 @@ It ends with 0 whatever it finds.`,
 				var err error
 				if chain, err = readSmall(file); err != nil {
 					return usageError{fmt.Errorf("reading the device's certificates: %w", err)}
+				}
+				if _, err := operator.Certificate(chain); err != nil {
+					return usageError{fmt.Errorf("--chain %s: %w", file, err)}
 				}
 			}
 			return a.onService(cmd.Context(), o, func(ctx context.Context, svc *service) error {
@@ -99,8 +103,8 @@ func (a *app) printDiagnosis(d *operator.Diagnosis) error {
 		if t.Code != 0 {
 			code = fmt.Sprint(int(t.Code))
 		}
-		rows = append(rows, []string{shortTime(&t.At), t.Protocol, t.Operation, t.Result, code, t.Remote, t.Reason, t.TrackingID})
+		rows = append(rows, []string{shortTime(&t.At), t.Protocol, t.Operation, t.Result, code, t.Remote, t.TrackingID, strings.TrimPrefix(t.Reason, code+" Unauthorized: ")})
 	}
 	fmt.Fprintln(a.out)
-	return a.table([]string{"AT", "BY", "OPERATION", "RESULT", "CODE", "FROM", "REASON", "TRACKING ID"}, rows)
+	return a.table([]string{"AT", "BY", "OPERATION", "RESULT", "CODE", "FROM", "TRACKING ID", "REASON"}, rows)
 }

@@ -122,7 +122,7 @@ TRY IT
 
 var monitoringTopic = &cobra.Command{
 	Use:   "monitoring",
-	Short: "What a service tells of itself: metrics, logs, traces, health, usage, and why a device was refused",
+	Short: "Metrics, logs, traces, health, usage, and why a device was refused",
 	Long: `WHY WAS THIS DEVICE REFUSED?
     touchmark diagnose pump-0001 --service service/owner.connection
   A refused device learns 401002 and nothing else. The service keeps what each device tried, with the reason: the last ten attempts

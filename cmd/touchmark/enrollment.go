@@ -241,8 +241,12 @@ func (a *app) printEnrollment(d *operator.Document, keys bool) error {
 		if x := m.X509; x != nil {
 			for kind, certs := range map[string]*dps.X509Certificates{"certificate": x.ClientCertificates, "signing certificate": x.SigningCertificates} {
 				if certs != nil {
-					row("  primary "+kind, describeCertificate(certs.Primary))
-					row("  secondary "+kind, describeCertificate(certs.Secondary))
+					whose, thumbprint := describeCertificate(certs.Primary)
+					row("  primary "+kind, whose)
+					row("    SHA-256", thumbprint)
+					whose, thumbprint = describeCertificate(certs.Secondary)
+					row("  secondary "+kind, whose)
+					row("    SHA-256", thumbprint)
 				}
 			}
 			if c := x.CAReferences; c != nil {
@@ -289,11 +293,12 @@ func compact(b []byte) string {
 	return out.String()
 }
 
-func describeCertificate(c *dps.X509Certificate) string {
+// describeCertificate returns whose certificate it is and until when, and its thumbprint.
+func describeCertificate(c *dps.X509Certificate) (whose, thumbprint string) {
 	if c == nil || c.Info == nil {
-		return ""
+		return "", ""
 	}
-	return fmt.Sprintf("%s, until %s, SHA-256 %s", c.Info.SubjectName, c.Info.NotAfterUTC, c.Info.SHA256Thumbprint)
+	return c.Info.SubjectName + ", until " + c.Info.NotAfterUTC, c.Info.SHA256Thumbprint
 }
 
 // putOptions are the members of an enrollment that flags name, as az iot dps enrollment does.

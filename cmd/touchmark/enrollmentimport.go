@@ -209,7 +209,7 @@ func (a *app) importFrom(ctx context.Context, svc *service, path string, open fu
 	case counts.Bad() > 0:
 		err = partialError{error: fmt.Errorf("%d of %d rows are not at the service as they should be", counts.Bad(), counts.Bad()+done)}
 		if counts.Conflicting > 0 && !o.update {
-			return hint(err, "--dry-run shows what differs; --update puts the file's in the place of what is there")
+			return hint(err, "of rows that conflict --update puts the file's in the place of what is there; mend the others, and run the same command again")
 		}
 		return hint(err, "mend these rows and run the same command again: the others are unchanged then")
 	}

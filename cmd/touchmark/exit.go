@@ -178,7 +178,10 @@ func classify(ctx context.Context, err error) (code int, help string) {
 		errors.Is(err, hsm.ErrNoModule), strings.HasPrefix(err.Error(), "if any flags in the group"),
 		strings.HasPrefix(err.Error(), "at least one of the flags in the group"):
 		return exitUsage, help
-	case strings.HasPrefix(err.Error(), "unknown command"), strings.HasPrefix(err.Error(), "required flag"):
+	case strings.HasPrefix(err.Error(), "required flag"):
+		suggest("the same command with --help shows its flags")
+		return exitUsage, help
+	case strings.HasPrefix(err.Error(), "unknown command"):
 		suggest("touchmark --help shows the commands")
 		return exitUsage, help
 	case errors.Is(err, hsm.ErrPINIncorrect):

@@ -137,8 +137,8 @@ func (a *app) openRoll(ctx context.Context, svc *service, name string, o *rollOp
 		b := make([]byte, 64)
 		_, _ = rand.Read(b) // crypto/rand.Read never fails
 		text := base64.StdEncoding.EncodeToString(b)
-		if o.dryRun {
-			return svc.RollKey(ctx, name, text)
+		if roll, err := svc.RollKey(ctx, name, text); o.dryRun || err != nil {
+			return roll, err // no file where there is nothing to roll
 		}
 		if err := writeFile(o.key, []byte(text+"\n"), 0o600, false); err != nil {
 			return nil, err

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -40,7 +41,7 @@ func newHub(a *app) *cobra.Command {
 				if a.json {
 					return a.printJSON(h)
 				}
-				return a.table(nil, [][]string{{"Hub", h.Name}, {"  kind", cmp.Or(h.Kind, "azure")}, {"  location", h.Location}, {"  takes part in allocation", yesNo(h.Apply == nil || *h.Apply)}, {"  weight", weight(h)}, {"  connection", h.ConnectionString}})
+				return a.table(nil, [][]string{{"Hub", h.Name}, {"  kind", kindOf(h)}, {"  location", h.Location}, {"  takes part in allocation", yesNo(h.Apply == nil || *h.Apply)}, {"  weight", weight(h)}, {"  connection", h.ConnectionString}})
 			})
 		},
 	}
@@ -88,6 +89,9 @@ func linked(s *operator.Scope, host string) (*operator.Hub, error) {
 	return nil, fmt.Errorf("hub %s is not linked to scope %s: %w", host, s.Name, operator.ErrNotFound)
 }
 
+// kindOf is what a hub is. Azure's services know one kind, and touchmark's do not say it of that.
+func kindOf(h *operator.Hub) string { return cmp.Or(h.Kind, string(registration.HubAzure)) }
+
 func weight(h *operator.Hub) string {
 	if h.Weight == nil {
 		return "1"
@@ -105,12 +109,39 @@ func (a *app) printHubs(hubs []operator.Hub) error {
 			}
 			continue
 		}
-		rows = append(rows, []string{h.Name, cmp.Or(h.Kind, "azure"), h.Location, yesNo(h.Apply == nil || *h.Apply), weight(h)})
+		rows = append(rows, []string{h.Name, kindOf(h), h.Location, yesNo(h.Apply == nil || *h.Apply), weight(h)})
 	}
 	if a.json {
 		return nil
 	}
 	return a.table([]string{"HUB", "KIND", "LOCATION", "ALLOCATES", "WEIGHT"}, rows)
+}
+
+func hubArgs(link bool) cobra.PositionalArgs {
+	if link {
+		return cobra.MaximumNArgs(1)
+	}
+	return cobra.ExactArgs(1)
+}
+
+// hubHost returns the host name in a hub's connection string. One of another kind than azure is checked whole: only touchmark has
+// it. Errors do not show the text.
+func hubHost(kind, text string) (string, error) {
+	if kind != "" && kind != string(registration.HubAzure) {
+		c, err := hub.ParseConnection(registration.HubKind(kind), text)
+		if err != nil {
+			return "", err
+		}
+		return c.Host, nil
+	}
+	host := operator.HubName(text)
+	if name, _, err := net.SplitHostPort(host); err == nil {
+		host = name
+	}
+	if checkHost(host) != nil {
+		return "", errors.New("it holds no connection string of an IoT hub")
+	}
+	return host, nil
 }
 
 func newHubPut(a *app, link bool) *cobra.Command {
@@ -121,18 +152,25 @@ func newHubPut(a *app, link bool) *cobra.Command {
 	use, short := "update HOST --management FILE", "Change how a hub is linked"
 	long := "update changes what flags name: the key, after the hub's was rolled; the weight; whether it takes part in allocation. The keys of\nother hubs stay."
 	if link {
-		use, short = "link {--connection-string-file FILE | --kind {record | builtin} HOST} --management FILE", "Link a hub"
-		long = "link has a scope assign devices to a hub. The file holds the hub's connection string; of an IoT hub that of a policy that may write its\nregistry: HostName=…;SharedAccessKeyName=…;SharedAccessKey=… Those of other kinds are in touchmark help hubs. A hub of kind record, which\nis told nothing, and the one of serve --hub builtin have a name alone."
+		use, short = "link [HOST] {--connection-string-file FILE | --kind record} --management FILE", "Link a hub"
+		long = `link has a scope assign devices to a hub. The file holds the hub's connection string, of a policy that may write its
+registry: HostName=…;SharedAccessKeyName=…;SharedAccessKey=…
+
+touchmark has other kinds of hub, too, each with a connection string of its own: touchmark help hubs. A hub of kind record
+has none: HOST alone is its name. A webhook is called what the host in its URL is called.`
 	}
 	c := &cobra.Command{
-		Use: use, Short: short, Long: long, Args: func(_ *cobra.Command, args []string) error {
-			if named := !link || kind == "record" || kind == "builtin"; len(args) != map[bool]int{true: 1}[named] || named && link && file != "" {
-				return usageError{errors.New("want the hub's connection string in a file; for those that have none, and to change one, its host name")}
-			}
-			return nil
-		},
+		Use: use, Short: short, Long: long, Args: hubArgs(link),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			h := operator.Hub{Location: location, Kind: kind}
+			switch record := kind == string(registration.HubRecord); {
+			case record && file != "":
+				return usageError{errors.New("a hub of kind record has no connection string: leave --connection-string-file out")}
+			case link && record && len(args) == 0:
+				return usageError{errors.New("a hub of kind record has no connection string: name its host")}
+			case link && !record && file == "":
+				return hint(usageError{errors.New("required flag --connection-string-file is not set")}, "only --kind record goes without: its hubs are named and not told")
+			}
 			if file != "" {
 				b, err := a.readInput(file, 8<<10)
 				if err != nil {
@@ -140,18 +178,11 @@ func newHubPut(a *app, link bool) *cobra.Command {
 				}
 				h.ConnectionString = strings.TrimSpace(string(b))
 				clear(b)
-				if h.Name = operator.HubName(h.ConnectionString); kind != "" {
-					c, err := hub.ParseConnection(registration.HubKind(kind), h.ConnectionString)
-					if err != nil {
-						return usageError{fmt.Errorf("%s: %w", file, err)}
-					}
-					h.Name = c.Host
-				}
-				if checkHost(h.Name) != nil {
-					return usageError{fmt.Errorf("%s holds no connection string of a hub", file)}
+				if h.Name, err = hubHost(kind, h.ConnectionString); err != nil {
+					return hint(usageError{fmt.Errorf("%s: %w", file, err)}, "touchmark help hubs has the connection strings of each --kind")
 				}
 			}
-			if len(args) > 0 {
+			if len(args) == 1 {
 				if h.Name != "" && dps.Fold(h.Name) != dps.Fold(args[0]) {
 					return usageError{fmt.Errorf("%s is for hub %s, not %s", file, h.Name, args[0])}
 				}
@@ -191,19 +222,17 @@ func newHubPut(a *app, link bool) *cobra.Command {
 	o.flags(c, true)
 	f := c.Flags()
 	f.StringVar(&file, "connection-string-file", "", "file with the hub's connection string; - is standard input")
+	f.StringVar(&kind, "kind", "", "azure, builtin, mosquitto, webhook or record (touchmark only; default: azure, or what the hub is)")
+	_ = c.RegisterFlagCompletionFunc("kind", cobra.FixedCompletions([]string{"azure", "builtin", "mosquitto", "webhook", "record"}, cobra.ShellCompDirectiveNoFileComp))
 	f.StringVar(&location, "location", map[bool]string{true: "local"}[link], "region of the hub")
-	if link {
-		f.StringVar(&kind, "kind", "", "azure, mosquitto, webhook, record or builtin (touchmark only; default: azure)")
-		_ = c.RegisterFlagCompletionFunc("kind", cobra.FixedCompletions([]string{"azure", "mosquitto", "webhook", "record", "builtin"}, cobra.ShellCompDirectiveNoFileComp))
-	}
 	f.BoolVar(&unchecked, "unchecked", false, "link it although it cannot be reached now (touchmark only)")
 	f.BoolVar(&apply, "apply-allocation-policy", true, "take part in allocation; without, devices come only where an enrollment names the hub")
 	f.IntVar(&weight, "allocation-weight", 1, "share of the devices where allocation is hashed: 1 to 1000")
 	c.Example = "  touchmark hub update hub-a.example.net --allocation-weight 3 --management service/management.connection"
 	if link {
-		c.Example = `  touchmark hub link --connection-string-file hub-a.connection --location westeurope --management service/management.connection
-  touchmark hub link --connection-string-file broker.connection --kind mosquitto --management service/management.connection
-  touchmark hub link records.example.net --kind record --management service/management.connection`
+		c.Example = "  touchmark hub link --connection-string-file hub-a.connection --location westeurope --management service/management.connection\n" +
+			"  touchmark hub link --kind webhook --connection-string-file back.connection --management service/management.connection\n" +
+			"  touchmark hub link hub-b.example.net --kind record --management service/management.connection"
 	}
 	return c
 }

@@ -6,7 +6,7 @@ import "github.com/spf13/cobra"
 
 var hubsTopic = &cobra.Command{
 	Use:   "hubs",
-	Short: "Linked hubs: kinds, connection strings, rights, and what moves when a device does",
+	Short: "Linked hubs: kinds, connection strings, rights, and what moves",
 	Long: `A linked hub is where devices go after they have registered. The service tells it of each device that it assigns to it, before the
 device hears of its hub. Devices are told the hub's name; how the service reaches it is its connection string:
 
@@ -19,6 +19,8 @@ device hears of its hub. Devices are told the hub's name; how the service reache
                HostName=mq.example.net;Certificate=BASE64;Key=BASE64
   webhook    Any system of your own: one HTTPS call for each change.
                URL=https://back.example.net/touchmark;Secret=BASE64
+
+  touchmark hub link --connection-string-file FILE --kind KIND links it; touchmark hub link HOST --kind record what has none.
 
 CONNECTION STRINGS
   Members are in any order, their names in any letter case; a value has no ";" and no white space. Further members:

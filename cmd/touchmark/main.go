@@ -128,6 +128,8 @@ The journey:  init → mint → (bundle) → serve → import → register`,
 	)
 	root.SetHelpCommand(newHelp(root))
 	wrapUsage(root)
+	root.SetUsageTemplate(usageTemplate(root))
+	root.SetHelpFunc(printHelp)
 	return root
 }
 

@@ -75,7 +75,7 @@ func newPolicyShow(a *app) *cobra.Command {
 	var keys bool
 	c := &cobra.Command{
 		Use: "show NAME --management FILE", Short: "Show a policy", Args: cobra.ExactArgs(1),
-		Long:    "show prints a policy. Its keys come with --show-keys alone.",
+		Long:    "show prints a policy. Its keys, and a connection string with the primary one, come with --show-keys alone.",
 		Example: "  touchmark policy show provisioningserviceowner --management service/management.connection",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.onManagement(cmd.Context(), o, func(ctx context.Context, m *operator.Management) error {
@@ -91,14 +91,23 @@ func newPolicyShow(a *app) *cobra.Command {
 				if err != nil {
 					return err
 				}
+				s, err := m.Scope(ctx, scope)
+				if err != nil {
+					return err
+				}
 				p := policies[at]
 				if !keys {
 					return a.printPolicies([]operator.Policy{p})
 				}
+				connection := fmt.Sprintf("HostName=%s;SharedAccessKeyName=%s;SharedAccessKey=%s", s.Props.ServiceOperationsHostName, p.Name, p.Primary)
 				if a.json {
-					return a.printJSON(p)
+					return a.printJSON(struct {
+						operator.Policy
+						Connection string `json:"connectionString"`
+					}{p, connection})
 				}
-				return a.table(nil, [][]string{{"Policy", p.Name}, {"  rights", p.Rights}, {"  primary key", p.Primary}, {"  secondary key", p.Secondary}})
+				return a.table(nil, [][]string{{"Policy", p.Name}, {"  rights", p.Rights}, {"  primary key", p.Primary}, {"  secondary key", p.Secondary},
+					{"  connection string", connection}})
 			})
 		},
 	}

@@ -169,7 +169,7 @@ func (a *app) registerStamp(ctx context.Context, o *registerOptions) (_ *dps.Reg
 		return nil, hint(err, "the service forgot the operation: register again")
 	}
 	if errors.As(err, &refused) {
-		return nil, hint(err, "the service does not know the device with this proof: was its bundle imported there, and is the stamp that of the last minting?")
+		return nil, hint(err, "the service does not know the device with this proof: was its bundle imported there, and is the stamp that of the last minting? touchmark diagnose tells its operator why")
 	}
 	if err != nil {
 		return nil, portHint(err, o.protocol)

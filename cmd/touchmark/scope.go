@@ -18,7 +18,7 @@ type managementOptions struct{ management, ca, scope string }
 
 func (o *managementOptions) flags(c *cobra.Command, scope bool) {
 	f := c.Flags()
-	f.StringVar(&o.management, "management", "", "file that says where the management API is, with a token: Endpoint=https://…;Token=…;Subscription=…;ResourceGroup=… (default: $TOUCHMARK_MANAGEMENT)")
+	f.StringVar(&o.management, "management", "", "file that says where the management API is, with a token: management.connection, or Azure's as touchmark help operating has it (default: $TOUCHMARK_MANAGEMENT)")
 	f.StringVar(&o.ca, "ca", "", "PEM file with the CA of the API's certificate (default: ca.pem beside --management, else the system's)")
 	if scope {
 		f.StringVar(&o.scope, "scope", "", "name of the scope (default: the one of --management, or the only one)")

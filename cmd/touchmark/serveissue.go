@@ -147,7 +147,7 @@ func (a *app) openIssuer(ctx context.Context, dir string, cfg *issuerConfig) (hs
 
 var issuersTopic = &cobra.Command{
 	Use:   "issuers",
-	Short: "Operational certificates with the assignment: who signs them, who gets them",
+	Short: "Operational certificates with the assignment: who signs, who gets them",
 	Long: `A device can send a certificate signing request when it registers (api-version 2021-11-01-preview, or 2025-07-01-preview and
 later) and get its operational certificate with its hub. It is off until both of these say otherwise:
 

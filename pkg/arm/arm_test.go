@@ -536,6 +536,11 @@ func TestHubCheck(t *testing.T) {
 	if len(asked) != 1 {
 		t.Errorf("asked: %v", asked)
 	}
+	// The port may stand behind the name, which goes without it.
+	r := b.call("PUT", base+"/other?api-version=2022-02-05&skipHubCheck=true", strings.Replace(body, "127.0.0.1;Port=1", "127.0.0.1:1", 1))
+	if r.status != 201 || !strings.Contains(r.text, `"name":"127.0.0.1"`) {
+		t.Errorf("a port behind the name: %d %s", r.status, r.text)
+	}
 }
 
 // DPS-S 67, 68, 69: policies stay, are made, rolled, and shown to those who ask for keys.

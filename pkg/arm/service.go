@@ -534,7 +534,8 @@ func hostOf(text string) string {
 		name, value, _ := strings.Cut(part, "=")
 		switch strings.ToLower(name) {
 		case "hostname":
-			return strings.ToLower(value)
+			host, _, _ := strings.Cut(strings.ToLower(value), ":") // the port is the connection's, not the name's
+			return host
 		case "url":
 			if u, err := url.Parse(value); err == nil {
 				return strings.ToLower(u.Hostname())

@@ -131,11 +131,12 @@ type ScopeView struct {
 // A Hub is a linked hub. Its connection string has **** in the place of the key, as the service answers it; put back so, the key stays.
 type Hub struct {
 	Name             string `json:"name,omitempty"`
-	Kind             string `json:"kind,omitempty"` // touchmark's; empty is Azure's
 	ConnectionString string `json:"connectionString,omitempty"`
 	Location         string `json:"location,omitempty"`
-	Apply            *bool  `json:"applyAllocationPolicy,omitempty"`
-	Weight           *int   `json:"allocationWeight,omitempty"`
+	// Kind is touchmark's: azure, builtin, mosquitto, webhook or record; empty is azure, or what the hub has been.
+	Kind   string `json:"kind,omitempty"`
+	Apply  *bool  `json:"applyAllocationPolicy,omitempty"`
+	Weight *int   `json:"allocationWeight,omitempty"`
 }
 
 // NewScope makes one that is not at the service yet.
@@ -212,7 +213,8 @@ func (s *Scope) SetHub(h Hub) error {
 	if err := json.Unmarshal(b, &hubs[at]); err != nil { // into the map that is there: other members stay
 		return err
 	}
-	if hubs[at]["connectionString"] != nil {
+	var c string
+	if _ = json.Unmarshal(hubs[at]["connectionString"], &c); HubName(c) != "" { // what is no text names nothing
 		delete(hubs[at], "name") // a service makes it of the connection string
 	}
 	return s.SetProperty("iotHubs", hubs)

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/touchmark/touchmark/pkg/attest"
@@ -229,7 +231,11 @@ func (d *Diagnosis) explain(device *Device) (say []string) {
 		}
 		switch {
 		case a.Result == "refused" || a.Result == "error":
-			add("Its last attempt was refused with %d: %s (%s).", int(a.Code), a.Reason, at)
+			why, told := strings.CutPrefix(a.Reason, strconv.Itoa(int(a.Code))+" ")
+			if !told {
+				why = a.Reason
+			}
+			add("Its last attempt was refused with %d: %s (%s).", int(a.Code), why, at)
 			if text := adviceOn[a.Rule]; text != "" {
 				add("%s", text)
 			}

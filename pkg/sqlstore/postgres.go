@@ -132,6 +132,9 @@ func (s *Store) migratePostgres(ctx context.Context) error {
 		if err != nil && time.Since(begun) > s.patience {
 			return unavailable(err)
 		}
+		if err != nil && attempt == 3 && s.log != nil { // replicas that begin at once meet sooner
+			s.log.Warn("the database is not ready: trying on", "patience", s.patience, "cause", err)
+		}
 		if !s.pause(ctx, attempt) {
 			return ctx.Err()
 		}
