@@ -426,22 +426,22 @@ func (a *app) apply(cmd *cobra.Command, o *putOptions, d *operator.Document) err
 		}
 		return d.Set(name, value)
 	}
-	var v struct {
-		Status     dps.ProvisioningStatus `json:"status,omitempty"`
-		Allocation dps.AllocationPolicy   `json:"allocation,omitempty"`
-	}
-	words := make(map[string]string)
-	for name, text := range map[string]string{"status": o.status, "allocation": o.allocation} {
-		if text != "" {
-			words[name] = text
+	var status dps.ProvisioningStatus
+	var allocation dps.AllocationPolicy
+	for _, f := range []struct {
+		flag, text string
+		into       json.Unmarshaler
+	}{{"--provisioning-status", o.status, &status}, {"--allocation-policy", o.allocation, &allocation}} {
+		if f.text == "" {
+			continue
 		}
-	}
-	b, err := json.Marshal(words)
-	if err != nil {
-		return err
-	}
-	if err := json.Unmarshal(b, &v); err != nil {
-		return usageError{fmt.Errorf("--provisioning-status or --allocation-policy: %w", err)}
+		b, err := json.Marshal(f.text)
+		if err != nil {
+			return err
+		}
+		if err := f.into.UnmarshalJSON(b); err != nil {
+			return usageError{fmt.Errorf("%s: %w", f.flag, err)}
+		}
 	}
 	policy, err := operator.ParseReprovision(o.reprovision)
 	if err != nil {
@@ -454,7 +454,7 @@ func (a *app) apply(cmd *cobra.Command, o *putOptions, d *operator.Document) err
 			return err
 		}
 	}
-	err = errors.Join(member("provisioning-status", "provisioningStatus", string(v.Status)), member("allocation-policy", "allocationPolicy", string(v.Allocation)),
+	err = errors.Join(member("provisioning-status", "provisioningStatus", string(status)), member("allocation-policy", "allocationPolicy", string(allocation)),
 		member("device-id", "deviceId", o.deviceID))
 	if changed("edge-enabled") {
 		err = errors.Join(err, d.Set("capabilities", dps.Capabilities{IoTEdge: o.edge}))

@@ -20,8 +20,6 @@ device hears of its hub. Devices are told the hub's name; how the service reache
   webhook    Any system of your own: one HTTPS call for each change.
                URL=https://back.example.net/touchmark;Secret=BASE64
 
-  touchmark hub link --connection-string-file FILE --kind KIND links it; touchmark hub link HOST --kind record what has none.
-
 CONNECTION STRINGS
   Members are in any order, their names in any letter case; a value has no ";" and no white space. Further members:
     Port=      unless it is 443, or 8883 for mosquitto; or HostName=HOST:PORT

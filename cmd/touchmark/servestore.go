@@ -72,7 +72,9 @@ func (o *storeOptions) open(ctx context.Context, a *app, d *serviceData, log *sl
 			return nil, nil, err
 		}
 		if cfg.DSN != "" {
-			cfg.Path = ""
+			if cfg.Path = ""; !strings.HasPrefix(cfg.DSN, "postgres://") && !strings.HasPrefix(cfg.DSN, "postgresql://") {
+				return nil, nil, usageError{errors.New("--store: a database's address begins with postgres://")} // it is not shown: it may hold a password
+			}
 		}
 	}
 	var keys hsm.Store

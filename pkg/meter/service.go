@@ -38,8 +38,8 @@ func (m *Meter) Service(c *Call) {
 	}
 	m.service.WithLabelValues(c.Operation, strconv.Itoa(c.Status), version).Inc()
 	m.serviceTime.WithLabelValues(c.Operation).Observe(c.Duration.Seconds())
-	if c.Status != http.StatusUnauthorized && c.Scope != "" && (m.cfg.Known == nil || m.cfg.Known(c.Scope)) {
-		m.use(c.Scope, c.API, c.Operation, resultOf(c.Status))
+	if c.Status != http.StatusUnauthorized && c.Scope != "" && (m.cfg.Known == nil || m.cfg.Known(dps.Fold(c.Scope))) {
+		m.use(dps.Fold(c.Scope), c.API, c.Operation, resultOf(c.Status))
 	}
 	level, result := slog.LevelInfo, "Success"
 	switch {

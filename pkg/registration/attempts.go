@@ -99,7 +99,7 @@ func (s *Service) noted(req *Request, level slog.Level, message string, a *Attem
 	case a.Code != 0:
 		result, status = "ClientError", a.Code.Status()
 	}
-	attrs := []slog.Attr{slog.String("category", "DeviceOperations"), slog.String("operation", a.Operation), slog.String("idScope", clip(req.IDScope)),
+	attrs := []slog.Attr{slog.String("category", "DeviceOperations"), slog.String("operation", a.Operation), slog.String("idScope", cmp.Or(s.cfg.Scope, clip(req.IDScope))),
 		slog.String("registrationId", a.RegistrationID), slog.String("result", result), slog.Int("httpStatus", status), slog.String("status", a.Result)}
 	for _, f := range [][2]string{{"substatus", a.Substatus}, {"hub", a.Hub}, {"group", a.Group}, {"trackingId", a.TrackingID}, {"rule", a.Rule}, {"reason", a.Reason},
 		{"operationId", a.OperationID}} {

@@ -112,7 +112,7 @@ func (c *call) observe(begun time.Time, err error) {
 	o.Duration, o.APIVersion, o.Principal, o.Remote = time.Since(begun), c.r.URL.Query().Get("api-version"), c.by.Name, c.r.RemoteAddr
 	o.Code, o.RequestID = h.Get("X-Ms-Error-Code"), h.Get("X-Ms-Request-Id")
 	if c.svc != nil {
-		o.Scope = dps.Fold(c.svc.Scope())
+		o.Scope = c.svc.Scope()
 	}
 	c.cfg.Meter.Service(o)
 }
