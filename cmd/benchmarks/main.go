@@ -87,7 +87,7 @@ func main() {
 		{"tpm-create", b.tpmCreate}, {"tpm-sign", b.tpmSign}, {"tpm-challenge", b.tpmChallenge},
 		{"register-https", func() { b.register("https", false) }}, {"register-mqtt", func() { b.register("mqtt", false) }}, {"register-amqp", func() { b.register("amqp", false) }},
 		{"register-https-key", func() { b.register("https", true) }}, {"register-mqtt-key", func() { b.register("mqtt", true) }},
-		{"idle-mqtt", func() { b.idle("mqtt", 34) }}, {"idle-amqp", func() { b.idle("amqp", 40) }}, {"import", b.importBundle}, {"import-scale", b.importScale},
+		{"idle-mqtt", func() { b.idle("mqtt", 34) }}, {"idle-amqp", func() { b.idle("amqp", 40) }}, {"import", b.importBundle}, {"import-scale", b.importScale}, {"import-bulk", b.importBulk},
 		{"startup register-at-scale query-pages", func() { b.atScale(*crowdSize * b.scale / 10) }},
 		{"limit-overhead limit-refusal", b.limitOverhead}, {"limit-fairness", b.limitFairness},
 		{"refusal-https", func() { b.refusal("https") }}, {"refusal-mqtt", func() { b.refusal("mqtt") }},
