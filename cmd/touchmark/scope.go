@@ -46,7 +46,7 @@ func (a *app) onManagement(ctx context.Context, o *managementOptions, do func(co
 	if err != nil {
 		return err
 	}
-	err = do(ctx, operator.NewManagement(operator.Config{Roots: roots}, connection))
+	err = do(ctx, operator.NewManagement(operator.Config{Roots: roots, Waiting: a.waits()}, connection))
 	var answer *operator.Error
 	switch {
 	case errors.As(err, &answer) && answer.Code == operator.CodeHubUnreachable:

@@ -12,7 +12,9 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -55,8 +57,19 @@ func (a *app) openService(path, caFile string) (*service, error) {
 	if s.cfg.Roots, err = rootsBeside(path, caFile); err != nil {
 		return nil, err
 	}
+	s.cfg.Waiting = a.waits()
 	s.Client = operator.New(s.cfg)
 	return s, nil
+}
+
+// waits tells a person that a call waits, now and then.
+func (a *app) waits() func(string, time.Duration) {
+	var last atomic.Int64 // Unix, in seconds
+	return func(host string, d time.Duration) {
+		if now, was := time.Now().Unix(), last.Load(); d >= 2*time.Second && now-was >= 10 && last.CompareAndSwap(was, now) {
+			a.note("%s is busy, or does not answer: the call is made again in %v", host, d.Round(time.Second))
+		}
+	}
 }
 
 // rootsBeside returns the CAs in a file, else those in ca.pem beside another.

@@ -33,6 +33,8 @@ type Config struct {
 	Timeout time.Duration
 	// Patience is how long a call is tried again while the service asks to wait; 0 means 15 minutes.
 	Patience time.Duration
+	// Waiting is told when a call waits because the service asked for it, or could not be reached, and for how long; nil is nobody.
+	Waiting func(host string, d time.Duration)
 	// Dial opens connections; nil means as the system does, within 10 s.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 }
@@ -60,6 +62,7 @@ type caller struct {
 	limiter       *Limiter
 	timeout       time.Duration
 	patience      time.Duration
+	waiting       func(string, time.Duration)
 	reached       atomic.Bool // the service answered once
 }
 
@@ -78,7 +81,7 @@ func newCaller(cfg Config, version string, authorization func() string) *caller 
 	}
 	return &caller{
 		base: "https://" + cfg.Connection.Host, host: cfg.Connection.Host, version: version, authorization: authorization,
-		limiter: cfg.Limiter, timeout: cfg.Timeout, patience: cfg.Patience,
+		limiter: cfg.Limiter, timeout: cfg.Timeout, patience: cfg.Patience, waiting: cfg.Waiting,
 		http: &http.Client{
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 			Transport: &http.Transport{
@@ -175,6 +178,9 @@ func (c *caller) do(ctx context.Context, r request, out any) (a answer, err erro
 		}
 		if !asked {
 			after = time.Second << min(try-1, 5)
+		}
+		if c.waiting != nil {
+			c.waiting(c.host, after)
 		}
 		if busy {
 			c.limiter.Throttled(after)

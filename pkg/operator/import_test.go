@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/fstest"
 	"time"
@@ -169,17 +170,24 @@ func TestJournal(t *testing.T) {
 	}
 }
 
-// A service that throttles is waited for, and all rows arrive.
+// A service that throttles is waited for, whoever watches is told so, and all rows arrive.
 func TestImportThrottled(t *testing.T) {
 	s := azuretest.Start(t, azuretest.Config{Limit: 8, Window: 250 * time.Millisecond, RetryAfter: 1})
-	c := client(t, s)
+	var told atomic.Int64
+	c := client(t, s, func(cfg *operator.Config) {
+		cfg.Waiting = func(host string, d time.Duration) {
+			if told.Add(1); host == "" || d != time.Second {
+				t.Errorf("%s, %v", host, d)
+			}
+		}
+	})
 	var text strings.Builder
 	for i := range 300 {
 		text.WriteString(symmetric(fmt.Sprintf("dev-%d", i)))
 	}
 	counts, err := c.Import(t.Context(), rowsOf(text.String(), operator.RowsConfig{}), operator.ImportConfig{})
 	calls, throttled := s.Calls()
-	if err != nil || counts.New != 300 || throttled == 0 || throttled > 20 || c.Limiter().Rate() == 0 {
+	if err != nil || counts.New != 300 || throttled == 0 || throttled > 20 || told.Load() != int64(throttled) || c.Limiter().Rate() == 0 {
 		t.Errorf("%+v, %v, calls %v, throttled %d, %.1f/s", counts, err, calls, throttled, c.Limiter().Rate())
 	}
 }

@@ -29,7 +29,7 @@ import (
 	"github.com/touchmark/touchmark/pkg/operator/azuretest"
 )
 
-func client(t testing.TB, s *azuretest.Server) *operator.Client {
+func client(t testing.TB, s *azuretest.Server, edit ...func(*operator.Config)) *operator.Client {
 	t.Helper()
 	c, err := operator.ParseConnection(s.Connection)
 	if err != nil {
@@ -37,7 +37,11 @@ func client(t testing.TB, s *azuretest.Server) *operator.Client {
 	}
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(s.CA)
-	return operator.New(operator.Config{Connection: c, Roots: roots, Patience: 20 * time.Second})
+	cfg := operator.Config{Connection: c, Roots: roots, Patience: 20 * time.Second}
+	for _, f := range edit {
+		f(&cfg)
+	}
+	return operator.New(cfg)
 }
 
 func doc(t testing.TB, text string) *operator.Document {
