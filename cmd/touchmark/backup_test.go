@@ -27,6 +27,7 @@ import (
 // A backup is made while devices register and operators write. What was acknowledged before it began is in it, and nothing is
 // in it by half; the service that it is restored to is the same one.
 func TestBackupUnderLoad(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	r, err := launch(t, dir, "svc", nil)
 	if err != nil {

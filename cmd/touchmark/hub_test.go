@@ -91,6 +91,7 @@ func requireHubSDK(t *testing.T) {
 // Azure's service SDK for Node manages the built-in hub, and its device SDK talks to it over MQTT and WebSockets, with keys and with
 // certificates; both are unmodified.
 func TestNodeHub(t *testing.T) {
+	t.Parallel()
 	requireHubSDK(t)
 	dir := t.TempDir()
 	device := attesttest.Leaf(t, nil, "dev")
@@ -113,6 +114,7 @@ func TestNodeHub(t *testing.T) {
 // The whole way on one machine with Azure's SDKs: a device registers, the service tells the built-in hub and the device about each
 // other, the device connects there with the credential that it registered with, sends, and is sent to.
 func TestNodeZeroTouch(t *testing.T) {
+	t.Parallel()
 	requireHubSDK(t)
 	dir := t.TempDir()
 	e := startEmulator(t, dir, "--hub", "builtin", "--hub-messages", "messages.jsonl", "--ca-out", "ca.pem", "--stamp", "s/by-key", "--stamp-x509", "s/by-certificate")
@@ -142,6 +144,7 @@ func TestNodeZeroTouch(t *testing.T) {
 // A hub with a data directory has its devices, twins and keys again after it was killed; the file shows no key, and its connection
 // string is its owner's alone.
 func TestHubLasts(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	var connections, keys, hubs []string
 	for round := range 2 {

@@ -35,6 +35,7 @@ import (
 //
 // TOUCHMARK_TEST_KILLS is how often it is killed: 100 for a release.
 func TestHubKill(t *testing.T) {
+	t.Parallel()
 	kills, _ := strconv.Atoi(os.Getenv("TOUCHMARK_TEST_KILLS"))
 	if kills == 0 {
 		kills = 5

@@ -22,6 +22,7 @@ import (
 
 // The steps of help hubs make a broker that the service can tell of devices, and that takes these and no others.
 func TestHubsExample(t *testing.T) {
+	t.Parallel()
 	_, page, _ := strings.Cut(hubsTopic.Long, "conf.d/touchmark.conf:\n\n")
 	conf, page, _ := strings.Cut(page, "\n\n")
 	_, page, _ = strings.Cut(page, "\n\n")

@@ -12,6 +12,7 @@ import (
 // Issue 6, done when 2: a device that registers at the service may connect to the broker that it is assigned, and publish; one that
 // did not is refused, and so is one whose enrollment is there but that has not registered.
 func TestMosquittoFromEndToEnd(t *testing.T) {
+	t.Parallel()
 	m := hubtest.StartMosquitto(t)
 	dir := t.TempDir()
 	ready, _ := startService(t, dir, "127.0.0.1:0", "127.0.0.1:0", "off")

@@ -172,6 +172,7 @@ func azureCmd(t *testing.T) func(*testscript.TestScript, bool, []string) {
 
 // An import that is killed in the middle is finished by the same command: nothing is there twice and nothing is missing.
 func TestImportKilled(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	const rows = 6000
 	var want atomic.Int64

@@ -109,6 +109,7 @@ func code(err error) dps.Code {
 // Three replicas that start at once on one database are one service: they have one ID scope, one CA, one recipient and one data
 // key, and every call may go to another one than the last. One of them is killed on the way.
 func TestReplicas(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	dsn := sqlstoretest.Start(t).Database(t)
 	key := make([]byte, 32)

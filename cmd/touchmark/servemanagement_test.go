@@ -249,6 +249,7 @@ func TestTenantsPublicOnly(t *testing.T) {
 // Azure's management client for Node, unmodified, manages a service from its creation to its end, with a CA that is verified by
 // proof of possession.
 func TestNodeManagement(t *testing.T) {
+	t.Parallel()
 	if _, err := exec.LookPath("node"); err != nil {
 		hsmtest.Require(t, "Node.js (apt-get install nodejs npm)")
 	}

@@ -312,6 +312,7 @@ func (s *plainService) call(ctx context.Context, method, path string, query url.
 
 // The profile azure refuses an operator's calls above a thousand in a minute with 429, 429001 and an integer Retry-After. DPS-S 100.
 func TestQuotaProfile(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	cmd, _, _ := startServe(t, dir, "--https", "127.0.0.1:0", "--mqtt", "off", "--amqp", "off", "--quotas", "azure", "--quiet")
 	svc := openTestService(t, dir)
@@ -342,6 +343,7 @@ func TestQuotaProfile(t *testing.T) {
 // Traces go to a collector where one is named: spans of devices, and of operators in the operators' own traces. There is no secret in
 // them.
 func TestTraces(t *testing.T) {
+	t.Parallel()
 	var mu sync.Mutex
 	spans := make(map[string]string) // by name, the trace of the last
 	var bodies bytes.Buffer
