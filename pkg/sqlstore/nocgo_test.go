@@ -1,0 +1,5 @@
+//go:build !cgo
+
+package sqlstore_test
+
+const cgo = false
