@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/touchmark/touchmark/hsm/hsmtest"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/registration"
 	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
@@ -267,7 +268,7 @@ func (c *cutter) serve(l net.Listener, socket string) {
 // its caller has just made.
 func notAnswered(t *testing.T, server *sqlstoretest.Server) {
 	if server.Socket == "" {
-		t.Skip("needs a server of its own")
+		hsmtest.Require(t, "a PostgreSQL server of the test's own: the one of TOUCHMARK_TEST_POSTGRES cannot be cut off")
 	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
