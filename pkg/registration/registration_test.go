@@ -73,6 +73,7 @@ func TestAllocation(t *testing.T) {
 }
 
 // Device API, section 6.6: what a reprovision policy and a hub list do.
+// DPS-S 94.
 func TestReprovisioning(t *testing.T) {
 	f := registrationtest.NewFixture(t, "a.example", "b.example")
 	on := func(hub string, p *dps.ReprovisionPolicy) {
