@@ -163,6 +163,11 @@ type X509Certificate struct {
 	Info        *X509CertificateInfo `json:"info,omitempty"`
 }
 
+// Same reports whether both slots hold the same certificate with the same description.
+func (c *X509Certificate) Same(other *X509Certificate) bool {
+	return c != nil && other != nil && c.Certificate == other.Certificate && (c.Info == other.Info || c.Info != nil && other.Info != nil && *c.Info == *other.Info)
+}
+
 // X509CertificateInfo describes a certificate. All members are always present.
 type X509CertificateInfo struct {
 	SubjectName      string `json:"subjectName"`

@@ -6,7 +6,6 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -357,7 +356,7 @@ func (s *Service) reindex(tx Tx, name string) error {
 		if err := s.resolve(tx, r, d.base().Attestation, d); err != nil {
 			return err
 		}
-		if r.Document, err = json.Marshal(d.value()); err != nil {
+		if r.Document, err = d.encode(); err != nil {
 			return err
 		}
 		if err := tx.PutRecord(s.scope, r); errors.Is(err, ErrConflict) {

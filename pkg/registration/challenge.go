@@ -6,7 +6,6 @@ import (
 	"crypto/rand"
 	"encoding/base64"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"time"
@@ -109,11 +108,12 @@ func (s *Service) challenge(ctx context.Context, req *Request, keys *attest.TPMK
 		if r == nil {
 			return because("no-enrollment", "no enrollment has this registration ID")
 		}
-		var e dps.IndividualEnrollment
-		if err := json.Unmarshal(r.Document, &e); err != nil {
-			return fmt.Errorf("enrollment %q in the store: %w", r.ID, err)
+		d, err := open(r)
+		if err != nil {
+			return err
 		}
-		enrolled, err := endorsement(&e)
+		e := d.individual
+		enrolled, err := endorsement(e)
 		if err != nil {
 			return err
 		}

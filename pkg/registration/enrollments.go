@@ -64,12 +64,38 @@ func (d *document) x509() *dps.X509Certificates {
 	return a.X509.SigningCertificates
 }
 
+// open reads the document of a record.
 func open(r *Record) (*document, error) {
-	d := newDocument(r.Kind)
-	if err := json.Unmarshal(r.Document, d.value()); err != nil {
+	d, err := decode(r.Kind, r.Document)
+	if err != nil {
 		return nil, fmt.Errorf("%s %q in the store: %w", r.Kind, r.ID, err)
 	}
 	return d, nil
+}
+
+// decode reads what encode wrote.
+func decode(kind Kind, text []byte) (*document, error) {
+	d := newDocument(kind)
+	if err := json.Unmarshal(text, d.value()); err != nil {
+		return nil, err
+	}
+	if certs := d.x509(); certs != nil && certs.Primary != nil && certs.Secondary != nil && *certs.Secondary == (dps.X509Certificate{}) {
+		second := *certs.Primary
+		certs.Secondary = &second
+	}
+	return d, nil
+}
+
+// encode writes the document as the store keeps it. A certificate that stands in both slots, as most do, is written once: the second
+// slot is an empty object then, which no client can put there. With it twice, hardly an enrollment would share a page of the store with
+// another, and a fleet would take twice the memory to be served from.
+func (d *document) encode() ([]byte, error) {
+	if certs := d.x509(); certs != nil && certs.Primary.Same(certs.Secondary) {
+		second := certs.Secondary
+		certs.Secondary = &dps.X509Certificate{}
+		defer func() { certs.Secondary = second }()
+	}
+	return dps.Encode(d.value())
 }
 
 func missing(kind Kind) *dps.Error {
@@ -281,7 +307,7 @@ func (s *Service) put(ctx context.Context, by Actor, in *sent, ifMatch string) (
 			g.Enrollment = base
 			d.group = &g
 		}
-		if r.Document, err = dps.Encode(d.value()); err != nil {
+		if r.Document, err = d.encode(); err != nil {
 			return err
 		}
 		action := "create"
@@ -509,8 +535,8 @@ func completeCertificates(kind Kind, in, was *dps.X509Certificates) (*dps.X509Ce
 // IndexGroup returns what indexes the certificates of a group's document, for stores that were written before they had such
 // an index; nothing for a group without certificates.
 func IndexGroup(document []byte) ([]Certificate, error) {
-	d := newDocument(Group)
-	if err := json.Unmarshal(document, d.value()); err != nil || d.x509() == nil {
+	d, err := decode(Group, document)
+	if err != nil || d.x509() == nil {
 		return nil, err
 	}
 	_, index, err := completeCertificates(Group, d.x509(), nil)

@@ -311,7 +311,7 @@ func (in *intake) prepare(e *bundle.Entry) (prepared, error) {
 	}
 	now := dps.Time{Time: s.cfg.Now()}
 	base.CreatedDateTimeUTC, base.LastUpdatedDateTimeUTC, base.ETag = &now, &now, newETag()
-	if r.Document, err = json.Marshal(d.value()); err != nil {
+	if r.Document, err = d.encode(); err != nil {
 		return p, err
 	}
 	p.record = r

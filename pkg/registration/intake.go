@@ -2,7 +2,6 @@ package registration
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -420,7 +419,7 @@ func (c *chunk) renewed(fresh, old *Record, next *Device) (*Record, error) {
 		d.base().ProvisioningStatus = dps.EnrollmentDisabled
 	}
 	r := *fresh
-	r.Document, err = json.Marshal(d.value())
+	r.Document, err = d.encode()
 	return &r, err
 }
 
@@ -436,7 +435,7 @@ func (c *chunk) disable(id string) (bool, error) {
 	}
 	now := dps.Time{Time: c.s.cfg.Now()}
 	d.base().ProvisioningStatus, d.base().LastUpdatedDateTimeUTC, d.base().ETag = dps.EnrollmentDisabled, &now, newETag()
-	if r.Document, err = json.Marshal(d.value()); err != nil {
+	if r.Document, err = d.encode(); err != nil {
 		return false, err
 	}
 	if c.cfg.DryRun {

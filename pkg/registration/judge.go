@@ -161,10 +161,11 @@ func (s *Service) known(tx Tx, req *Request, v *verdict) (err error) {
 // judgeIndividual holds a proof against an individual enrollment. When it fails and the enrollment is disabled, the verdict
 // comes beside the error.
 func (s *Service) judgeIndividual(tx Tx, r *Record, req *Request, token *attest.Token) (*verdict, error) {
-	var e dps.IndividualEnrollment
-	if err := json.Unmarshal(r.Document, &e); err != nil {
-		return nil, fmt.Errorf("enrollment %q in the store: %w", r.ID, err)
+	d, err := open(r)
+	if err != nil {
+		return nil, err
 	}
+	e := d.individual
 	revision, err := tx.Revision(s.scope)
 	if err != nil {
 		return nil, err
@@ -176,9 +177,9 @@ func (s *Service) judgeIndividual(tx Tx, r *Record, req *Request, token *attest.
 		}
 	}
 	if token != nil && e.Attestation.Type == dps.AttestationTPM {
-		err = s.proveTPM(tx, v, &e, req, token)
+		err = s.proveTPM(tx, v, e, req, token)
 	} else {
-		err = proveIndividual(r, &e, req, token)
+		err = proveIndividual(r, e, req, token)
 	}
 	if err != nil && !v.disabled {
 		return nil, err

@@ -2,7 +2,6 @@ package registration
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -295,10 +294,11 @@ func (s *Service) checkParent(tx Tx, d *document) error {
 		if r == nil {
 			break
 		}
-		var above dps.IndividualEnrollment
-		if err := json.Unmarshal(r.Document, &above); err != nil {
-			return fmt.Errorf("enrollment %q in the store: %w", r.ID, err)
+		d, err := open(r)
+		if err != nil {
+			return err
 		}
+		above := d.individual
 		if above.Capabilities == nil || !above.Capabilities.IoTEdge {
 			return invalid("parent: the enrollment %.128q is not one of an edge device (capabilities.iotEdge)", r.ID)
 		}

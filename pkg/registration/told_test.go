@@ -19,6 +19,8 @@ import (
 	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
 )
 
+func thumb(c *x509.Certificate) string { return fmt.Sprintf("%X", sha256.Sum256(c.Raw)) }
+
 // What hubs are told of devices of every kind, and when: DPS-S 97 and 98.
 func TestTold(t *testing.T) {
 	s := newSite(t, registration.HubAzure, "a.example")
@@ -47,10 +49,6 @@ func TestTold(t *testing.T) {
 	leaf := attesttest.Leaf(t, s.Root, "press-7")
 	req := &registration.Request{IDScope: registrationtest.Scope, RegistrationID: "press-7", APIVersion: "2019-03-31", Proof: attest.Proof{Certificates: []*x509.Certificate{leaf.Certificate}}}
 	must(scopes.Register(t.Context(), req))
-	thumb := func(c *x509.Certificate) string {
-		sum := sha256.Sum256(c.Raw)
-		return fmt.Sprintf("%X", sum)
-	}
 	if d := s.p.device("a.example", "press-7"); d.Keys != nil || !slices.Equal(d.Thumbprints, []string{thumb(leaf.Certificate)}) {
 		t.Errorf("by certificate: %+v", d)
 	}
