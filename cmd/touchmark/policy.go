@@ -99,12 +99,15 @@ func newPolicyShow(a *app) *cobra.Command {
 				if !keys {
 					return a.printPolicies([]operator.Policy{p})
 				}
-				connection := fmt.Sprintf("HostName=%s;SharedAccessKeyName=%s;SharedAccessKey=%s", s.Props.ServiceOperationsHostName, p.Name, p.Primary)
+				connection, err := connectionString(s, &p)
 				if a.json {
 					return a.printJSON(struct {
 						operator.Policy
-						Connection string `json:"connectionString"`
+						Connection string `json:"connectionString,omitempty"`
 					}{p, connection})
+				}
+				if err != nil {
+					connection = "none: " + noHost
 				}
 				return a.table(nil, [][]string{{"Policy", p.Name}, {"  rights", p.Rights}, {"  primary key", p.Primary}, {"  secondary key", p.Secondary},
 					{"  connection string", connection}})

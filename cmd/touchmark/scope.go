@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -116,7 +117,7 @@ func (a *app) printScope(s *operator.Scope) error {
 	}
 	rows := [][]string{{"Scope", s.Name}}
 	for _, r := range [][2]string{{"ID scope", s.Props.IDScope}, {"location", s.Location}, {"state", s.Props.State}, {"allocation", s.Props.AllocationPolicy},
-		{"service host", s.Props.ServiceOperationsHostName}, {"devices' host", s.Props.DeviceProvisioningHostName}, {"public network", s.Props.PublicNetworkAccess}, {"etag", s.ETag}} {
+		{"service host", cmp.Or(s.Props.ServiceOperationsHostName, "none: "+noHost)}, {"devices' host", s.Props.DeviceProvisioningHostName}, {"public network", s.Props.PublicNetworkAccess}, {"etag", s.ETag}} {
 		if r[1] != "" {
 			rows = append(rows, []string{"  " + r[0], r[1]})
 		}
@@ -129,6 +130,16 @@ func (a *app) printScope(s *operator.Scope) error {
 	}
 	return a.table(nil, rows)
 }
+
+// connectionString is what a policy's holders call the service API of a scope with.
+func connectionString(s *operator.Scope, p *operator.Policy) (string, error) {
+	if s.Props.ServiceOperationsHostName == "" {
+		return "", hint(fmt.Errorf("scope %s has no host for its service API", s.Name), noHost)
+	}
+	return "HostName=" + s.Props.ServiceOperationsHostName + ";SharedAccessKeyName=" + p.Name + ";SharedAccessKey=" + p.Primary, nil
+}
+
+const noHost = "it has one once touchmark serve runs with --domain (touchmark help scopes)"
 
 func newScopeShow(a *app) *cobra.Command {
 	o := &managementOptions{}
@@ -152,11 +163,14 @@ func newScopeShow(a *app) *cobra.Command {
 				}
 				for _, p := range policies {
 					if p.Has("EnrollmentWrite") {
-						text := "HostName=" + s.Props.ServiceOperationsHostName + ";SharedAccessKeyName=" + p.Name + ";SharedAccessKey=" + p.Primary
-						if a.json {
+						text, err := connectionString(s, &p)
+						switch {
+						case err != nil:
+							return err
+						case a.json:
 							return a.printJSON(map[string]string{"connectionString": text})
 						}
-						_, err := fmt.Fprintln(a.out, text)
+						_, err = fmt.Fprintln(a.out, text)
 						return err
 					}
 				}

@@ -103,10 +103,14 @@ func (o *serveOptions) management(ctx context.Context, d *serviceData, scopes *r
 	return server, nil
 }
 
-// hostOf is where the service API of a scope is that is not the first: below the domain, on the port of the HTTPS door.
+// hostOf is where the service API of a scope is that is not the first: below the domain, on the port of the HTTPS door. Without a
+// domain it is nowhere.
 func (o *serveOptions) hostOf(sc *registration.Scope, address string) string {
+	if o.domain == "" {
+		return ""
+	}
 	_, port, ok := strings.Cut(address, ":")
-	host := strings.ToLower(sc.Name) + "." + cmp.Or(o.domain, o.hostnames[0])
+	host := strings.ToLower(sc.Name) + "." + o.domain
 	if ok {
 		host += ":" + port
 	}

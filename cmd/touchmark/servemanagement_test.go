@@ -100,6 +100,20 @@ func TestManagement(t *testing.T) {
 	if status, _ := m.call("DELETE", path, "", ""); status != 409 {
 		t.Errorf("the service that the process stands on: %d", status)
 	}
+	// Without a domain another scope's service API is nowhere, and nobody is told that it is somewhere.
+	flags := []string{"--management", filepath.Join("svc", "management.connection")}
+	if code, text := attempt(t, dir, append(flags, "scope", "create", "plant-b")...); code != 0 || !strings.Contains(text, "service host    none: ") || !strings.Contains(text, "--domain") {
+		t.Errorf("%d: %s", code, text)
+	}
+	for _, args := range [][]string{{"scope", "show", "plant-b", "--connection-string"}, {"policy", "show", "provisioningserviceowner", "--scope", "plant-b", "--show-keys"}} {
+		code, text := attempt(t, dir, append(flags, args...)...)
+		if !strings.Contains(text, "--domain") || strings.Contains(text, "HostName=") || (code == 0) != (args[0] == "policy") {
+			t.Errorf("%v: %d %s", args, code, text)
+		}
+	}
+	if code, text := attempt(t, dir, append(flags, "scope", "delete", "plant-b", "--yes")...); code != 0 {
+		t.Errorf("%d: %s", code, text)
+	}
 
 	owner, err := os.ReadFile(filepath.Join(dir, "svc", "owner.connection"))
 	if err != nil {
