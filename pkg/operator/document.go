@@ -192,6 +192,21 @@ func (d *Document) Check() error {
 	return checkKeys(e.Attestation.SymmetricKey)
 }
 
+// describes reports whether d describes a certificate that it does not have, as what services answer does: only an enrollment that
+// is there already can take it.
+func (d *Document) describes() bool {
+	e, err := d.Enrollment()
+	if err != nil || e.Attestation.X509 == nil {
+		return false
+	}
+	for _, certs := range []*dps.X509Certificates{e.Attestation.X509.ClientCertificates, e.Attestation.X509.SigningCertificates} {
+		if certs != nil && slices.ContainsFunc([]*dps.X509Certificate{certs.Primary, certs.Secondary}, func(c *dps.X509Certificate) bool { return c != nil && c.Certificate == "" }) {
+			return true
+		}
+	}
+	return false
+}
+
 // Has reports whether d has a member that is not null.
 func (d *Document) Has(member string) bool {
 	v, ok := d.members[member]

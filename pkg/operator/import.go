@@ -332,6 +332,9 @@ func (im *importer) existing(ctx context.Context, d *Document, v *Verdict, lost 
 func (im *importer) foresee(ctx context.Context, d *Document, v *Verdict) error {
 	changes, _, err := im.c.Differs(ctx, d)
 	switch {
+	case errors.Is(err, ErrNotFound) && d.describes():
+		v.Outcome, v.Reason = OutcomeFailed, "a certificate is described and not there: services show no certificates (touchmark import of the line's bundle has them)"
+		return nil
 	case errors.Is(err, ErrNotFound):
 		v.Outcome = OutcomeNew
 		return nil

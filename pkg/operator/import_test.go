@@ -2,6 +2,7 @@ package operator_test
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"testing/fstest"
 	"time"
 
+	"github.com/touchmark/touchmark/pkg/attest/attesttest"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/operator"
 	"github.com/touchmark/touchmark/pkg/operator/azuretest"
@@ -396,4 +398,38 @@ func BenchmarkImport(b *testing.B) {
 	}
 	b.ReportMetric(float64(whole)/float64(bare), "of-bare-calls")
 	b.ReportMetric(n*float64(b.N)/whole.Seconds(), "rows/s")
+}
+
+// What a service shows of a certificate makes no enrollment: a dry run says so as the import does. Where the enrollment is, it is unchanged.
+func TestDescribedCertificate(t *testing.T) {
+	s := azuretest.Start(t, azuretest.Config{})
+	c, ctx := client(t, s), t.Context()
+	leaf := attesttest.Leaf(t, nil, "pump-1")
+	row := func(certificate string) string {
+		return `{"registrationId":"pump-1","attestation":{"type":"x509","x509":{"clientCertificates":{"primary":{` + certificate +
+			`"info":{"sha256Thumbprint":"` + fmt.Sprintf("%X", sha256.Sum256(leaf.Certificate.Raw)) + `"}}}}}}`
+	}
+	run := func(row string, dry bool) (verdict operator.Verdict) {
+		t.Helper()
+		if _, err := c.Import(ctx, rowsOf(row, operator.RowsConfig{Kind: operator.Individual}), operator.ImportConfig{DryRun: dry, Report: func(v operator.Verdict) error {
+			verdict = v
+			return nil
+		}}); err != nil {
+			t.Fatal(err)
+		}
+		return verdict
+	}
+	for _, dry := range []bool{true, false} {
+		if v := run(row(""), dry); v.Outcome != operator.OutcomeFailed || v.Reason == "" {
+			t.Errorf("dry %t: %+v", dry, v)
+		}
+	}
+	if v := run(row(`"certificate":"`+leaf.Base64()+`",`), false); v.Outcome != operator.OutcomeNew {
+		t.Errorf("with its certificate: %+v", v)
+	}
+	for _, dry := range []bool{true, false} {
+		if v := run(row(""), dry); v.Outcome != operator.OutcomeUnchanged {
+			t.Errorf("once it is there, dry %t: %+v", dry, v)
+		}
+	}
 }
