@@ -91,7 +91,7 @@ func main() {
 		{"startup register-at-scale query-pages", func() { b.atScale(*crowdSize * b.scale / 10) }},
 		{"limit-overhead limit-refusal", b.limitOverhead}, {"limit-fairness", b.limitFairness},
 		{"refusal-https", func() { b.refusal("https") }}, {"refusal-mqtt", func() { b.refusal("mqtt") }},
-		{"lookup-x509", b.lookupX509}, {"lookup-key", b.lookupKey}, {"allocation", b.allocation},
+		{"lookup-x509", b.lookupX509}, {"lookup-key", b.lookupKey}, {"allocation", b.allocation}, {"hub-backlog", b.hubBacklog},
 		{"ledger-append", func() { b.ledgerAppend("ledger-append", temp, ledgerGroup) }}, {"ledger-append-disk", func() { b.ledgerAppend("ledger-append-disk", disk, ledgerGroup) }},
 		{"ledger-append-one-disk", func() { b.ledgerAppend("ledger-append-one-disk", disk, 1) }},
 		{"ledger-verify", b.ledgerVerify}, {"ledger-verify-million ledger-resume-million station-resume-million", b.ledgerMillion},

@@ -13,55 +13,86 @@ import (
 // Bounds of working at what hubs have yet to be told.
 const (
 	workPeriod = 500 * time.Millisecond
+	lookPart   = 10 // of a core's time, at most a tenth goes into looking for them
 	// maxWorkers is how many tasks a process works at, maxPerScope how many of one scope, and maxPerHub how many that wait for one
 	// hub: a hub that hangs keeps no other waiting, nor do many of a tenant's another tenant's.
 	maxWorkers  = 64
 	maxPerScope = 32
 	maxPerHub   = 8
 	dueAtOnce   = 512
-	// duePages is how many times as many are looked at behind those that have no place yet.
+	// duePages is how many times as many are looked at, for those that wait for other hubs than the first ones do.
 	duePages = 16
 )
 
-// workers counts who works at what.
+// workers counts who works at what, and keeps what is due and has no place yet: who is done makes place for the next.
 type workers struct {
-	wg   sync.WaitGroup
-	mu   sync.Mutex
-	all  int            // under mu
-	busy map[string]int // under mu, by scope, and by scope and folded hub
+	wg    sync.WaitGroup
+	mu    sync.Mutex
+	begun int            // under mu
+	all   int            // under mu
+	busy  map[string]int // under mu, by scope, and by scope and hub
+	line  []waiting      // under mu: as of the last look, those first that have waited longest
 }
 
-// begin runs f if there is a place for another one at the hub.
-func (w *workers) begin(t *Task, f func()) bool {
-	hub := t.Scope + "\x00" + strings.ToLower(t.Hub)
+type waiting struct {
+	scope, hub string // hub with the scope before it
+	work       func()
+}
+
+// add has a task worked at, now or when there is a place.
+func (w *workers) add(t *Task, work func()) {
+	next := waiting{t.Scope, t.Scope + "\x00" + strings.ToLower(t.Hub), work}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.all >= maxWorkers || w.busy[t.Scope] >= maxPerScope || w.busy[hub] >= maxPerHub {
-		return false
+	if w.room(&next) {
+		w.begin(&next)
+	} else {
+		w.line = append(w.line, next)
 	}
-	w.all++
-	w.busy[t.Scope]++
-	w.busy[hub]++
-	w.wg.Go(func() {
-		defer func() {
-			w.mu.Lock()
-			defer w.mu.Unlock()
-			w.all--
-			for _, key := range []string{t.Scope, hub} {
-				if w.busy[key]--; w.busy[key] == 0 {
-					delete(w.busy, key)
-				}
-			}
-		}()
-		f()
-	})
-	return true
 }
 
-func (w *workers) full() bool {
+func (w *workers) room(next *waiting) bool {
+	return w.all < maxWorkers && w.busy[next.scope] < maxPerScope && w.busy[next.hub] < maxPerHub
+}
+
+func (w *workers) begin(next *waiting) {
+	w.begun++
+	w.all++
+	w.busy[next.scope]++
+	w.busy[next.hub]++
+	w.wg.Go(func() {
+		next.work()
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.all--
+		for _, key := range []string{next.scope, next.hub} {
+			if w.busy[key]--; w.busy[key] == 0 {
+				delete(w.busy, key)
+			}
+		}
+		for i := range w.line {
+			if next := w.line[i]; w.room(&next) {
+				copy(w.line[1:], w.line[:i]) // those before it stay before the others
+				w.line = w.line[1:]
+				w.begin(&next)
+				return
+			}
+		}
+	})
+}
+
+// forget forgets what has no place yet: the store has it.
+func (w *workers) forget() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.all >= maxWorkers
+	w.line = nil
+}
+
+// count returns how many tasks were begun, and whether as many are worked at as can be.
+func (w *workers) count() (begun int, full bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.begun, w.all >= maxWorkers
 }
 
 // Provision works at what the hubs of all scopes have yet to be told, until the context ends, and returns when nothing is under
@@ -69,16 +100,16 @@ func (w *workers) full() bool {
 func (s *Scopes) Provision(ctx context.Context) {
 	w := &workers{busy: make(map[string]int)}
 	defer w.wg.Wait()
-	tick := time.NewTicker(workPeriod)
-	defer tick.Stop()
+	defer w.forget()
 	for {
-		if _, err := s.beginDue(ctx, w); err != nil && ctx.Err() == nil {
+		start := time.Now()
+		if err := s.beginDue(ctx, w); err != nil && ctx.Err() == nil {
 			s.cfg.Log.Error("reading what hubs have yet to be told", "reason", err.Error())
 		}
 		select {
 		case <-ctx.Done():
 			return
-		case <-tick.C:
+		case <-time.After(max(workPeriod, lookPart*time.Since(start))):
 		}
 	}
 }
@@ -86,55 +117,44 @@ func (s *Scopes) Provision(ctx context.Context) {
 // ProvisionDue works once at each task that is due, and returns how many there were.
 func (s *Scopes) ProvisionDue(ctx context.Context) (n int, err error) {
 	w := &workers{busy: make(map[string]int)}
-	defer w.wg.Wait()
 	for {
-		begun, err := s.beginDue(ctx, w)
-		n += begun
-		if w.wg.Wait(); err != nil || begun == 0 {
+		err := s.beginDue(ctx, w)
+		w.wg.Wait()
+		before := n
+		if n, _ = w.count(); err != nil || n == before {
 			return n, err
 		}
 	}
 }
 
-func (s *Scopes) beginDue(ctx context.Context, w *workers) (n int, err error) {
+func (s *Scopes) beginDue(ctx context.Context, w *workers) error {
 	now := time.Now
 	if s.cfg.Now != nil {
 		now = s.cfg.Now
 	}
+	w.forget()
 	var from time.Time
 	for range duePages {
 		var due []*Task
 		if err := s.cfg.Store.View(ctx, func(tx Tx) (err error) { due, err = tx.DueTasks(from, now(), dueAtOnce); return err }); err != nil {
-			return n, err
+			return err
 		}
-		begun, err := s.beginAll(ctx, w, due)
-		if n += begun; err != nil || begun == len(due) || len(due) < dueAtOnce || w.full() {
-			return n, err
+		for _, t := range due {
+			svc, err := s.Service(ctx, t.Scope)
+			if errors.Is(err, ErrNotFound) {
+				continue // a scope that is being deleted takes its tasks along
+			}
+			if err != nil {
+				return err
+			}
+			w.add(t, func() { svc.work(ctx, t.ID) })
+		}
+		if _, full := w.count(); full || len(due) < dueAtOnce {
+			return nil
 		}
 		from = due[len(due)-1].Due
 	}
-	return n, nil
-}
-
-// beginAll begins those tasks that there is a place for, and returns how many.
-func (s *Scopes) beginAll(ctx context.Context, w *workers, due []*Task) (n int, err error) {
-	for _, t := range due {
-		if ctx.Err() != nil {
-			break
-		}
-		svc, err := s.Service(ctx, t.Scope)
-		if errors.Is(err, ErrNotFound) {
-			continue // a scope that is being deleted takes its tasks along
-		}
-		if err != nil {
-			return n, err
-		}
-		if !w.begin(t, func() { svc.work(ctx, t.ID) }) {
-			continue
-		}
-		n++
-	}
-	return n, nil
+	return nil
 }
 
 // work takes a task that is due and works at it, unless another has taken it.

@@ -4,6 +4,8 @@ import (
 	"context"
 	"crypto/x509"
 	"fmt"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -137,37 +139,98 @@ func newLeaf(t *testing.T, by *attesttest.Holder, id string) []*x509.Certificate
 	return []*x509.Certificate{attesttest.Leaf(t, by, id).Certificate}
 }
 
+// tenant makes a scope with hubs, and away has one of them forget a device.
+func tenant(t *testing.T, store registration.Store, id string, names ...string) {
+	hubs := registration.Records(names...)
+	for i := range hubs {
+		hubs[i].Kind = registration.HubAzure
+	}
+	must2(registration.EditScope(t.Context(), store, id, registration.Actor{}, "create", time.Now(), func(*registration.Scope) (*registration.Scope, error) {
+		return &registration.Scope{ID: id, Name: "name-" + id, Settings: registration.Settings{Hubs: hubs}}, nil
+	}))
+}
+
+func away(t *testing.T, store registration.Store, scope, id, hub string, due time.Time) {
+	t.Helper()
+	if err := store.Update(t.Context(), func(tx registration.Tx) error {
+		return tx.PutTask(scope, &registration.Task{ID: id, Begun: due, Due: due, Hub: hub, Away: []registration.Place{{Hub: hub, DeviceID: id}}})
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// What waits for a place gets the next one that is free, those first that have waited longest, without another look into the store.
+func TestLine(t *testing.T) {
+	store := must(sqlstore.Open(t.Context(), sqlstore.Config{DataKey: make([]byte, 32)}))
+	defer store.Close()
+	tenant(t, store, "0neone", "hub.example", "other.example")
+	const devices = 300
+	start := time.Now().Add(-time.Hour)
+	for i := range devices {
+		away(t, store, "0neone", fmt.Sprintf("d%03d", i), "hub.example", start.Add(time.Duration(i)*time.Second))
+	}
+	away(t, store, "0neone", "other", "other.example", start.Add(devices*time.Second))
+	var looks int
+	var mu sync.Mutex
+	var order []string
+	scopes := registration.NewScopes(registration.ScopesConfig{Config: registration.Config{Store: looking{store, &looks},
+		OpenHub: func(string, registration.LinkedHub) (registration.Hub, error) {
+			return removing{remove: func() {}}, nil
+		},
+		OnProvision: func(p registration.Provisioning) {
+			mu.Lock()
+			defer mu.Unlock()
+			order = append(order, p.RegistrationID)
+		}}})
+	if n := must(scopes.ProvisionDue(t.Context())); n != devices+1 || looks != 2 { // the second finds nothing
+		t.Errorf("%d of %d, with %d looks", n, devices+1, looks)
+	}
+	if at := slices.Index(order, "other"); at < 0 || at > devices/2 {
+		t.Errorf("another hub was told as number %d", at)
+	}
+	order = slices.DeleteFunc(order, func(id string) bool { return id == "other" })
+	for i, id := range order {
+		if at, _ := strconv.Atoi(id[1:]); at > i+8 { // all before it have begun, and no more than eight of them are not done
+			t.Errorf("%s was number %d", id, i)
+		}
+	}
+}
+
+// looking counts how often it is asked what is due.
+type looking struct {
+	registration.Store
+	looks *int
+}
+
+func (l looking) View(ctx context.Context, f func(registration.Tx) error) error {
+	return l.Store.View(ctx, func(tx registration.Tx) error { return f(lookingTx{tx, l.looks}) })
+}
+
+type lookingTx struct {
+	registration.Tx
+	looks *int
+}
+
+func (l lookingTx) DueTasks(from, now time.Time, limit int) ([]*registration.Task, error) {
+	*l.looks++
+	return l.Tx.DueTasks(from, now, limit)
+}
+
 // A tenant with many hubs that hang, and more to be told to them than is looked at in one go, has no other tenant's hub wait.
 func TestTenantHangs(t *testing.T) {
 	store := must(sqlstore.Open(t.Context(), sqlstore.Config{DataKey: make([]byte, 32)}))
 	defer store.Close()
 	now := time.Now()
-	tenant := func(id string, names ...string) {
-		hubs := registration.Records(names...)
-		for i := range hubs {
-			hubs[i].Kind = registration.HubAzure
-		}
-		must2(registration.EditScope(t.Context(), store, id, registration.Actor{}, "create", now, func(*registration.Scope) (*registration.Scope, error) {
-			return &registration.Scope{ID: id, Name: "name-" + id, Settings: registration.Settings{Hubs: hubs}}, nil
-		}))
-	}
-	away := func(scope, id, hub string, due time.Time) {
-		if err := store.Update(t.Context(), func(tx registration.Tx) error {
-			return tx.PutTask(scope, &registration.Task{ID: id, Begun: due, Due: due, Hub: hub, Away: []registration.Place{{Hub: hub, DeviceID: id}}})
-		}); err != nil {
-			t.Fatal(err)
-		}
-	}
 	var hubs []string
 	for i := range 10 {
 		hubs = append(hubs, fmt.Sprintf("hub-%d.example", i))
 	}
-	tenant("0nebusy", hubs...)
-	tenant("0nequiet", "hub.example")
+	tenant(t, store, "0nebusy", hubs...)
+	tenant(t, store, "0nequiet", "hub.example")
 	for i := range 700 {
-		away("0nebusy", fmt.Sprint("d", i), hubs[i%len(hubs)], now.Add(time.Duration(i-1000)*time.Millisecond))
+		away(t, store, "0nebusy", fmt.Sprint("d", i), hubs[i%len(hubs)], now.Add(time.Duration(i-1000)*time.Millisecond))
 	}
-	away("0nequiet", "d", "hub.example", now.Add(-100*time.Millisecond))
+	away(t, store, "0nequiet", "d", "hub.example", now.Add(-100*time.Millisecond))
 	asked, free := make(chan struct{}), make(chan struct{})
 	scopes := registration.NewScopes(registration.ScopesConfig{Config: registration.Config{Store: store, OpenHub: func(scope string, h registration.LinkedHub) (registration.Hub, error) {
 		return removing{remove: func() {
