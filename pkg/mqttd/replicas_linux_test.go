@@ -4,16 +4,16 @@ import (
 	"testing"
 
 	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
+	"github.com/touchmark/touchmark/pkg/sqlstore/sqlstoretest"
 )
 
 // What devices read of three replicas on one database is what they read of one service.
 func TestReplicas(t *testing.T) {
-	t.Parallel()
-	registrationtest.DoorsOfReplicas(t, serve)
-}
-
-// Inside WebSockets too.
-func TestSocketReplicas(t *testing.T) {
-	t.Parallel()
-	registrationtest.DoorsOfReplicas(t, serveSocket)
+	server := sqlstoretest.Start(t)
+	for name, serve := range map[string]registrationtest.Serve{"MQTT": serve, "in WebSockets": serveSocket} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			registrationtest.DoorsOfReplicas(t, server, serve)
+		})
+	}
 }

@@ -17,7 +17,7 @@ var sprayed = map[string]func(*testing.T){
 	"TestServiceQueries": TestServiceQueries, "TestServiceAuthorization": TestServiceAuthorization, "TestServiceTokenForms": TestServiceTokenForms, "TestOrders": TestOrders,
 	"TestAuthorizationMatrix": TestAuthorizationMatrix, "TestIsolationMatrix": TestIsolationMatrix, "TestAddresses": TestAddresses, "TestProvisioning": TestProvisioning,
 	"TestOneWinner": TestOneWinner, "TestWriters": TestWriters, "TestPolicyRaces": TestPolicyRaces, "TestForms": TestForms, "TestMembers": TestMembers, "TestKeysAndTags": TestKeysAndTags,
-	"TestValidation": TestValidation, "TestReferences": TestReferences, "TestEndorsementKeys": TestEndorsementKeys, "TestBulk": TestBulk, "TestContinuations": TestContinuations,
+	"TestValidation": TestValidation, "TestReferences": TestReferences, "TestForgotten": TestForgotten, "TestEndorsementKeys": TestEndorsementKeys, "TestBulk": TestBulk, "TestContinuations": TestContinuations,
 	"TestStrictQuery": TestStrictQuery, "TestAudit": TestAudit, "TestPolicies": TestPolicies,
 }
 

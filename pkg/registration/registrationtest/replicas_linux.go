@@ -33,8 +33,7 @@ func NewReplicas(t testing.TB, server *sqlstoretest.Server, hubs ...string) *Fix
 
 // DoorsOfReplicas runs the suite of [Doors] at the doors of three replicas on one PostgreSQL database: each request of a device goes
 // to another one than its last. The enrollments are written at the first.
-func DoorsOfReplicas(t *testing.T, serve Serve) {
-	server := sqlstoretest.Start(t)
+func DoorsOfReplicas(t *testing.T, server *sqlstoretest.Server, serve Serve) {
 	fresh := func(t testing.TB, hubs ...string) *Fixture { return NewReplicas(t, server, hubs...) }
 	doors(t, fresh, func(t *testing.T, f *Fixture) func(testing.TB, Device) Conn {
 		var dials []func(testing.TB, Device) Conn
