@@ -22,7 +22,7 @@ import (
 )
 
 // DPS-D 1 to 46, and 78, 80, 84 to 87 with them: over PLAIN with a token, and bare with a certificate or nothing.
-func TestDoor(t *testing.T) { registrationtest.Doors(t, serve) }
+func TestDoor(t *testing.T) { registrationtest.Doors(t, registrationtest.NewFixture, serve) }
 
 func serve(t *testing.T, f *registrationtest.Fixture) func(testing.TB, registrationtest.Device) registrationtest.Conn {
 	d := open(t, f)

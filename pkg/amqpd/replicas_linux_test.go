@@ -18,16 +18,16 @@ import (
 
 // What devices read of three replicas on one database is what they read of one service.
 func TestReplicas(t *testing.T) {
-	server := sqlstoretest.Start(t)
+	fresh := registrationtest.Replicas(sqlstoretest.Start(t))
 	for name, serve := range map[string]registrationtest.Serve{"AMQP": serve, "in WebSockets": serveSocket} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			registrationtest.DoorsOfReplicas(t, server, serve)
+			registrationtest.Doors(t, fresh, serve)
 		})
 	}
 	t.Run("TPM", func(t *testing.T) {
 		t.Parallel()
-		tpmOfReplicas(t, registrationtest.NewReplicas(t, server, "hub-a.example.net"))
+		tpmOfReplicas(t, fresh(t, "hub-a.example.net"))
 	})
 }
 

@@ -52,7 +52,9 @@ func socket(path, protocol string) func(testing.TB, *tls.Conn) net.Conn {
 }
 
 // DPS-D 1 to 46, and 78, 80, 84 to 87 with them, inside WebSockets.
-func TestSocketDoor(t *testing.T) { registrationtest.Doors(t, serveSocket) }
+func TestSocketDoor(t *testing.T) {
+	registrationtest.Doors(t, registrationtest.NewFixture, serveSocket)
+}
 
 func serveSocket(t *testing.T, f *registrationtest.Fixture) func(testing.TB, registrationtest.Device) registrationtest.Conn {
 	d := openSocket(t, f)

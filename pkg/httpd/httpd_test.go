@@ -120,7 +120,7 @@ func (c *conn) Status(t testing.TB, operation, body string) registrationtest.Ans
 	return answer(c.do(t, "GET", c.path("/operations/"+operation), body))
 }
 
-func TestDoor(t *testing.T) { registrationtest.Doors(t, serve) }
+func TestDoor(t *testing.T) { registrationtest.Doors(t, registrationtest.NewFixture, serve) }
 
 func serve(t *testing.T, f *registrationtest.Fixture) func(testing.TB, registrationtest.Device) registrationtest.Conn {
 	d := open(t, f)

@@ -11,11 +11,11 @@ import (
 // than challenged it.
 func TestReplicas(t *testing.T) {
 	t.Parallel()
-	server := sqlstoretest.Start(t)
-	registrationtest.DoorsOfReplicas(t, server, serve)
+	fresh := registrationtest.Replicas(sqlstoretest.Start(t))
+	registrationtest.Doors(t, fresh, serve)
 	t.Run("TPM", func(t *testing.T) {
 		var doors []*service
-		for _, r := range registrationtest.NewReplicas(t, server, "hub-a.example.net").Replicas() {
+		for _, r := range fresh(t, "hub-a.example.net").Replicas() {
 			doors = append(doors, open(t, r))
 		}
 		tpmChallenge(t, doors...)

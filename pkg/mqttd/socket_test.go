@@ -55,7 +55,9 @@ func upgrade(t testing.TB, c *tls.Conn, path, protocol string) *websocket.Conn {
 	return ws
 }
 
-func TestSocketDoor(t *testing.T) { registrationtest.Doors(t, serveSocket) }
+func TestSocketDoor(t *testing.T) {
+	registrationtest.Doors(t, registrationtest.NewFixture, serveSocket)
+}
 
 func serveSocket(t *testing.T, f *registrationtest.Fixture) func(testing.TB, registrationtest.Device) registrationtest.Conn {
 	d := openSocket(t, f)

@@ -30,11 +30,8 @@ var testForm = regexp.MustCompile(`(?m)^func (Test\w+)\(t `)
 
 func TestReplicas(t *testing.T) {
 	t.Parallel()
-	server := sqlstoretest.Start(t)
-	start := func(t testing.TB, hubs ...string) *registrationtest.Fixture {
-		return registrationtest.NewReplicas(t, server, hubs...)
-	}
-	replicas.Store(&start)
+	fresh := registrationtest.Replicas(sqlstoretest.Start(t))
+	replicas.Store(&fresh)
 	for name, test := range sprayed {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

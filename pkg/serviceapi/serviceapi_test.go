@@ -47,7 +47,7 @@ type service struct {
 }
 
 // replicas starts the fixtures of the tests below TestReplicas; those of others are on a file.
-var replicas atomic.Pointer[func(testing.TB, ...string) *registrationtest.Fixture]
+var replicas atomic.Pointer[registrationtest.Fresh]
 
 func fixture(t testing.TB, hubs ...string) *registrationtest.Fixture {
 	t.Helper()

@@ -425,13 +425,59 @@ func (s slow) Status(ctx context.Context, req *registration.Request, operation s
 	return &dps.OperationStatus{OperationID: operation, Status: st.Status, RegistrationState: &state}, nil
 }
 
+// A Fresh is [NewFixture], or what starts a fixture of several replicas.
+type Fresh = func(t testing.TB, hubs ...string) *Fixture
+
 // A Serve starts a door on a fixture's service and clock, and returns how devices connect to it.
 type Serve = func(*testing.T, *Fixture) func(testing.TB, Device) Conn
 
-// Doors is the contract of a door as a test suite: what a device reads is the same whatever way it came.
-func Doors(t *testing.T, serve Serve) { doors(t, NewFixture, serve) }
+// spray starts a door at each replica. Devices connect to all of them, and each request of a device goes to another one than its last.
+func spray(serve Serve) Serve {
+	return func(t *testing.T, f *Fixture) func(testing.TB, Device) Conn {
+		var dials []func(testing.TB, Device) Conn
+		for _, r := range f.Replicas() {
+			dials = append(dials, serve(t, r))
+		}
+		if len(dials) == 1 {
+			return dials[0]
+		}
+		turn := new(atomic.Int64)
+		return func(t testing.TB, d Device) Conn {
+			c := &sprayed{turn: turn, last: -1}
+			for _, dial := range dials {
+				c.conns = append(c.conns, dial(t, d))
+			}
+			return c
+		}
+	}
+}
 
-func doors(t *testing.T, fresh func(testing.TB, ...string) *Fixture, serve Serve) {
+// A sprayed Conn is one to every replica, made at once. Whoever asks next, on whichever Conn, meets the next replica; a device that
+// asks twice meets two, also while others ask.
+type sprayed struct {
+	conns []Conn
+	turn  *atomic.Int64 // of all that are connected to these replicas
+	last  int
+}
+
+func (c *sprayed) next() Conn {
+	n := int(c.turn.Add(1)) % len(c.conns)
+	if n == c.last {
+		n = (n + 1) % len(c.conns)
+	}
+	c.last = n
+	return c.conns[n]
+}
+
+func (c *sprayed) Register(t testing.TB, body string) Answer { return c.next().Register(t, body) }
+
+func (c *sprayed) Status(t testing.TB, operation, body string) Answer {
+	return c.next().Status(t, operation, body)
+}
+
+// Doors is the contract of a door as a test suite: what a device reads is the same whatever way it came, and whichever replica it met.
+func Doors(t *testing.T, fresh Fresh, serve Serve) {
+	serve = spray(serve)
 	start := func(t *testing.T, hubs ...string) (*Fixture, func(testing.TB, Device) Conn) {
 		f := fresh(t, hubs...)
 		return f, serve(t, f)

@@ -207,7 +207,7 @@ func (f *Fixture) record(t testing.TB, id string) (r *registration.Registration)
 }
 
 // issuance is the part of the suite about certificates with the assignment (device API, section 15.2; DPS-D 24).
-func issuance(t *testing.T, fresh func(testing.TB, ...string) *Fixture, serve Serve) {
+func issuance(t *testing.T, fresh Fresh, serve Serve) {
 	begin := func(t *testing.T, edit ...func(*registration.Config)) (*Fixture, *Authority, func(testing.TB, Device) Conn) {
 		f := fresh(t)
 		a := f.NewAuthority(t, 300*24*time.Hour)
