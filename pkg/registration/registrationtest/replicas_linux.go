@@ -2,6 +2,12 @@ package registrationtest
 
 import (
 	"bytes"
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"runtime"
+	"strings"
 	"testing"
 
 	"github.com/touchmark/touchmark/pkg/sqlstore"
@@ -33,5 +39,36 @@ func Replicas(server *sqlstoretest.Server) Fresh {
 			f.others = append(f.others, &other)
 		}
 		return f
+	}
+}
+
+var testForm = regexp.MustCompile(`(?m)^func (Test\w+)\(t \*testing\.T\)`)
+
+// Again runs the tests of a package once more, below a test of its own and beside each other: all that there are, but for those that
+// alone names, with the reason.
+func Again(t *testing.T, alone map[string]string, tests ...func(*testing.T)) {
+	named := make(map[string]bool)
+	for _, test := range tests {
+		_, name, _ := strings.Cut(filepath.Base(runtime.FuncForPC(reflect.ValueOf(test).Pointer()).Name()), ".")
+		named[name] = true
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			test(t)
+		})
+	}
+	files, err := filepath.Glob("*_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range testForm.FindAllSubmatch(text, -1) {
+			if name := string(f[1]); name != t.Name() && named[name] == (alone[name] != "") {
+				t.Errorf("%s is to run again, or somebody says why not", name)
+			}
+		}
 	}
 }
