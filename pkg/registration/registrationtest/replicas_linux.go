@@ -17,8 +17,8 @@ import (
 // Replicas starts fixtures at three replicas, each on a store of its own, on one new database. Enrollments are written at the first.
 //
 // One answers as another does, but for this, which is by design (help topics store, limits and monitoring): a device may hear for ten
-// seconds of an operation whose registration was deleted at another replica, a new scope may be unknown for a second, rates are each
-// replica's own, and attempts and usage of the last seconds are missing at the others.
+// seconds of an operation whose registration was deleted at another replica; a scope that was asked for before it was made may be
+// unknown for a second; rates are each replica's own; and attempts and usage of the last seconds are missing at the others.
 func Replicas(server *sqlstoretest.Server) Fresh {
 	return func(t testing.TB, hubs ...string) *Fixture {
 		t.Helper()
