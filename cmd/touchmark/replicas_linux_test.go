@@ -3,15 +3,15 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"crypto/hmac"
+	"context"
 	"crypto/rand"
-	"crypto/sha256"
 	"crypto/tls"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -24,7 +24,9 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/attest/attesttest"
+	"github.com/touchmark/touchmark/pkg/device"
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/operator"
 	"github.com/touchmark/touchmark/pkg/sqlstore/sqlstoretest"
@@ -107,7 +109,7 @@ func code(err error) dps.Code {
 }
 
 // Three replicas that start at once on one database are one service: they have one ID scope, one CA, one recipient and one data
-// key, and every call may go to another one than the last. One of them is killed on the way.
+// key, and every call may go to another one than the last. One of them is killed on the way. Devices come by every protocol.
 func TestReplicas(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -126,7 +128,7 @@ func TestReplicas(t *testing.T) {
 		{nil, []string{"--store", dsn}}, {nil, []string{"--store-file", "address"}}, {[]string{"TOUCHMARK_STORE=" + dsn}, nil},
 	} {
 		eg.Go(func() (err error) {
-			replicas[i], err = launch(t, dir, fmt.Sprint("replica-", i), way.env, append(way.args, "--data-key-file", "shared.key")...)
+			replicas[i], err = launch(t, dir, fmt.Sprint("replica-", i), way.env, append(way.args, "--data-key-file", "shared.key", "--mqtt", "127.0.0.1:0", "--amqp", "127.0.0.1:0")...)
 			return err
 		})
 	}
@@ -165,9 +167,18 @@ func TestReplicas(t *testing.T) {
 		t.Fatal(err)
 	}
 	token := func(id string) string {
-		mac := hmac.New(sha256.New, groupKey)
-		mac.Write([]byte(id))
-		return attesttest.Token(mac.Sum(nil), scope, id, time.Now().Add(time.Hour))
+		return attesttest.Token(attest.DeriveKey(groupKey, id), scope, id, time.Now().Add(time.Hour))
+	}
+	// kept looks whether the service knows of the hub that a device was told.
+	kept := func(id, hub string) error {
+		var st dps.RegistrationState
+		if err := next().service.call(ctx, http.MethodGet, "/registrations/"+id, nil, nil, nil, &st); err != nil || st.Status != dps.Assigned {
+			return fmt.Errorf("%s: the service says %+v, %w", id, st, err)
+		}
+		if st.AssignedHub != hub {
+			return fmt.Errorf("%s is at two hubs: %s and %s", id, hub, st.AssignedHub)
+		}
+		return nil
 	}
 	register := func(id string) error {
 		tok := token(id)
@@ -180,14 +191,10 @@ func TestReplicas(t *testing.T) {
 				return fmt.Errorf("%s polls: %d %v %w", id, status, answer, err)
 			}
 		}
-		var st dps.RegistrationState
-		if err := next().service.call(ctx, http.MethodGet, "/registrations/"+id, nil, nil, nil, &st); err != nil || answer["status"] != "assigned" || string(st.Status) != "assigned" {
-			return fmt.Errorf("%s: %v, and the service says %+v, %w", id, answer, st, err)
+		if answer["status"] != "assigned" {
+			return fmt.Errorf("%s: %v", id, answer)
 		}
-		if st.AssignedHub != answer["registrationState"].(map[string]any)["assignedHub"] {
-			return fmt.Errorf("%s is at two hubs: %v and %s", id, answer, st.AssignedHub)
-		}
-		return nil
+		return kept(id, answer["registrationState"].(map[string]any)["assignedHub"].(string))
 	}
 	crowd := func(name string, n int) {
 		t.Helper()
@@ -306,7 +313,50 @@ func TestReplicas(t *testing.T) {
 		}
 	}
 
-	// One is killed: who meets another one notices nothing.
+	// One is killed while devices are connected to it by every protocol, some of which were just told their operation: they connect
+	// again, as devices do, and meet another one. Who met another one before notices nothing.
+	const callers = 60
+	answered, killed := make(chan struct{}, callers), make(chan struct{})
+	var cut atomic.Int64
+	comeIn := func(id, protocol string) error {
+		door := protocol
+		if strings.HasSuffix(protocol, "-ws") {
+			door = "https"
+		}
+		var once sync.Once
+		st, err := device.Register(ctx, device.Config{
+			Stamp:    device.Stamp{IDScope: scope, RegistrationID: id, Symmetric: true, SymmetricKey: attest.DeriveKey(groupKey, id)},
+			Protocol: protocol, Endpoint: replicas[0].ready["https"].(string), RootCAs: replicas[0].service.cfg.Roots,
+			Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
+				return new(net.Dialer).DialContext(ctx, network, next().ready[door].(string))
+			},
+			Observe: func(s device.Step) {
+				if s.Err != nil {
+					cut.Add(1)
+				} else if s.Name == "register" {
+					once.Do(func() {
+						answered <- struct{}{}
+						<-killed
+					})
+				}
+			},
+		})
+		if err != nil || st.Status != dps.Assigned {
+			return fmt.Errorf("by %s: %+v, %w", protocol, st, err)
+		}
+		return kept(id, st.AssignedHub)
+	}
+	eg = errgroup.Group{}
+	for i := range callers {
+		eg.Go(func() error { return comeIn(fmt.Sprintf("any-%03d", i), device.Protocols()[i%len(device.Protocols())]) })
+	}
+	for range callers / 2 {
+		select {
+		case <-answered:
+		case <-time.After(time.Minute):
+			t.Fatal("devices get no answers")
+		}
+	}
 	if err := replicas[2].cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
@@ -314,6 +364,10 @@ func TestReplicas(t *testing.T) {
 	mu.Lock()
 	living = replicas[:2]
 	mu.Unlock()
+	close(killed)
+	if err := eg.Wait(); err != nil || cut.Load() == 0 {
+		t.Errorf("%d were cut off: %v", cut.Load(), err)
+	}
 	crowd("dev", 60)
 	crowd("late", 30)
 

@@ -199,8 +199,9 @@ REPLICAS
   ID scope, recipient, CA and secrets are in the database, encrypted, and all replicas' the same. Public keys in trust and owners, and
   what flags name, are each replica's own: start all of them alike. A password goes into PGPASSFILE or PGPASSWORD, or with the address
   into --store-file or TOUCHMARK_STORE; never into --store. What is deleted or changed at one replica is so at the others at once; a
-  device may hear for ten seconds more of the operation that it began. Keep the clocks of all replicas within five seconds of each
-  other: what is told to hubs is shared out among them by time.
+  device may hear for ten seconds more of the operation that it began, and for a second that there is no scope when it asked before
+  the scope was made. Keep the clocks of all replicas within five seconds of each other: what is told to hubs is shared out among
+  them by time.
 
   --store-connections (8) is for each replica. More help where the database is far away, and cost where many devices with
   neighbouring IDs come at once. When the database is not reached for 20 seconds, callers read 503 and come again.

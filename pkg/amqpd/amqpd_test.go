@@ -22,11 +22,11 @@ import (
 )
 
 // DPS-D 1 to 46, and 78, 80, 84 to 87 with them: over PLAIN with a token, and bare with a certificate or nothing.
-func TestDoor(t *testing.T) {
-	registrationtest.Doors(t, func(t *testing.T, f *registrationtest.Fixture) func(testing.TB, registrationtest.Device) registrationtest.Conn {
-		d := open(t, f)
-		return func(t testing.TB, device registrationtest.Device) registrationtest.Conn { return d.connect(t, device) }
-	})
+func TestDoor(t *testing.T) { registrationtest.Doors(t, registrationtest.NewFixture, serve) }
+
+func serve(t *testing.T, f *registrationtest.Fixture) func(testing.TB, registrationtest.Device) registrationtest.Conn {
+	d := open(t, f)
+	return func(t testing.TB, device registrationtest.Device) registrationtest.Conn { return d.connect(t, device) }
 }
 
 // DPS-D 78: a bare opening without a client certificate, and one that says so by ANONYMOUS.

@@ -53,10 +53,12 @@ func socket(path, protocol string) func(testing.TB, *tls.Conn) net.Conn {
 
 // DPS-D 1 to 46, and 78, 80, 84 to 87 with them, inside WebSockets.
 func TestSocketDoor(t *testing.T) {
-	registrationtest.Doors(t, func(t *testing.T, f *registrationtest.Fixture) func(testing.TB, registrationtest.Device) registrationtest.Conn {
-		d := openSocket(t, f)
-		return func(t testing.TB, device registrationtest.Device) registrationtest.Conn { return d.connect(t, device) }
-	})
+	registrationtest.Doors(t, registrationtest.NewFixture, serveSocket)
+}
+
+func serveSocket(t *testing.T, f *registrationtest.Fixture) func(testing.TB, registrationtest.Device) registrationtest.Conn {
+	d := openSocket(t, f)
+	return func(t testing.TB, device registrationtest.Device) registrationtest.Conn { return d.connect(t, device) }
 }
 
 // DPS-D 91, 94: AMQP on the paths of every SDK, MQTT, and plain HTTPS, on one port and by one certificate.

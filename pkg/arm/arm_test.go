@@ -20,6 +20,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -49,18 +50,22 @@ const (
 	hubA  = "HostName=hub-a.azure-devices.net;SharedAccessKeyName=dps;SharedAccessKey=MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
 )
 
-// A bench is a management API behind the HTTPS door, on a store of its own.
+// A bench is a management API behind the HTTPS door, on a store of its own: at one replica, or at three.
 type bench struct {
 	t      testing.TB
-	store  *sqlstore.Store
-	scopes *registration.Scopes
-	server *arm.Server
-	http   *httptest.Server
+	store  *sqlstore.Store      // the first replica's
+	scopes *registration.Scopes // the first replica's
+	wait   func()               // for what replicas do in the background
+	http   *httptest.Server     // each request goes to another replica than the last
 	issuer *issuer
-	path   string
+	path   string // of the one replica's store
+	dsn    string // of three replicas' database; empty for one replica
 	stop   func()
 	log    lockedBuffer
 }
+
+// databases makes those of the tests below TestReplicas; the stores of others are files.
+var databases atomic.Pointer[func(testing.TB) string]
 
 type lockedBuffer struct {
 	mu sync.Mutex
@@ -115,6 +120,9 @@ func (i *issuer) token(t testing.TB, role string) string {
 func newBench(t testing.TB, edit ...func(*arm.Config)) *bench {
 	t.Helper()
 	b := &bench{t: t, path: filepath.Join(t.TempDir(), "service.db"), issuer: newIssuer(t)}
+	if strings.HasPrefix(t.Name(), "TestReplicas/") {
+		b.dsn = (*databases.Load())(t)
+	}
 	b.start(edit...)
 	return b
 }
@@ -122,12 +130,7 @@ func newBench(t testing.TB, edit ...func(*arm.Config)) *bench {
 // start opens the store and serves; a bench that was stopped starts again.
 func (b *bench) start(edit ...func(*arm.Config)) {
 	b.t.Helper()
-	var err error
-	if b.store, err = sqlstore.Open(context.Background(), sqlstore.Config{Path: b.path, DataKey: bytes.Repeat([]byte{7}, 32)}); err != nil {
-		b.t.Fatal(err)
-	}
 	log := slog.New(slog.NewTextHandler(&b.log, nil))
-	b.scopes = registration.NewScopes(registration.ScopesConfig{Config: registration.Config{Store: b.store, Log: log}})
 	oidc, err := access.ParseOIDC(fmt.Appendf(nil, `
 issuer = %q
 audience = "touchmark"
@@ -144,7 +147,7 @@ roles = [
 	}
 	sum := sha256.Sum256([]byte(token))
 	ctx, cancel := context.WithCancel(context.Background())
-	cfg := arm.Config{Scopes: b.scopes, Access: access.New(access.Config{Management: &sum, OIDC: oidc}), Log: log, DeleteWait: time.Hour,
+	cfg := arm.Config{Access: access.New(access.Config{Management: &sum, OIDC: oidc}), Log: log, DeleteWait: time.Hour,
 		Hubs: arm.Hubs{Mask: hub.Mask, Restore: hub.Restore, Parse: func(kind registration.HubKind, text string) (string, error) {
 			c, err := hub.ParseConnection(kind, text)
 			if err != nil {
@@ -155,18 +158,47 @@ roles = [
 	for _, e := range edit {
 		e(&cfg)
 	}
-	b.server = arm.New(ctx, cfg)
-	if err := b.server.Resume(ctx); err != nil {
-		b.t.Fatal(err)
+	where := []sqlstore.Config{{Path: b.path}}
+	if b.dsn != "" {
+		where = []sqlstore.Config{{DSN: b.dsn}, {DSN: b.dsn}, {DSN: b.dsn}}
 	}
-	door := httpd.New(httpd.Config{Registrar: b.scopes, Handlers: map[string]http.Handler{"subscriptions": b.server, "providers": b.server}})
-	b.http = httptest.NewTLSServer(door.Handler())
+	var stores []*sqlstore.Store
+	var servers []*arm.Server
+	var doors []http.Handler
+	for i, sc := range where {
+		sc.DataKey = bytes.Repeat([]byte{7}, 32)
+		store, err := sqlstore.Open(context.Background(), sc)
+		if err != nil {
+			b.t.Fatal(err)
+		}
+		cfg.Scopes = registration.NewScopes(registration.ScopesConfig{Config: registration.Config{Store: store, Log: log}})
+		server := arm.New(ctx, cfg)
+		if err := server.Resume(ctx); err != nil {
+			b.t.Fatal(err)
+		}
+		if i == 0 {
+			b.store, b.scopes = store, cfg.Scopes
+		}
+		stores, servers = append(stores, store), append(servers, server)
+		doors = append(doors, httpd.New(httpd.Config{Registrar: cfg.Scopes, Handlers: map[string]http.Handler{"subscriptions": server, "providers": server}}).Handler())
+	}
+	var turn atomic.Int64
+	b.http = httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		doors[int(turn.Add(1))%len(doors)].ServeHTTP(w, r)
+	}))
+	b.wait = func() {
+		for _, s := range servers {
+			s.Wait()
+		}
+	}
 	b.stop = sync.OnceFunc(func() {
 		b.http.Close()
 		cancel()
-		b.server.Wait()
-		if err := b.store.Close(); err != nil {
-			b.t.Error(err)
+		b.wait()
+		for _, s := range stores {
+			if err := s.Close(); err != nil {
+				b.t.Error(err)
+			}
 		}
 	})
 	b.t.Cleanup(b.stop)

@@ -112,7 +112,7 @@ func TestDeletionResumes(t *testing.T) {
 	}
 	b.stop()
 	b.start()
-	b.server.Wait()
+	b.wait()
 	if r := b.call("GET", base+"/cut", ""); r.status != 404 {
 		t.Errorf("after the next start: %d", r.status)
 	}

@@ -120,11 +120,11 @@ func (c *conn) Status(t testing.TB, operation, body string) registrationtest.Ans
 	return answer(c.do(t, "GET", c.path("/operations/"+operation), body))
 }
 
-func TestDoor(t *testing.T) {
-	registrationtest.Doors(t, func(t *testing.T, f *registrationtest.Fixture) func(testing.TB, registrationtest.Device) registrationtest.Conn {
-		d := open(t, f)
-		return func(t testing.TB, device registrationtest.Device) registrationtest.Conn { return d.dial(t, device) }
-	})
+func TestDoor(t *testing.T) { registrationtest.Doors(t, registrationtest.NewFixture, serve) }
+
+func serve(t *testing.T, f *registrationtest.Fixture) func(testing.TB, registrationtest.Device) registrationtest.Conn {
+	d := open(t, f)
+	return func(t testing.TB, device registrationtest.Device) registrationtest.Conn { return d.dial(t, device) }
 }
 
 func newDoor(t testing.TB, edit ...func(*httpd.Config, *door.Config)) *service {

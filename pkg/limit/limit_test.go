@@ -96,12 +96,14 @@ func (c conn) Status(t testing.TB, op, _ string) registrationtest.Answer {
 
 func TestUnnoticed(t *testing.T) {
 	for name, cfg := range map[string]limit.Config{"on": {PerDevice: 100}, "off": {Off: true}} {
-		t.Run(name, func(t *testing.T) {
-			registrationtest.Doors(t, func(t *testing.T, f *registrationtest.Fixture) func(testing.TB, registrationtest.Device) registrationtest.Conn {
-				l, _ := behind(f.Registrar(), cfg)
-				return func(_ testing.TB, d registrationtest.Device) registrationtest.Conn { return conn{l, d} }
-			})
-		})
+		t.Run(name, func(t *testing.T) { registrationtest.Doors(t, registrationtest.NewFixture, unnoticed(cfg)) })
+	}
+}
+
+func unnoticed(cfg limit.Config) registrationtest.Serve {
+	return func(t *testing.T, f *registrationtest.Fixture) func(testing.TB, registrationtest.Device) registrationtest.Conn {
+		l, _ := behind(f.Registrar(), cfg)
+		return func(_ testing.TB, d registrationtest.Device) registrationtest.Conn { return conn{l, d} }
 	}
 }
 

@@ -172,11 +172,11 @@ func (c *conn) Status(t testing.TB, operation, body string) registrationtest.Ans
 	return c.ask(t, statusTopic, c.next(), "&operationId="+operation, body)
 }
 
-func TestDoor(t *testing.T) {
-	registrationtest.Doors(t, func(t *testing.T, f *registrationtest.Fixture) func(testing.TB, registrationtest.Device) registrationtest.Conn {
-		d := open(t, f)
-		return func(t testing.TB, device registrationtest.Device) registrationtest.Conn { return d.connect(t, device) }
-	})
+func TestDoor(t *testing.T) { registrationtest.Doors(t, registrationtest.NewFixture, serve) }
+
+func serve(t *testing.T, f *registrationtest.Fixture) func(testing.TB, registrationtest.Device) registrationtest.Conn {
+	d := open(t, f)
+	return func(t testing.TB, device registrationtest.Device) registrationtest.Conn { return d.connect(t, device) }
 }
 
 // A device whose request would be refused is turned away at its CONNECT; others are not, and a bad token is told first.

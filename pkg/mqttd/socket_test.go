@@ -56,10 +56,12 @@ func upgrade(t testing.TB, c *tls.Conn, path, protocol string) *websocket.Conn {
 }
 
 func TestSocketDoor(t *testing.T) {
-	registrationtest.Doors(t, func(t *testing.T, f *registrationtest.Fixture) func(testing.TB, registrationtest.Device) registrationtest.Conn {
-		d := openSocket(t, f)
-		return func(t testing.TB, device registrationtest.Device) registrationtest.Conn { return d.connect(t, device) }
-	})
+	registrationtest.Doors(t, registrationtest.NewFixture, serveSocket)
+}
+
+func serveSocket(t *testing.T, f *registrationtest.Fixture) func(testing.TB, registrationtest.Device) registrationtest.Conn {
+	d := openSocket(t, f)
+	return func(t testing.TB, device registrationtest.Device) registrationtest.Conn { return d.connect(t, device) }
 }
 
 // DPS-D 91, 94: on any path, in any spelling, on the port and with the certificate of HTTPS.

@@ -285,6 +285,46 @@ func TestReferences(t *testing.T) {
 	}
 }
 
+// A registration that is deleted is gone at once for operators, and for its device at the replica that deleted it. At one that
+// answered the device a moment ago it may hear of the operation that it began for ten seconds more (help store), and no longer.
+func TestForgotten(t *testing.T) {
+	d, o := newOperator(t)
+	dev := d.Derived("dev-1")
+	var op struct{ OperationID string }
+	if s := d.ask(t, dev, "PUT", "/register"); json.Unmarshal([]byte(s), &op) != nil || op.OperationID == "" {
+		t.Fatal(s)
+	}
+	told := d.ask(t, dev, "GET", "/operations/"+op.OperationID)
+	if !strings.Contains(told, `"status":"assigned"`) {
+		t.Fatal(told)
+	}
+	o.want(t, 204, 0, "DELETE", "/registrations/dev-1", "")
+	remembered := 0
+	for range d.doors {
+		o.want(t, 404, dps.CodeNoGroup, "GET", "/registrations/dev-1", "")
+	}
+	for range d.doors {
+		switch s := d.ask(t, dev, "GET", "/operations/"+op.OperationID); {
+		case s == told:
+			remembered++
+		case !strings.Contains(s, `"errorCode":404`):
+			t.Error(s)
+		}
+	}
+	if remembered > 0 && len(d.doors) == 1 || remembered > 1 {
+		t.Errorf("%d of %d still know it", remembered, len(d.doors))
+	}
+	d.Advance(11 * time.Second)
+	for range d.doors {
+		if s := d.ask(t, dev, "GET", "/operations/"+op.OperationID); !strings.Contains(s, `"errorCode":404`) {
+			t.Errorf("eleven seconds later: %s", s)
+		}
+	}
+	if s := d.register(t, dev); !strings.Contains(s, `"substatus":"initialAssignment"`) {
+		t.Errorf("the next registration is not its first: %s", s)
+	}
+}
+
 // DPS-S 39: endorsement keys are shown. Two enrollments cannot share one here, which is argued in the table.
 func TestEndorsementKeys(t *testing.T) {
 	_, o := newOperator(t)

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -36,17 +37,29 @@ var (
 	start     = registration.Actor{Name: "test"}
 )
 
-// service is an HTTPS door with the service API of two scopes, and the enrollments of the fixture in the first.
+// service is an HTTPS door with the service API of two scopes, and the enrollments of the fixture in the first; or one at each of
+// several replicas.
 type service struct {
 	*registrationtest.Fixture
-	*registrationtest.Listener
-	scopes *registration.Scopes
-	plain  *http.Client // without a certificate
+	doors []*registrationtest.Listener
+	turn  atomic.Int64
+	plain *http.Client // without a certificate
+}
+
+// replicas starts the fixtures of the tests below TestReplicas; those of others are on a file.
+var replicas atomic.Pointer[registrationtest.Fresh]
+
+func fixture(t testing.TB, hubs ...string) *registrationtest.Fixture {
+	t.Helper()
+	if strings.HasPrefix(t.Name(), "TestReplicas/") {
+		return (*replicas.Load())(t, hubs...)
+	}
+	return registrationtest.NewFixture(t, hubs...)
 }
 
 func open(t testing.TB, edit ...func(*serviceapi.Config)) *service {
 	t.Helper()
-	f := registrationtest.NewFixture(t, "hub-a.example.net")
+	f := fixture(t, "hub-a.example.net")
 	d := &service{Fixture: f}
 	for id, name := range map[string]string{registrationtest.Scope: ownName, otherScope: otherName} {
 		if _, _, err := registration.EditScope(t.Context(), f.Store, id, start, "create", f.Now(), func(*registration.Scope) (*registration.Scope, error) {
@@ -56,29 +69,46 @@ func open(t testing.TB, edit ...func(*serviceapi.Config)) *service {
 		}
 	}
 	log := registrationtest.Log(t)
-	d.scopes = registration.NewScopes(registration.ScopesConfig{Config: registration.Config{Store: f.Store, Now: f.Now, Log: log}})
-	cfg := serviceapi.Config{Scopes: d.scopes, First: registrationtest.Scope, Hosts: []string{registrationtest.Host}, Domain: domain, Log: log, Now: f.Now}
+	cfg := serviceapi.Config{First: registrationtest.Scope, Hosts: []string{registrationtest.Host}, Domain: domain, Log: log, Now: f.Now}
 	for _, e := range edit {
 		e(&cfg)
 	}
-	handlers := serviceapi.New(cfg).Handlers()
-	d.Listener = f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
-		return httpd.New(httpd.Config{Registrar: d.scopes, Handlers: handlers, Log: log, Now: f.Now, Door: door.New(door.Config{TLS: door.TLSConfig(cert, "http/1.1"), Log: log})}).Serve(ctx, l)
-	})
+	for _, r := range f.Replicas() {
+		cfg := cfg
+		cfg.Scopes = registration.NewScopes(registration.ScopesConfig{Config: registration.Config{Store: r.Store, Now: f.Now, Log: log}})
+		handlers := serviceapi.New(cfg).Handlers()
+		d.doors = append(d.doors, f.Listen(t, func(ctx context.Context, l net.Listener, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error)) error {
+			return httpd.New(httpd.Config{Registrar: cfg.Scopes, Handlers: handlers, Log: log, Now: f.Now, Door: door.New(door.Config{TLS: door.TLSConfig(cert, "http/1.1"), Log: log})}).Serve(ctx, l)
+		}))
+	}
 	d.plain = d.client(t, nil)
 	return d
 }
 
-// client connects to the door whatever the URL's host.
+// client connects to the doors whatever the URL's host: each request goes to another one than the last, of whichever client.
 func (d *service) client(t testing.TB, cert *tls.Certificate) *http.Client {
 	if cert == nil && d.plain != nil {
 		return d.plain
 	}
-	tr := &http.Transport{TLSClientConfig: d.TLS(cert), MaxIdleConnsPerHost: 64, DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, network, d.Addr)
-	}}
-	t.Cleanup(tr.CloseIdleConnections)
-	return &http.Client{Transport: tr, Timeout: time.Minute}
+	turns := turns{turn: &d.turn}
+	for _, l := range d.doors {
+		tr := &http.Transport{TLSClientConfig: l.TLS(cert), MaxIdleConnsPerHost: 64, DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, network, l.Addr)
+		}}
+		t.Cleanup(tr.CloseIdleConnections)
+		turns.all = append(turns.all, tr)
+	}
+	return &http.Client{Transport: turns, Timeout: time.Minute}
+}
+
+// turns takes one transport after the other.
+type turns struct {
+	turn *atomic.Int64
+	all  []*http.Transport
+}
+
+func (s turns) RoundTrip(r *http.Request) (*http.Response, error) {
+	return s.all[int(s.turn.Add(1))%len(s.all)].RoundTrip(r)
 }
 
 // ask makes one call of a device's.

@@ -93,11 +93,11 @@ func load(t *testing.T, path string) *source {
 		subtests := []string{}
 		ast.Inspect(f, func(n ast.Node) bool {
 			call, ok := n.(*ast.CallExpr)
-			if !ok || len(call.Args) != 2 {
+			if !ok {
 				return true
 			}
 			called, ok := call.Fun.(*ast.SelectorExpr)
-			if !ok {
+			if !ok || len(call.Args) == 0 {
 				return true
 			}
 			if name, ok := call.Args[0].(*ast.BasicLit); ok && called.Sel.Name == "Run" {
@@ -116,7 +116,8 @@ func load(t *testing.T, path string) *source {
 func TestChecklist(t *testing.T) {
 	b := ofDevices.check(t)
 	// What the table says of the suite: it runs on every transport.
-	for _, at := range []string{"pkg/httpd/httpd_test.go::TestDoor", "pkg/mqttd/mqttd_test.go::TestDoor", "pkg/mqttd/socket_test.go::TestSocketDoor", "pkg/amqpd/amqpd_test.go::TestDoor", "pkg/amqpd/socket_test.go::TestSocketDoor"} {
+	for _, at := range []string{"pkg/httpd/httpd_test.go::TestDoor", "pkg/mqttd/mqttd_test.go::TestDoor", "pkg/mqttd/socket_test.go::TestSocketDoor", "pkg/amqpd/amqpd_test.go::TestDoor", "pkg/amqpd/socket_test.go::TestSocketDoor",
+		"pkg/httpd/replicas_linux_test.go::TestReplicas", "pkg/mqttd/replicas_linux_test.go::TestReplicas", "pkg/amqpd/replicas_linux_test.go::TestReplicas"} {
 		path, name, _ := strings.Cut(at, "::")
 		if !load(t, path).suites[name] || !strings.Contains(string(b), "`"+at+"`") {
 			t.Errorf("%s does not run the suite, or is not named", at)

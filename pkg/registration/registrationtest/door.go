@@ -49,8 +49,12 @@ type Fixture struct {
 
 	Store  registration.Store
 	front  registration.Registrar // what a test puts before Service
-	offset atomic.Int64
+	offset *atomic.Int64
+	others []*Fixture // the other replicas, which have a Store and a Service of their own and the rest in common
 }
+
+// Replicas are the service at each of its replicas, the fixture's own first.
+func (f *Fixture) Replicas() []*Fixture { return append([]*Fixture{f}, f.others...) }
 
 // Registrar is what a door is served on.
 func (f *Fixture) Registrar() registration.Registrar {
@@ -78,7 +82,7 @@ func NewFixture(t testing.TB, hubs ...string) *Fixture {
 // NewFixtureOn starts a service on a store.
 func NewFixtureOn(t testing.TB, store registration.Store, hubs ...string) *Fixture {
 	t.Helper()
-	f := &Fixture{Store: store, GroupKey: bytes.Repeat([]byte("g"), 64), OwnKey: bytes.Repeat([]byte("k"), 32), OtherKey: bytes.Repeat([]byte("l"), 32)}
+	f := &Fixture{Store: store, offset: new(atomic.Int64), GroupKey: bytes.Repeat([]byte("g"), 64), OwnKey: bytes.Repeat([]byte("k"), 32), OtherKey: bytes.Repeat([]byte("l"), 32)}
 	f.Service = f.Replica(hubs...)
 	f.Root = attesttest.CA(t, nil, "factory root")
 	f.Mid = attesttest.CA(t, f.Root, "line 3")
@@ -380,19 +384,24 @@ func refusedWith(t testing.TB, a Answer, status int, why string) {
 // assignments have a payload.
 type slow struct {
 	registration.Registrar
+	*pace
+}
+
+// pace is how slow a service is, at all of its replicas.
+type pace struct {
 	body   atomic.Value // of the last registration
 	refuse atomic.Int64
 	ready  atomic.Bool
 }
 
-func (s *slow) refusal() error {
+func (s *pace) refusal() error {
 	if code := dps.Code(s.refuse.Load()); code != 0 {
 		return dps.NewError(code, "Not now", nil)
 	}
 	return nil
 }
 
-func (s *slow) Register(ctx context.Context, req *registration.Request) (*dps.OperationStatus, error) {
+func (s slow) Register(ctx context.Context, req *registration.Request) (*dps.OperationStatus, error) {
 	s.body.Store(string(req.Body))
 	if err := s.refusal(); err != nil {
 		return nil, err
@@ -400,7 +409,7 @@ func (s *slow) Register(ctx context.Context, req *registration.Request) (*dps.Op
 	return s.Registrar.Register(ctx, req)
 }
 
-func (s *slow) Status(ctx context.Context, req *registration.Request, operation string) (*dps.OperationStatus, error) {
+func (s slow) Status(ctx context.Context, req *registration.Request, operation string) (*dps.OperationStatus, error) {
 	if err := s.refusal(); err != nil {
 		return nil, err
 	}
@@ -416,11 +425,61 @@ func (s *slow) Status(ctx context.Context, req *registration.Request, operation 
 	return &dps.OperationStatus{OperationID: operation, Status: st.Status, RegistrationState: &state}, nil
 }
 
-// Doors is the contract of a door as a test suite: what a device reads is the same whatever way it came. Serve starts a
-// door on a fixture's service and clock, and returns how devices connect to it.
-func Doors(t *testing.T, serve func(*testing.T, *Fixture) func(testing.TB, Device) Conn) {
+// A Fresh is [NewFixture], or what starts a fixture of several replicas.
+type Fresh = func(t testing.TB, hubs ...string) *Fixture
+
+// A Serve starts a door on a fixture's service and clock, and returns how devices connect to it.
+type Serve = func(*testing.T, *Fixture) func(testing.TB, Device) Conn
+
+// spray starts a door at each replica. Devices connect to all of them, and each request of a device goes to another one than its last.
+func spray(serve Serve) Serve {
+	return func(t *testing.T, f *Fixture) func(testing.TB, Device) Conn {
+		var dials []func(testing.TB, Device) Conn
+		for _, r := range f.Replicas() {
+			dials = append(dials, serve(t, r))
+		}
+		if len(dials) == 1 {
+			return dials[0]
+		}
+		turn := new(atomic.Int64)
+		return func(t testing.TB, d Device) Conn {
+			c := &sprayed{turn: turn, last: -1}
+			for _, dial := range dials {
+				c.conns = append(c.conns, dial(t, d))
+			}
+			return c
+		}
+	}
+}
+
+// A sprayed Conn is one to every replica, made at once. Whoever asks next, on whichever Conn, meets the next replica; a device that
+// asks twice meets two, also while others ask.
+type sprayed struct {
+	conns []Conn
+	turn  *atomic.Int64 // of all that are connected to these replicas
+	last  int
+}
+
+func (c *sprayed) next() Conn {
+	n := int(c.turn.Add(1)) % len(c.conns)
+	if n == c.last {
+		n = (n + 1) % len(c.conns)
+	}
+	c.last = n
+	return c.conns[n]
+}
+
+func (c *sprayed) Register(t testing.TB, body string) Answer { return c.next().Register(t, body) }
+
+func (c *sprayed) Status(t testing.TB, operation, body string) Answer {
+	return c.next().Status(t, operation, body)
+}
+
+// Doors is the contract of a door as a test suite: what a device reads is the same whatever way it came, and whichever replica it met.
+func Doors(t *testing.T, fresh Fresh, serve Serve) {
+	serve = spray(serve)
 	start := func(t *testing.T, hubs ...string) (*Fixture, func(testing.TB, Device) Conn) {
-		f := NewFixture(t, hubs...)
+		f := fresh(t, hubs...)
 		return f, serve(t, f)
 	}
 	t.Run("keys", func(t *testing.T) { // DPS-D 11, 16, 19, 27, 39; DPS-S 86: either of the group's keys
@@ -521,14 +580,16 @@ func Doors(t *testing.T, serve func(*testing.T, *Fixture) func(testing.TB, Devic
 		}
 	})
 	t.Run("later", func(t *testing.T) { // DPS-D 3, 4, 7, 19, 28, 31, 56, 60, 102
-		f := NewFixture(t, hub)
-		slow := &slow{Registrar: f.Service}
-		f.front = slow
+		f := fresh(t, hub)
+		pace := &pace{}
+		for _, r := range f.Replicas() {
+			r.front = slow{r.Service, pace}
+		}
 		c := serve(t, f)(t, f.Derived("dev-1"))
 		// What the device sends is what is judged, octet by octet.
 		for _, body := range []string{`{"registrationId":"dev-1","payload":"{\"a\":\"\u00e4\"}"}`, `{"registrationId":"dev-1","payload":{"n":"ä","b":[1.50,null]}}` + "\n"} {
-			if a := c.Register(t, body); a.Status != 202 || slow.body.Load() != body {
-				t.Errorf("%d, %s arrives as %s", a.Status, body, slow.body.Load())
+			if a := c.Register(t, body); a.Status != 202 || pace.body.Load() != body {
+				t.Errorf("%d, %s arrives as %s", a.Status, body, pace.body.Load())
 			}
 		}
 		a := c.Register(t, "")
@@ -541,12 +602,12 @@ func Doors(t *testing.T, serve func(*testing.T, *Fixture) func(testing.TB, Devic
 			}
 		}
 		for _, code := range []dps.Code{dps.CodeThrottled, dps.CodeInternal, dps.CodeServiceOverloaded} {
-			slow.refuse.Store(int64(code))
+			pace.refuse.Store(int64(code))
 			refusedWith(t, c.Status(t, op, ""), code.Status(), "while it waits")
 			refusedWith(t, c.Register(t, ""), code.Status(), "registering")
 		}
-		slow.refuse.Store(0)
-		slow.ready.Store(true)
+		pace.refuse.Store(0)
+		pace.ready.Store(true)
 		a = c.Status(t, op, "")
 		if document(t, a); a.Status != 200 || !bytes.Contains(a.Body, []byte(`"payload":{"n":"\u00e4","h":"<a&b>"}`)) {
 			t.Errorf("%d %s", a.Status, a.Body)
@@ -779,7 +840,7 @@ func Doors(t *testing.T, serve func(*testing.T, *Fixture) func(testing.TB, Devic
 		f.Advance(time.Hour)
 		refusedWith(t, c.Status(t, op, ""), 401, "with a token that expired long ago") // invariant 8
 	})
-	issuance(t, serve)
+	issuance(t, fresh, serve)
 	t.Run("many at once", func(t *testing.T) { // DPS-D 28; invariant 3 under load
 		f, dial := start(t, hub)
 		var wg sync.WaitGroup

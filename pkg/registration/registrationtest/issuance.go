@@ -86,11 +86,13 @@ func (f *Fixture) Issuer(t testing.TB, a *Authority, keys ...hsm.Algorithm) *ca.
 // Issues starts the service anew with issuers, and has the groups name one of them: "keys", and the devices below "line".
 func (f *Fixture) Issues(t testing.TB, issuers map[string]registration.Issuer, name string, edit ...func(*registration.Config)) {
 	t.Helper()
-	cfg := registration.Config{Store: f.Store, Scope: Scope, Settings: registration.Settings{Hubs: registration.Records(hub)}, Now: f.Now, Issuers: issuers}
-	for _, e := range edit {
-		e(&cfg)
+	for _, r := range f.Replicas() {
+		cfg := registration.Config{Store: r.Store, Scope: Scope, Settings: registration.Settings{Hubs: registration.Records(hub)}, Now: f.Now, Issuers: issuers}
+		for _, e := range edit {
+			e(&cfg)
+		}
+		r.Service = registration.New(cfg)
 	}
-	f.Service = registration.New(cfg)
 	for id, e := range map[string]dps.Enrollment{"keys": Symmetric(f.GroupKey, nil), "line": Signers(f.Root, nil)} {
 		if name != "" {
 			e.ClientCertificateIssuancePolicy = &dps.ClientCertificateIssuancePolicy{CertificateAuthorityName: name}
@@ -205,9 +207,9 @@ func (f *Fixture) record(t testing.TB, id string) (r *registration.Registration)
 }
 
 // issuance is the part of the suite about certificates with the assignment (device API, section 15.2; DPS-D 24).
-func issuance(t *testing.T, serve func(*testing.T, *Fixture) func(testing.TB, Device) Conn) {
+func issuance(t *testing.T, fresh Fresh, serve Serve) {
 	begin := func(t *testing.T, edit ...func(*registration.Config)) (*Fixture, *Authority, func(testing.TB, Device) Conn) {
-		f := NewFixture(t)
+		f := fresh(t)
 		a := f.NewAuthority(t, 300*24*time.Hour)
 		f.Issues(t, map[string]registration.Issuer{"ops": f.Issuer(t, a)}, "ops", edit...)
 		return f, a, serve(t, f)
