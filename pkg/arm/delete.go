@@ -55,7 +55,7 @@ func (c *call) deleting(sc *registration.Scope) (bool, error) {
 	return err == nil && now != nil && dps.Fold(now.ID) == dps.Fold(sc.ID), err
 }
 
-// operationResult says how far a deletion is: as a document to those who ask with asyncinfo, and as a status to others.
+// operationResult says how far a deletion is, and has it go on: as a document to those who ask with asyncinfo, and as a status to others.
 func (c *call) operationResult(operation string) (*answer, error) {
 	if err := c.method(http.MethodGet); err != nil {
 		return nil, err
@@ -80,6 +80,9 @@ func (c *call) operationResult(operation string) (*answer, error) {
 		return nil, err
 	}
 	running, err := c.deleting(sc)
+	if running { // the replica that began it may be gone; of two that are at it each finds less to do
+		c.erase(sc.ID, c.by)
+	}
 	switch {
 	case err != nil:
 		return nil, err

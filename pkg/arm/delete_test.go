@@ -118,6 +118,25 @@ func TestDeletionResumes(t *testing.T) {
 	}
 }
 
+// A deletion whose replica is gone goes on at the one that is asked about it.
+func TestDeletionGoesOn(t *testing.T) {
+	b := newBench(t)
+	b.put("cut", description())
+	b.fill("cut", "cut", 1000)
+	id := b.scope("cut").ID
+	if err := registration.CloseScope(t.Context(), b.store, id, registrationActor, "", time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	result := base + "/cut/operationResults/delete-" + id + "?api-version=2022-02-05&asyncinfo"
+	if r := b.call("GET", result, ""); r.status != 200 || !strings.Contains(r.text, "Running") {
+		t.Fatalf("%d %s", r.status, r.text)
+	}
+	b.wait()
+	if r := b.call("GET", base+"/cut", ""); r.status != 404 {
+		t.Errorf("once it was asked for: %d", r.status)
+	}
+}
+
 // The service that the process stands on stays.
 func TestFirst(t *testing.T) {
 	var first string
