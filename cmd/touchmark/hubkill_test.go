@@ -188,8 +188,8 @@ func (d *killDrill) editHubs(t *testing.T) {
 	})
 }
 
-// live starts the service, has all call it, and kills it about when an import is under way. Calls are not cut off with it: what it
-// answered last counts as well. Once ctx has ended they may fail.
+// live starts the service, has all call it, and kills it while an import is under way, or with the answer to it. Calls are not cut off with
+// it: what it answered last counts as well. Once ctx has ended they may fail.
 func (d *killDrill) live(t *testing.T) {
 	t.Helper()
 	cmd, ready, _ := startServe(t, d.dir, d.flags...)
@@ -199,6 +199,10 @@ func (d *killDrill) live(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	kill := func() {
+		dying()
+		_ = cmd.Process.Kill()
+	}
 	var load sync.WaitGroup
 	fleet := d.line.fleet // what is imported now comes in after the next start
 	for range killCallers {
@@ -207,14 +211,13 @@ func (d *killDrill) live(t *testing.T) {
 	o := &d.operator
 	load.Go(func() { o.makeEnrollments(ctx, t, svc) })
 	load.Go(func() {
-		most, done := context.WithTimeout(ctx, time.Duration(200+rand.IntN(700))*time.Millisecond)
+		before, done := context.WithTimeout(ctx, time.Duration(200+rand.IntN(700))*time.Millisecond)
 		defer done()
-		o.importUntil(most, t, d)
-		time.AfterFunc(time.Duration((0.3+0.8*rand.Float64())*float64(o.took)), func() {
-			dying()
-			_ = cmd.Process.Kill()
-		})
+		o.importUntil(before, t, d)
+		timer := time.AfterFunc(time.Duration((0.3+1.2*rand.Float64())*float64(o.took)), kill)
 		o.importNext(ctx, t, d)
+		timer.Stop()
+		kill()
 	})
 	load.Wait()
 	_ = cmd.Wait()

@@ -135,7 +135,7 @@ type killOperator struct {
 	// Imports that ended without an answer; of those, as the next one of the same bundle saw it: those of which a part was there,
 	// and those that were there whole.
 	cut, halves, unheard int
-	took                 time.Duration // an import of the last bundle that was all new
+	took                 time.Duration // what the last long bundle took
 }
 
 // makeEnrollments makes enrollments until the service is killed: one, and then ten at once.
@@ -202,12 +202,12 @@ func (o *killOperator) importNext(ctx context.Context, t *testing.T, d *killDril
 		return false
 	}
 	switch {
-	case res.New == b.entries:
-		o.took = time.Since(begun)
 	case res.New == 0:
 		o.unheard++
-	case b.cut && res.Unchanged > known:
+	case res.Unchanged > known:
 		o.halves++
+	case !b.group:
+		o.took = time.Since(begun)
 	}
 	o.waiting, o.imported = o.waiting[1:], append(o.imported, b)
 	d.line.known = d.line.known || b.group
