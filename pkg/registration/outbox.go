@@ -83,6 +83,8 @@ type Orphan struct {
 	DeviceID string    `json:"deviceId"`
 	Since    time.Time `json:"since"`
 	Reason   string    `json:"reason"`
+	// New says that the device was made there, and its twin never written.
+	New bool `json:"new,omitempty"`
 }
 
 // Outbox is the part of a [Tx] that is about telling hubs.
@@ -218,6 +220,16 @@ func (s *Service) ForgetOrphan(ctx context.Context, o *Orphan, by Actor) error {
 		}
 		return tx.PutAudit(s.scope, NewAudit(by, "forget", "orphan/"+o.Hub+"/"+o.DeviceID, gone, nil, s.cfg.Now()))
 	})
+}
+
+// unfinished reports whether a device is an orphan at a hub that has not its twin yet.
+func (s *Service) unfinished(ctx context.Context, id string, p Place) (yes bool, err error) {
+	err = s.cfg.Store.View(ctx, func(tx Tx) error {
+		page, err := tx.Orphans(s.scope, Orphan{ID: id, Hub: p.Hub}, 100) // one for each device ID that it ever had there
+		yes = slices.ContainsFunc(page, func(o *Orphan) bool { return o.ID == id && o.New && p.is(Place{Hub: o.Hub, DeviceID: o.DeviceID}) })
+		return err
+	})
+	return yes, err
 }
 
 // adopted forgets that a device was an orphan where it is now.

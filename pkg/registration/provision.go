@@ -482,11 +482,18 @@ func (s *Service) admit(ctx context.Context, set *Settings, t *Task) (left []Pla
 	}
 	if !g.New {
 		have, err := call(ctx, s, t, func(ctx context.Context) (*HubDevice, error) { return hub.Device(ctx, g.DeviceID) })
-		if errors.Is(err, ErrNotFound) { // from here on it is ours to finish, or to take away again
+		ours := errors.Is(err, ErrNotFound)
+		if err == nil {
+			if g.AnyEdge {
+				g.Device.IoTEdge = have.IoTEdge
+			}
+			if !g.Stay { // a former task may have been cut off from the hub half-way
+				ours, err = s.unfinished(ctx, t.ID, g.Place)
+			}
+		}
+		if ours { // from here on it is ours to finish, or to take away again
 			err = s.write(t, func(_ Tx, w *Task) error { w.Goal.New = true; return nil })
 			g = t.Goal
-		} else if err == nil && g.AnyEdge {
-			g.Device.IoTEdge = have.IoTEdge
 		}
 		if err != nil {
 			return nil, err
@@ -578,7 +585,7 @@ func (s *Service) removeAway(ctx context.Context, set *Settings, t *Task) (left 
 func (s *Service) leave(tx Tx, w *Task, left []Place, why error) error {
 	for _, p := range left {
 		w.Away = slices.DeleteFunc(w.Away, p.is)
-		if err := tx.PutOrphan(s.scope, &Orphan{ID: w.ID, Hub: p.Hub, DeviceID: p.DeviceID, Since: s.cfg.Now(), Reason: why.Error()}); err != nil {
+		if err := tx.PutOrphan(s.scope, &Orphan{ID: w.ID, Hub: p.Hub, DeviceID: p.DeviceID, Since: s.cfg.Now(), Reason: why.Error(), New: p.New}); err != nil {
 			return err
 		}
 	}

@@ -664,6 +664,36 @@ func TestFormerHub(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	t.Run("unlinked before its twin was written", func(t *testing.T) {
+		s := newSite(t, registration.HubAzure, "a.example")
+		s.own(static("a.example"))
+		s.p.fault = func(_ int, step string) fault {
+			if step == "merge a.example" {
+				return fails
+			}
+			return none
+		}
+		scopes := s.start()
+		if _, st, err := s.try(scopes, s.device()); err != nil || st.Status != dps.Assigning {
+			t.Fatalf("%+v, %v", st, err)
+		}
+		s.link(registration.HubAzure, "b.example")
+		scopes = s.heal()
+		if orphans := must(s.service(scopes).Orphans(t.Context(), registration.Orphan{}, 10)); len(orphans) != 1 || orphans[0].Hub != "a.example" {
+			t.Fatalf("%+v", orphans)
+		}
+		s.link(registration.HubAzure, "a.example")
+		if st := s.assign(scopes, s.device()); st.AssignedHub != "a.example" {
+			t.Errorf("%+v", st)
+		}
+		if d := s.p.device("a.example", "own-key"); fmt.Sprint(d.tags, d.desired) != "map[site:A7] map[interval:30]" {
+			t.Errorf("%v, %v", d.tags, d.desired)
+		}
+		s.heal()
+		if err := s.whole("own-key"); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // A newer decision ends what an older one began: the enrollment is disabled, or its hub goes, or the record is deleted while a hub
