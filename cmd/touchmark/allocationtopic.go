@@ -44,6 +44,19 @@ WEBHOOK
   with a linked hub fails the registration: 400207, "Custom allocation failed with status code: N" (408: no answer; 400: an answer that is
   none). The device registers again. A key in the URL (?code=…) is kept, and shown as ?****.
 
+  Timeout     Five seconds to connect, ten for everything. The device is "assigning" meanwhile.
+  Retries     None, since the device registers again; --webhook-retries N calls again at once, up to 3 times within the ten seconds,
+              where there is no answer or 5xx. The function may be asked twice for one registration then.
+  Breaker     After five calls to one URL in a row without an answer, or with 5xx, it is not called for a second, then longer, up to a
+              minute: registrations fail at once meanwhile (408). One call then tells whether it is back.
+  Signature   With --webhook-secret-file FILE (openssl rand -base64 32 > FILE) each call has Touchmark-Signature: t=SECONDS,v1=HEX, the
+              HMAC-SHA256 under the secret's octets of SECONDS, a full stop and the body. Refuse what is older than some minutes.
+  TLS         The system's CAs judge the webhook's certificate, or those in --webhook-ca FILE instead of them.
+  Secret and CA are the first scope's. Webhooks of other scopes are called without a signature and by the system's CAs: it is their
+  tenants who choose where they stand and what devices say to them, and signatures for those would be good at yours. For the same reason
+  who may write the first scope's enrollments must be trusted with the secret. --webhook-retries is for all. A key that a tenant's webhook
+  asks for stands in its URL.
+
 WHEN THE DEVICE COMES AGAIN (reprovisionPolicy)
   migrate     updateHubAssignment, migrateDeviceData. The hub is chosen anew. When it is another, the device is made there with its tags,
               desired properties, capabilities and status, and taken from the old one; then it is "assigned", deviceDataMigrated. What

@@ -67,9 +67,12 @@ func TestProvisionFlags(t *testing.T) {
 	dir := t.TempDir()
 	write(t, filepath.Join(dir, "bad.toml"), "[networks]\n\"10.0.0.1/8\" = \"x\"\n")
 	for want, args := range map[string][]string{
-		"bad.toml, line 1:":  {"--latency-table", "bad.toml"},
-		"none.toml":          {"--latency-table", "none.toml"},
-		"--hub-give-up 10ms": {"--hub-give-up", "10ms"},
+		"bad.toml, line 1:":    {"--latency-table", "bad.toml"},
+		"none.toml":            {"--latency-table", "none.toml"},
+		"--hub-give-up 10ms":   {"--hub-give-up", "10ms"},
+		"--webhook-retries 4:": {"--webhook-retries", "4"},
+		"--webhook-secret-file: bad.toml holds no base64": {"--webhook-secret-file", "bad.toml"},
+		"--webhook-ca: bad.toml holds no certificate":     {"--webhook-ca", "bad.toml"},
 	} {
 		if code, text := attempt(t, dir, append([]string{"serve", "--data", "svc"}, args...)...); code != exitUsage || !strings.Contains(text, want) {
 			t.Errorf("%v: exit code %d\n%s", args, code, text)

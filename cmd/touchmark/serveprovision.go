@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/base64"
 	"fmt"
 	"os"
 	"time"
@@ -19,13 +20,22 @@ type provisionOptions struct {
 	latencyTable      string
 	giveUp            time.Duration
 	tenantsPublicOnly bool
+	webhookRetries    int
+	webhookSecret     string // file
+	webhookCA         string
 }
+
+// maxWebhookRetries leaves one registration's calls below what has a webhook called no more for a while.
+const maxWebhookRetries = 3
 
 func (o *provisionOptions) flags(c *cobra.Command) {
 	f := c.Flags()
 	f.StringVar(&o.latencyTable, "latency-table", "", "file, TOML or CSV, that says how far hubs' locations are from devices' networks, for the allocation policy geoLatency")
 	f.DurationVar(&o.giveUp, "hub-give-up", registration.DefaultGiveUp, "how long a device waits for a hub that does not answer before its registration fails")
 	f.BoolVar(&o.tenantsPublicOnly, "tenants-public-only", false, "let scopes other than the first have hubs and webhooks at public addresses only, for tenants who link hubs themselves")
+	f.IntVar(&o.webhookRetries, "webhook-retries", 0, fmt.Sprintf("how often an allocation webhook is called again that gives no answer, or 5xx, within the ten seconds of its first call: up to %d", maxWebhookRetries))
+	f.StringVar(&o.webhookSecret, "webhook-secret-file", "", "file with the secret that calls of the first scope's allocation webhooks are signed with, base64 of 16 to 64 octets; - is standard input")
+	f.StringVar(&o.webhookCA, "webhook-ca", "", "PEM file with the CAs that certificates of the first scope's allocation webhooks are judged by, instead of the system's")
 	_ = c.MarkFlagFilename("latency-table", "toml", "csv")
 }
 
@@ -36,9 +46,29 @@ func (o *provisionOptions) publicOnly(first, scope string) bool {
 
 // provisioning has services tell hubs, and returns what calls the webhooks of other scopes than the first. The pool of hubs is to be
 // closed behind everything that uses it.
-func (o *provisionOptions) provisioning(cfg *registration.Config, first string) (*hub.Pool, registration.Webhook, error) {
+func (o *provisionOptions) provisioning(a *app, cfg *registration.Config, first string) (*hub.Pool, registration.Webhook, error) {
 	if o.giveUp < time.Second {
 		return nil, nil, usageError{fmt.Errorf("--hub-give-up %v: want a second at least", o.giveUp)}
+	}
+	if o.webhookRetries < 0 || o.webhookRetries > maxWebhookRetries {
+		return nil, nil, usageError{fmt.Errorf("--webhook-retries %d: want 0 to %d", o.webhookRetries, maxWebhookRetries)}
+	}
+	// A secret would sign whatever a tenant has its devices say, for a host of the tenant's choosing, and a private CA speaks for
+	// the operator's hosts alone: both are for the first scope.
+	tenants := hub.WebhookConfig{LoopbackHTTP: cfg.HTTPWebhooks, Retries: o.webhookRetries, PublicOnly: o.tenantsPublicOnly}
+	own := hub.WebhookConfig{LoopbackHTTP: cfg.HTTPWebhooks, Retries: o.webhookRetries}
+	if o.webhookSecret != "" {
+		key, err := a.readKeyFile("--webhook-secret-file", o.webhookSecret)
+		if err == nil {
+			own.Secret, err = base64.StdEncoding.DecodeString(key)
+		}
+		if err != nil {
+			return nil, nil, err
+		}
+	}
+	var err error
+	if own.RootCAs, err = loadRoots(o.webhookCA); err != nil {
+		return nil, nil, fmt.Errorf("--webhook-ca: %w", err)
 	}
 	if o.latencyTable != "" {
 		b, err := os.ReadFile(o.latencyTable)
@@ -50,8 +80,8 @@ func (o *provisionOptions) provisioning(cfg *registration.Config, first string) 
 		}
 	}
 	pool := hub.NewPool(hub.PoolConfig{PublicOnly: func(scope string) bool { return o.publicOnly(first, scope) }})
-	cfg.Webhook, cfg.GiveUp = hub.NewWebhook(hub.WebhookConfig{LoopbackHTTP: cfg.HTTPWebhooks}), o.giveUp
-	return pool, hub.NewWebhook(hub.WebhookConfig{LoopbackHTTP: cfg.HTTPWebhooks, PublicOnly: o.tenantsPublicOnly}), nil
+	cfg.Webhook, cfg.GiveUp = hub.NewWebhook(own), o.giveUp
+	return pool, hub.NewWebhook(tenants), nil
 }
 
 // startProvisioning works at what hubs have yet to be told until stop is called, which waits for what is under way. Doors go before

@@ -127,7 +127,7 @@ func (s *serving) openWork(ctx context.Context) (err error) {
 	}
 	s.shared = registration.Config{Store: s.watched.store, Log: s.log, AtOnce: s.own.AtOnce, Attempt: s.watched.attempt, PrivateNetworks: o.admit.private}
 	o.enrollable(&s.shared)
-	hubs, tenants, err := o.provisioning(&s.shared, d.scope)
+	hubs, tenants, err := o.provisioning(s.a, &s.shared, d.scope)
 	if err != nil {
 		return err
 	}
