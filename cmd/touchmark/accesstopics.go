@@ -53,6 +53,10 @@ IDENTITY PROVIDERS (OpenID Connect)
   provider is away the keys that are known count for a day. A token whose claims have no role may nothing. To try a token:
     curl --cacert ca.pem -H "Authorization: Bearer $TOKEN" 'https://HOST/touchmark/info?api-version=2021-10-01'
 
+FROM WHERE
+  touchmark scope update --ip-rule says from which networks devices and operators may call a scope, and --public-network-access whether
+  the public may at all; scope show has both. Help management says how they are judged.
+
 THE MANAGEMENT TOKEN
   management.token in the data directory is a bearer token that may everything in every scope. Delete the file and start again to have
   another one. Replicas of one service each have their own, unless you give all the same file.

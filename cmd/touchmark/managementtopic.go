@@ -41,7 +41,7 @@ WHAT A PUT DOES
   A hub that does not answer is not linked (401001), but with ?skipHubCheck=true, or under serve --no-hub-check. Hubs have a member of
   ours, kind: azure without it; builtin; mosquitto (HostName=H;Username=U;Password=P), webhook (URL=https://…;Secret=BASE64), or
   record, with a name alone. touchmark hub link --kind does that.
-  properties.touchmark is ours too: {"strictRoots": true, "quotas": "azure"}.
+  properties.touchmark is ours too: {"strictRoots": true, "quotas": "azure"}; touchmark scope update --strict-roots --quotas azure.
   Refused, since there is nothing behind them: managed identities, disableLocalAuth, SKUs other than S1, capacity other than 1.
 
 CERTIFICATES
@@ -56,6 +56,9 @@ IP RULES AND PUBLIC NETWORK ACCESS
   reject-all rules, one for 0.0.0.0/0 and one for ::/0. Up to 100 rules, IPv4 and IPv6. Who is kept out reads 401 and no more; the log says
   which rule it was. With publicNetworkAccess Disabled the rules do not count: loopback gets in, and the networks of
     touchmark serve --private-network 10.0.0.0/8 --private-network fd00::/8
+    touchmark scope update plant-a --ip-rule 'plant=accept 10.8.0.0/16 device' --ip-rule 'nobody=reject 0.0.0.0/0' --ip-rule 'nobody 6=reject ::/0'
+    touchmark scope update plant-a --ip-rule 'office=accept 192.0.2.0/24 service' --ip-rule-before nobody
+    touchmark scope update plant-a --remove-ip-rule office
   The address is the caller's own, also behind proxies that are named (touchmark help proxies); behind one that is not, everybody
   has the proxy's, and a proxy on this machine is loopback. The management API is not filtered: you could lock yourself out.
 

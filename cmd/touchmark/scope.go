@@ -115,12 +115,23 @@ func (a *app) printScope(s *operator.Scope) error {
 		}
 		return a.printJSON(doc)
 	}
+	network := s.Props.PublicNetworkAccess
+	if len(s.Props.IPRules) > 0 {
+		network += map[bool]string{true: ": IP rules do not count", false: ", to whom the IP rules let in"}[network == "Disabled"]
+	}
+	var quotas, strict string
+	if t := s.Props.Touchmark; t != nil && t.Quotas != nil && t.StrictRoots != nil {
+		quotas, strict = *t.Quotas, yesNo(*t.StrictRoots)
+	}
 	rows := [][]string{{"Scope", s.Name}}
 	for _, r := range [][2]string{{"ID scope", s.Props.IDScope}, {"location", s.Location}, {"state", s.Props.State}, {"allocation", s.Props.AllocationPolicy},
-		{"service host", cmp.Or(s.Props.ServiceOperationsHostName, "none: "+noHost)}, {"devices' host", s.Props.DeviceProvisioningHostName}, {"public network", s.Props.PublicNetworkAccess}, {"etag", s.ETag}} {
+		{"service host", cmp.Or(s.Props.ServiceOperationsHostName, "none: "+noHost)}, {"devices' host", s.Props.DeviceProvisioningHostName}, {"quotas", quotas}, {"strict roots", strict}, {"public network", network}, {"etag", s.ETag}} {
 		if r[1] != "" {
 			rows = append(rows, []string{"  " + r[0], r[1]})
 		}
+	}
+	for _, r := range s.Props.IPRules {
+		rows = append(rows, []string{"  IP rule " + r.Name, r.String()})
 	}
 	for _, h := range s.Props.Hubs {
 		rows = append(rows, []string{"  hub", h.Name})
@@ -183,17 +194,94 @@ func newScopeShow(a *app) *cobra.Command {
 	return c
 }
 
+// scopeSettings are the settings of a scope that more than a text makes.
+type scopeSettings struct {
+	quotas                   string
+	strict                   bool
+	rules, removed           []string
+	before                   string
+	quotasAsked, strictAsked bool
+}
+
+func (o *scopeSettings) flags(c *cobra.Command, create bool) {
+	f := c.Flags()
+	f.StringVar(&o.quotas, "quotas", "", "azure: DPS's limits; none: no limits (touchmark's scopes only)")
+	f.BoolVar(&o.strict, "strict-roots", false, "let intermediates of groups count only where their chain goes on to a verified certificate of the scope, as in Azure (touchmark's scopes only)")
+	f.StringArrayVar(&o.rules, "ip-rule", nil, "NAME=accept|reject MASK [device|service|all]: a rule, in the place of the one of that name, or behind all others; again for more")
+	if !create {
+		f.StringVar(&o.before, "ip-rule-before", "", "put the rules of --ip-rule before the rule of this name")
+		f.StringArrayVar(&o.removed, "remove-ip-rule", nil, "take the rule of this name away; again for more")
+	}
+	_ = c.RegisterFlagCompletionFunc("quotas", cobra.FixedCompletions([]string{"azure", "none"}, cobra.ShellCompDirectiveNoFileComp))
+}
+
+// apply changes what the flags name. Settings that are touchmark's alone are asked of no service that shows none.
+func (o *scopeSettings) apply(c *cobra.Command, s *operator.Scope, create bool) error {
+	o.quotasAsked, o.strictAsked = c.Flags().Changed("quotas"), c.Flags().Changed("strict-roots")
+	if o.quotasAsked && o.quotas != "azure" && o.quotas != "none" {
+		return usageError{fmt.Errorf("--quotas %s: want azure or none", o.quotas)}
+	}
+	if o.before != "" && len(o.rules) == 0 {
+		return usageError{errors.New("--ip-rule-before says where --ip-rule goes, which is missing")}
+	}
+	var rules []operator.IPRule
+	for _, text := range o.rules {
+		r, err := operator.ParseIPRule(text)
+		if err != nil {
+			return usageError{fmt.Errorf("--ip-rule: %w", err)}
+		}
+		rules = append(rules, r)
+	}
+	if len(rules)+len(o.removed) > 0 {
+		if err := s.SetIPRules(rules, o.before, o.removed); err != nil {
+			return hint(err, "touchmark scope show %s lists them", s.Name)
+		}
+	}
+	if !o.quotasAsked && !o.strictAsked {
+		return nil
+	}
+	if !create {
+		if err := o.taken(s); err != nil {
+			return err
+		}
+	}
+	own := operator.ScopeOwn{}
+	if o.quotasAsked {
+		own.Quotas = &o.quotas
+	}
+	if o.strictAsked {
+		own.StrictRoots = &o.strict
+	}
+	return s.SetProperty("touchmark", own)
+}
+
+// taken says whether the service has the settings that were asked for.
+func (o *scopeSettings) taken(s *operator.Scope) error {
+	if s.Props.Touchmark != nil || !o.quotasAsked && !o.strictAsked {
+		return nil
+	}
+	return hint(fmt.Errorf("scope %s is at a service that does not take --quotas or --strict-roots", s.Name), "they are touchmark's own: Azure has its quotas, and is strict about roots, always")
+}
+
 func newScopePut(a *app, create bool) *cobra.Command {
 	o := &managementOptions{}
+	settings := &scopeSettings{}
 	var location, allocation, access string
 	var tags map[string]string
 	verb, short, long := "update", "Change a scope", "update changes what flags name. Linked hubs, policies and certificates stay."
+	example := `  touchmark scope update plant-a --quotas azure --management service/management.connection
+  touchmark scope update plant-a --ip-rule 'plant=accept 10.8.0.0/16 device' --ip-rule 'nobody=reject 0.0.0.0/0' --ip-rule 'nobody 6=reject ::/0' --management service/management.connection
+  touchmark scope update plant-a --ip-rule 'office=accept 192.0.2.0/24 service' --ip-rule-before nobody --management service/management.connection`
 	if create {
 		verb, short, long = "create", "Make a scope", "create makes a scope with an ID scope of its own, and waits until it is there."
+		example = "  touchmark scope create plant-a --allocation-policy hashed --management service/management.connection"
 	}
+	long += `
+
+IP rules are tried in their order: the first that matches decides, and who matches none is let in. touchmark help management says more.`
 	c := &cobra.Command{
 		Use: verb + " NAME --management FILE", Short: short, Long: long, Args: cobra.ExactArgs(1),
-		Example: "  touchmark scope " + verb + " plant-a --allocation-policy hashed --management service/management.connection",
+		Example: example,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.onManagement(cmd.Context(), o, func(ctx context.Context, m *operator.Management) error {
 				change := func(s *operator.Scope) error {
@@ -213,7 +301,7 @@ func newScopePut(a *app, create bool) *cobra.Command {
 						}
 						errs = append(errs, s.SetTags(all))
 					}
-					return errors.Join(errs...)
+					return errors.Join(append(errs, settings.apply(cmd, s, create))...)
 				}
 				var s *operator.Scope
 				var err error
@@ -235,11 +323,12 @@ func newScopePut(a *app, create bool) *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return a.printScope(s)
+				return errors.Join(a.printScope(s), settings.taken(s))
 			})
 		},
 	}
 	o.flags(c, false)
+	settings.flags(c, create)
 	f := c.Flags()
 	if create {
 		f.StringVar(&location, "location", "local", "where it is: a region")

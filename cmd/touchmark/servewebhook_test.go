@@ -19,7 +19,7 @@ import (
 )
 
 // The flags for allocation webhooks do what help allocation says: a webhook with a CA of its own, which fails once, is called again and
-// finds every call signed. Another scope's webhook is called again too, and has neither the operator's secret nor the operator's CA.
+// finds every call signed. Another scope's webhook is called again too, and has neither the operator's secret nor its CA.
 func TestWebhookFlags(t *testing.T) {
 	secret := []byte("0123456789abcdef0123456789abcdef")
 	var mu sync.Mutex

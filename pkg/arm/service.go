@@ -135,9 +135,8 @@ func (c *call) show(sc *registration.Scope) *resource {
 	if sc.PublicAccessDisabled {
 		p.PublicNetworkAccess = "Disabled"
 	}
-	if quotas := cmp.Or(sc.Quotas, "none"); sc.StrictRoots || quotas != "none" {
-		p.Touchmark = &own{&sc.StrictRoots, &quotas}
-	}
+	quotas := cmp.Or(sc.Quotas, "none")
+	p.Touchmark = &own{&sc.StrictRoots, &quotas}
 	for _, h := range sc.Hubs {
 		apply := !h.Reserved
 		shown := linkedHub{Name: h.Name, ConnectionString: c.cfg.Hubs.Mask(h.ConnectionString), Location: h.Location, ApplyAllocationPolicy: &apply}
@@ -486,7 +485,9 @@ func (c *call) apply(sc *registration.Scope, p *properties) error {
 			if *t.Quotas != "azure" && *t.Quotas != "none" {
 				return bad("quotas %.20q: want azure or none", *t.Quotas)
 			}
-			sc.Quotas = *t.Quotas
+			if *t.Quotas != cmp.Or(sc.Quotas, "none") {
+				sc.Quotas = *t.Quotas
+			}
 		}
 	}
 	switch strings.ToLower(p.PublicNetworkAccess) {

@@ -125,7 +125,49 @@ type ScopeView struct {
 		DeviceProvisioningHostName string `json:"deviceProvisioningHostName"`
 		IDScope                    string `json:"idScope"`
 		PublicNetworkAccess        string `json:"publicNetworkAccess"`
+		// IPRules are tried in order; the first that matches decides.
+		IPRules []IPRule `json:"ipFilterRules"`
+		// Touchmark is what touchmark has beside Azure's settings; nil from services that do not have it.
+		Touchmark *ScopeOwn `json:"touchmark"`
 	} `json:"properties"`
+}
+
+// A ScopeOwn holds settings that only touchmark's scopes have; nil leaves one as it is.
+type ScopeOwn struct {
+	StrictRoots *bool   `json:"strictRoots,omitempty"`
+	Quotas      *string `json:"quotas,omitempty"` // "azure" or "none"
+}
+
+// An IPRule lets callers in, or keeps them out.
+type IPRule struct {
+	Name   string `json:"filterName"`
+	Action string `json:"action"`           // Accept or Reject
+	Mask   string `json:"ipMask"`           // CIDR
+	Target string `json:"target,omitempty"` // all, serviceApi or deviceApi; empty is all
+}
+
+// ParseIPRule reads NAME=accept|reject MASK, with device, service or all behind it, or nothing for all. The mask is the service's to judge.
+func ParseIPRule(text string) (IPRule, error) {
+	at := strings.LastIndexByte(text, '=')
+	words := strings.Fields(strings.ToLower(text[at+1:]))
+	r := IPRule{Name: strings.TrimSpace(text[:max(at, 0)])}
+	if len(words) == 2 {
+		words = append(words, "all")
+	}
+	if r.Name != "" && len(words) == 3 {
+		r.Action = map[string]string{"accept": "Accept", "reject": "Reject"}[words[0]]
+		r.Mask = words[1]
+		r.Target = map[string]string{"all": "all", "service": "serviceApi", "serviceapi": "serviceApi", "device": "deviceApi", "deviceapi": "deviceApi"}[words[2]]
+	}
+	if r.Action == "" || r.Target == "" {
+		return IPRule{}, fmt.Errorf("IP rule %.200q: want NAME=accept|reject MASK [device|service|all]", text)
+	}
+	return r, nil
+}
+
+// String is what [ParseIPRule] reads, without the name.
+func (r IPRule) String() string {
+	return strings.ToLower(r.Action) + " " + r.Mask + " " + cmp.Or(map[string]string{"serviceApi": "service", "deviceApi": "device"}[r.Target], r.Target, "all")
 }
 
 // A Hub is a linked hub. Its connection string has **** in the place of the key, as the service answers it; put back so, the key stays.
@@ -230,6 +272,41 @@ func (s *Scope) DropHub(name string) error {
 		return fmt.Errorf("hub %s is not linked: %w", name, ErrNotFound)
 	}
 	return s.SetProperty("iotHubs", slices.Delete(hubs, at, at+1))
+}
+
+// SetIPRules puts rules before the rule of a name, or with "" in the place of those of their names, and new ones behind all others;
+// first it takes some away. The error is ErrNotFound.
+func (s *Scope) SetIPRules(set []IPRule, before string, remove []string) error {
+	rules := slices.Clone(s.Props.IPRules)
+	find := func(name string) int {
+		return slices.IndexFunc(rules, func(r IPRule) bool { return strings.EqualFold(r.Name, name) })
+	}
+	for _, name := range remove {
+		at := find(name)
+		if at < 0 {
+			return fmt.Errorf("IP rule %.200q: %w", name, ErrNotFound)
+		}
+		rules = slices.Delete(rules, at, at+1)
+	}
+	for _, r := range set {
+		at := find(r.Name)
+		if at >= 0 && before == "" {
+			rules[at] = r
+			continue
+		}
+		if at >= 0 {
+			rules = slices.Delete(rules, at, at+1)
+		}
+		at = len(rules)
+		if before != "" {
+			if at = find(before); at < 0 {
+				return fmt.Errorf("IP rule %.200q: %w", before, ErrNotFound)
+			}
+		}
+		rules = slices.Insert(rules, at, r)
+	}
+	s.Props.IPRules = rules
+	return s.SetProperty("ipFilterRules", rules)
 }
 
 // hubs returns the linked hubs with all their members, and where the one of that name is: -1 for nowhere.

@@ -214,7 +214,7 @@ func (s *Server) putScope(h http.Header, name string, old *scope, body []byte) (
 		fresh["idScope"] = old.doc["properties"].(object)["idScope"]
 	}
 	for k, v := range props {
-		if v != nil && !slices.Contains([]string{"iotHubs", "authorizationPolicies", "idScope", "state", "provisioningState", "serviceOperationsHostName", "deviceProvisioningHostName"}, k) {
+		if v != nil && !slices.Contains([]string{"iotHubs", "authorizationPolicies", "idScope", "state", "provisioningState", "serviceOperationsHostName", "deviceProvisioningHostName", "touchmark"}, k) { // the last is none of Azure's
 			fresh[k] = v
 		}
 	}
