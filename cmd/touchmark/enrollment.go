@@ -258,6 +258,7 @@ func (a *app) printEnrollment(d *operator.Document, keys bool) error {
 	if e.Capabilities != nil {
 		row("IoT Edge", yesNo(e.Capabilities.IoTEdge))
 	}
+	row("parent", e.Parent)
 	row("reprovision", operator.FormatReprovision(e.ReprovisionPolicy))
 	row("allocation", string(e.AllocationPolicy))
 	row("hubs", strings.Join(hubsOf(e), " "))
@@ -310,6 +311,7 @@ type putOptions struct {
 	caName, secondaryCA             string
 	primaryKey, secondaryKey        string // files
 	deviceID, tags, desired, info   string
+	parent                          string
 	status, reprovision, allocation string
 	hubs                            []string
 	webhook, webhookVersion, etag   string
@@ -361,6 +363,7 @@ key, else symmetric keys, which the service makes where no file names them. One 
 	f.StringVar(&o.webhook, "webhook-url", "", "webhook that allocates, or @FILE, where its address holds a key")
 	f.StringVar(&o.webhookVersion, "api-version", "", "version of what the webhook is sent")
 	f.BoolVar(&o.edge, "edge-enabled", false, "devices are IoT Edge devices")
+	f.StringVar(&o.parent, "parent", "", "registration ID or device ID of the edge device that devices are put below at their hub (touchmark's services only: touchmark help allocation)")
 	f.BoolVar(&o.showKeys, "show-keys", false, "print the symmetric keys that the service answers with")
 	if k == operator.Individual {
 		f.StringVar(&o.endorsementKey, "endorsement-key", "", "the TPM's endorsement key, base64, or @FILE")
@@ -401,7 +404,7 @@ func (a *app) runEnrollmentPut(ctx context.Context, svc *service, cmd *cobra.Com
 		if err != nil {
 			return err
 		}
-		return a.printEnrollment(made, o.showKeys)
+		return errors.Join(a.printEnrollment(made, o.showKeys), o.parentTaken(made))
 	}
 	_, after, err := svc.Edit(ctx, k, id, o.etag, func(d *operator.Document) error { return a.apply(cmd, o, d) })
 	if errors.Is(err, operator.ErrChanged) {
@@ -410,7 +413,15 @@ func (a *app) runEnrollmentPut(ctx context.Context, svc *service, cmd *cobra.Com
 	if err != nil {
 		return err
 	}
-	return a.printEnrollment(after, o.showKeys)
+	return errors.Join(a.printEnrollment(after, o.showKeys), o.parentTaken(after))
+}
+
+// parentTaken says whether the service has kept the parent: Azure's ignores what it does not know.
+func (o *putOptions) parentTaken(d *operator.Document) error {
+	if o.parent == "" || d.Has("parent") {
+		return nil
+	}
+	return hint(fmt.Errorf("%s is at the service, but without --parent, which the service does not take", d), "parents are touchmark's own: at Azure put the device below its parent at the hub")
 }
 
 // apply changes the members that flags name.
@@ -455,7 +466,7 @@ func (a *app) apply(cmd *cobra.Command, o *putOptions, d *operator.Document) err
 		}
 	}
 	err = errors.Join(member("provisioning-status", "provisioningStatus", string(status)), member("allocation-policy", "allocationPolicy", string(allocation)),
-		member("device-id", "deviceId", o.deviceID))
+		member("device-id", "deviceId", o.deviceID), member("parent", "parent", o.parent))
 	if changed("edge-enabled") {
 		err = errors.Join(err, d.Set("capabilities", dps.Capabilities{IoTEdge: o.edge}))
 	}

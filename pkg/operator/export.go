@@ -170,7 +170,7 @@ func (w *csvWriter) Write(x *Exported) error {
 		return err
 	}
 	cells := map[string]string{d.Kind.Member(): d.ID, colAttestation: string(e.Attestation.Type), colStatus: strings.TrimPrefix(string(e.ProvisioningStatus), string(dps.EnrollmentStatusNull)),
-		colHubs: strings.Join(e.IoTHubs, " "), colAllocation: string(e.AllocationPolicy), colReprovision: FormatReprovision(e.ReprovisionPolicy)}
+		colHubs: strings.Join(e.IoTHubs, " "), colAllocation: string(e.AllocationPolicy), colReprovision: FormatReprovision(e.ReprovisionPolicy), colParent: e.Parent}
 	if e.ProvisioningStatus == dps.EnrollmentStatusNull {
 		cells[colStatus] = ""
 	}

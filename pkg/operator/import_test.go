@@ -215,17 +215,17 @@ func TestCSV(t *testing.T) {
 		}
 		return rows, err
 	}
-	rows, err := read(operator.Individual, "\ufeffREGISTRATIONID,deviceId,attestation,endorsementKey,certificate,primaryKey,secondaryKey,status,iotHubs,allocationPolicy,reprovision,edge,tags,desired\r\n"+
-		"a,A,,,,"+key16+",,Disabled,old x,HASHED,never,true,\"{\"\"n\"\":1}\",\"{\"\"d\"\":[1]}\"\r\n"+
-		"b,,x509,,certs/ca.pem,,,,,,,,,\n"+
-		"c,,,AAAA,,,,,,,,,,\n"+
-		"d,,symmetricKey,,,,,,,,,,,\n")
+	rows, err := read(operator.Individual, "\ufeffREGISTRATIONID,deviceId,attestation,endorsementKey,certificate,primaryKey,secondaryKey,status,iotHubs,allocationPolicy,reprovision,edge,parent,tags,desired\r\n"+
+		"a,A,,,,"+key16+",,Disabled,old x,HASHED,never,true,gate-7,\"{\"\"n\"\":1}\",\"{\"\"d\"\":[1]}\"\r\n"+
+		"b,,x509,,certs/ca.pem,,,,,,,,,,\n"+
+		"c,,,AAAA,,,,,,,,,,,\n"+
+		"d,,symmetricKey,,,,,,,,,,,,\n")
 	if err != nil || len(rows) != 4 {
 		t.Fatalf("%d rows, %v", len(rows), err)
 	}
 	b, _ := json.Marshal(rows[0].Document)
 	want := `{"registrationId":"a","deviceId":"A","attestation":{"type":"symmetricKey","symmetricKey":{"primaryKey":"` + key16 + `"}},"capabilities":{"iotEdge":true},` +
-		`"initialTwin":{"tags":{"n":1},"properties":{"desired":{"d":[1]}}},"provisioningStatus":"disabled","reprovisionPolicy":{"updateHubAssignment":false,"migrateDeviceData":false},"allocationPolicy":"hashed","iotHubs":["new","x"]}`
+		`"initialTwin":{"tags":{"n":1},"properties":{"desired":{"d":[1]}}},"provisioningStatus":"disabled","reprovisionPolicy":{"updateHubAssignment":false,"migrateDeviceData":false},"allocationPolicy":"hashed","iotHubs":["new","x"],"parent":"gate-7"}`
 	if string(b) != want || rows[0].Line != 2 || rows[3].Line != 5 {
 		t.Errorf("line %d: %s\nnot %s", rows[0].Line, b, want)
 	}

@@ -263,6 +263,7 @@ const (
 	colAllocation     = "allocationPolicy"
 	colReprovision    = "reprovision"
 	colEdge           = "edge"
+	colParent         = "parent"
 	colTags           = "tags"
 	colDesired        = "desired"
 	colWebhook        = "webhookUrl"
@@ -271,9 +272,9 @@ const (
 
 var (
 	individualColumns = []string{colID, colDeviceID, colAttestation, colEndorsementKey, colCertificate, colSecondary, colPrimaryKey, colSecondaryKey,
-		colStatus, colHubs, colAllocation, colReprovision, colEdge, colTags, colDesired, colWebhook, colWebhookVersion}
+		colStatus, colHubs, colAllocation, colReprovision, colEdge, colParent, colTags, colDesired, colWebhook, colWebhookVersion}
 	groupColumns = []string{colGroupID, colAttestation, colCertificate, colSecondary, colCAName, colSecondaryCA, colPrimaryKey, colSecondaryKey,
-		colStatus, colHubs, colAllocation, colReprovision, colEdge, colTags, colDesired, colWebhook, colWebhookVersion}
+		colStatus, colHubs, colAllocation, colReprovision, colEdge, colParent, colTags, colDesired, colWebhook, colWebhookVersion}
 )
 
 // Columns returns the columns that a CSV file of a kind may have.
@@ -364,7 +365,7 @@ func (r *Rows) csv(yield func(Row, error) bool) error {
 // fromCells makes an enrollment of a row. Its errors name columns, and not what stands in those with keys.
 func (r *Rows) fromCells(cells map[string]string) (*Document, error) {
 	k := r.cfg.Kind
-	e := dps.Enrollment{IoTHubs: strings.Fields(cells[colHubs])}
+	e := dps.Enrollment{IoTHubs: strings.Fields(cells[colHubs]), Parent: cells[colParent]}
 	var err error
 	if e.Attestation, err = r.attestation(cells); err != nil {
 		return nil, err

@@ -384,6 +384,7 @@ func (s *Server) put(kind, pathID string, in object, tag string) (any, error) {
 	for k, v := range in {
 		switch k {
 		case "registrationState", "createdDateTimeUtc", "lastUpdatedDateTimeUtc", "etag", "attestation":
+		case "parent": // none of Azure's, and ignored (section 1.2)
 		case "provisioningStatus":
 			rec.doc[k] = v // null too
 		case "initialTwin", "optionalDeviceInformation":
