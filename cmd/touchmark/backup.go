@@ -20,7 +20,8 @@ import (
 	"github.com/touchmark/touchmark/pkg/sqlstore"
 )
 
-// A backup is a tar file: manifest.json, the store as service.db, and the small public files of the data directory.
+// A backup is a tar file: manifest.json, the store as service.db, the built-in hub's as hub.db where there is one, and the small public
+// files of the data directory.
 const (
 	backupFormat   = "touchmark-backup/1"
 	manifestName   = "manifest.json"
@@ -71,7 +72,7 @@ func newBackup(a *app) *cobra.Command {
 		Use:   "backup --data DIR --out FILE",
 		Short: "Copy a service's store to a file while the service runs",
 		Long: `backup writes the store of a service into one file, as it was at one moment; the service goes on. The file appears whole or not at
-all, and is checked. Secrets in it are encrypted as they are in the store. The key that their data key is wrapped under (data.key,
+all, and is checked. With serve --hub builtin the hub's devices and twins go along, as they were just after; its messages do not. Secrets in it are encrypted as they are in the store. The key that their data key is wrapped under (data.key,
 or the one in a token) is not in it: keep that somewhere else, for without it a backup is worth nothing.
 
 A store in PostgreSQL is backed up with PostgreSQL's own means: pg_dump, or base backups with archived logs, which lose nothing.`,
@@ -116,12 +117,23 @@ func (a *app) runBackup(ctx context.Context, o *backupOptions) (err error) {
 	if m.Wrapping, err = sqlstore.Check(ctx, db); err != nil {
 		return err
 	}
+	copies, paths, also := []string{storeFile}, map[string]string{storeFile: db}, ""
+	if hub := d.path(hubFile); exists(hub) {
+		// After the store: a device that the hub alone has registers again; one that the store alone had would stay away from it.
+		paths[hubFile] = filepath.Join(work, hubFile)
+		if err := sqlstore.Copy(ctx, hub, paths[hubFile]); err != nil {
+			return err
+		}
+		if err := sqlstore.Intact(ctx, paths[hubFile]); err != nil {
+			return err
+		}
+		copies, also = append(copies, hubFile), ", the built-in hub"
+	}
 	names, err := publicFiles(o.data)
 	if err != nil {
 		return err
 	}
-	paths := map[string]string{storeFile: db}
-	for _, name := range append([]string{storeFile}, names...) {
+	for _, name := range append(copies, names...) {
 		if paths[name] == "" {
 			paths[name] = filepath.Join(o.data, filepath.FromSlash(name))
 		}
@@ -150,7 +162,7 @@ func (a *app) runBackup(ctx context.Context, o *backupOptions) (err error) {
 	if a.json {
 		return a.printJSON(m)
 	}
-	_, err = fmt.Fprintf(a.out, "%s: %d octets of store, and %d files\n", o.out, m.Files[0].Size, len(names))
+	_, err = fmt.Fprintf(a.out, "%s: %d octets of store%s, and %d files\n", o.out, m.Files[0].Size, also, len(names))
 	return err
 }
 
@@ -225,7 +237,7 @@ func newRestore(a *app) *cobra.Command {
 		Use:   "restore FILE --data DIR",
 		Short: "Make a service's data directory from a backup",
 		Long: `restore takes a backup apart into a new directory, or an empty one, and checks every octet of it first. The service there then
-has everything that was acknowledged before the backup began, and its own ID scope, CA and recipient. What it needs beside it is
+has everything that was acknowledged before the backup began, and its own ID scope, CA and recipient; so has its built-in hub. What it needs beside it is
 the key that the store's data key is wrapped under: data.key, or --data-key.
 
 Devices that registered after the backup register again by themselves, and what was imported since is imported again. Never let
@@ -268,6 +280,11 @@ func (a *app) runRestore(ctx context.Context, file, data string) (err error) {
 	}
 	if _, err := sqlstore.Check(ctx, filepath.Join(work, storeFile)); err != nil {
 		return err
+	}
+	if hub := filepath.Join(work, hubFile); exists(hub) {
+		if err := sqlstore.Intact(ctx, hub); err != nil {
+			return err
+		}
 	}
 	if err := syncTree(work); err != nil {
 		return err
@@ -316,7 +333,8 @@ func unpack(in io.Reader, dir string) (*manifest, error) {
 		return nil, fmt.Errorf("its manifest is not of a %s", backupFormat)
 	}
 	for i, b := range m.Files {
-		if i > 0 && (!public(b.Name) || b.Size > maxPEM) {
+		store := i == 0 || i == 1 && b.Name == hubFile
+		if !store && (!public(b.Name) || b.Size > maxPEM) {
 			return nil, fmt.Errorf("%.100q has no place in a backup", b.Name)
 		}
 		h, err := next(b.Name)
@@ -328,7 +346,7 @@ func unpack(in io.Reader, dir string) (*manifest, error) {
 			return nil, err
 		}
 		mode := fs.FileMode(0o644)
-		if i == 0 {
+		if store {
 			mode = 0o600
 		}
 		f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, mode)

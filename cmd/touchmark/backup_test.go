@@ -152,6 +152,69 @@ func TestBackupUnderLoad(t *testing.T) {
 	}
 }
 
+// The built-in hub goes into a backup with its service, which is at work meanwhile: its devices have their keys and twins again, and its
+// operators their connection string. What is secret is in the file by no name.
+func TestBackupHub(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	args := []string{"--https", "127.0.0.1:0", "--mqtt", "off", "--amqp", "off", "--hub", "builtin"}
+	var keys, devices []string
+	for round := range 2 {
+		cmd, ready, _ := startServe(t, dir, args...)
+		connection, e1 := os.ReadFile(fmt.Sprint(ready["hubConnectionStringFile"]))
+		ca, e2 := os.ReadFile(filepath.Join(dir, "svc", caFile))
+		if err := errors.Join(e1, e2); err != nil {
+			t.Fatal(err)
+		}
+		call := func(method, path, body string) map[string]any {
+			status, doc := hubCall(t, string(connection), string(ca), method, path, body)
+			if status != 200 {
+				t.Fatalf("%s: %d %v", path, status, doc)
+			}
+			return doc
+		}
+		if round == 0 {
+			call("PUT", "/devices/kept", `{"deviceId":"kept"}`)
+			call("PATCH", "/twins/kept", `{"tags":{"site":"A7"}}`)
+		}
+		_, key, _ := strings.Cut(strings.TrimSpace(string(connection)), "SharedAccessKey=")
+		device := call("GET", "/devices/kept", "")["authentication"].(map[string]any)["symmetricKey"].(map[string]any)
+		keys, devices = append(keys, key), append(devices, fmt.Sprint(device, call("GET", "/twins/kept", "")["tags"]))
+		if round == 1 {
+			break
+		}
+		if code, text := attempt(t, dir, "backup", "--data", "svc", "--out", "b"); code != 0 || !strings.Contains(text, "the built-in hub") {
+			t.Fatalf("backup: %d, %s", code, text)
+		}
+		b, err := os.ReadFile(filepath.Join(dir, "b"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		secret, err := os.ReadFile(filepath.Join(dir, "svc", hubKeyFile))
+		if err != nil || bytes.Contains(b, bytes.TrimSpace(secret)) || bytes.Contains(b, []byte(key)) || bytes.Contains(b, []byte(fmt.Sprint(device["primaryKey"]))) {
+			t.Errorf("a key is in the backup, or %v", err)
+		}
+		stopServe(t, cmd)
+		if err := os.Rename(filepath.Join(dir, "svc"), filepath.Join(dir, "lost")); err != nil {
+			t.Fatal(err)
+		}
+		if code, text := attempt(t, dir, "restore", "b", "--data", "svc"); code != 0 {
+			t.Fatalf("restore: %d, %s", code, text)
+		}
+		if st, err := os.Stat(filepath.Join(dir, "svc", hubFile)); err != nil || st.Mode() != 0o600 {
+			t.Errorf("%v, %v", st, err)
+		}
+		dataKey, err := os.ReadFile(filepath.Join(dir, "lost", dataKeyFile))
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(t, filepath.Join(dir, "svc", dataKeyFile), string(dataKey))
+	}
+	if keys[0] != keys[1] || devices[0] != devices[1] {
+		t.Errorf("connection strings alike: %t; devices %s", keys[0] == keys[1], devices)
+	}
+}
+
 // A backup that anything has happened to is refused, whatever it was, and nothing is left of it.
 func TestDamagedBackup(t *testing.T) {
 	dir := t.TempDir()
@@ -218,6 +281,8 @@ func FuzzUnpack(f *testing.F) {
 	store := backedFile{storeFile, 1, x}
 	f.Add(pack(store))
 	f.Add(pack(store, backedFile{"trust/a.pem", 1, x}, backedFile{"scopes/0ne1/trust/b.pem", 1, x}))
+	f.Add(pack(store, backedFile{hubFile, 1, x}, backedFile{"trust/a.pem", 1, x}))
+	f.Add(pack(store, backedFile{"trust/a.pem", 1, x}, backedFile{hubFile, 1, x}))
 	f.Add(pack(store, backedFile{"../a.pem", 1, x}))
 	f.Add(pack(store, backedFile{"trust/../../a.pem", 1, x}))
 	f.Add(pack(store, backedFile{"/etc/a.pem", 1, x}, store))

@@ -153,7 +153,7 @@ func (a *app) wrappingKey(ctx context.Context, raw string) (hsm.Store, *sqlstore
 
 // sharedFiles are those of the data directory that all replicas of a service have the same, and that a restored store brings
 // along: they are in the store too, encrypted.
-var sharedFiles = []string{scopeFile, identityFile, caKeyFile, caFile, managementTokenFile}
+var sharedFiles = []string{scopeFile, identityFile, caKeyFile, caFile, managementTokenFile, hubKeyFile}
 
 // shareFile returns what all replicas have under a name: what the store has, or else what this one has, or makes, which is then
 // the others' too.
@@ -218,8 +218,8 @@ WHAT IS ENCRYPTED
   The service changes the data key by itself before it has been used too often for AES-GCM.
 
 BACKUP
-  touchmark backup copies a SQLite store while the service runs, touchmark restore makes a data directory of it. For PostgreSQL use
-  its own means; a standby and archived logs lose nothing.
+  touchmark backup copies a SQLite store while the service runs, and the built-in hub's file where there is one; touchmark restore makes
+  a data directory of it. For PostgreSQL use its own means; a standby and archived logs lose nothing.
 
 WHEN A MACHINE IS LOST
   One machine: restore the last backup on another with the same data key, at the same address. What was acknowledged since is gone with
