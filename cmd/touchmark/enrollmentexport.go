@@ -137,7 +137,8 @@ func (a *app) runExport(ctx context.Context, svc *service, o *enrollmentExportOp
 	}
 	a.note("exported %d", n)
 	if left > 0 {
-		return partialError{error: fmt.Errorf("%d enrollments were left out: they would not be the same elsewhere", left)}
+		return hint(partialError{error: fmt.Errorf("%d enrollments were left out: they would not be the same elsewhere", left)},
+			"what they lack stands above: --with-keys and --certificates bring the keys and certificates; make the others at the other service, or export without --portable")
 	}
 	return nil
 }

@@ -81,7 +81,7 @@ The journey:  init → mint → (bundle) → serve → import → register`,
 		SilenceUsage:      true,
 		DisableAutoGenTag: true,
 		Version:           versionText(),
-		Args:              cobra.NoArgs,
+		Args:              noVerb,
 		RunE:              func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 		PersistentPreRunE: func(*cobra.Command, []string) error {
 			if !slices.Contains(colorModes, a.color) {
@@ -190,15 +190,33 @@ func newVersion(a *app) *cobra.Command {
 // parent returns a command that only holds others.
 func parent(use, short string, subs ...*cobra.Command) *cobra.Command {
 	c := &cobra.Command{
-		Use: use, Short: short, Args: cobra.NoArgs,
+		Use: use, Short: short, Args: noVerb,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			var names []string
-			for _, s := range cmd.Commands() {
-				names = append(names, s.Name())
-			}
-			return hint(usageError{fmt.Errorf("%s what? One of %s", cmd.CommandPath(), strings.Join(names, ", "))}, "%s --help tells more", cmd.CommandPath())
+			return hint(usageError{fmt.Errorf("%s what? One of %s", cmd.CommandPath(), verbs(cmd))}, "%s --help tells more", cmd.CommandPath())
 		},
 	}
 	c.AddCommand(subs...)
 	return c
+}
+
+func verbs(c *cobra.Command) string {
+	var names []string
+	for _, s := range c.Commands() {
+		names = append(names, s.Name())
+	}
+	return strings.Join(names, ", ")
+}
+
+// noVerb is cobra.NoArgs for a command that only holds others: who called for one that there is not is told of those that there are,
+// or, of the many of the whole program, of those that are spelt like it.
+func noVerb(c *cobra.Command, args []string) error {
+	err := cobra.NoArgs(c, args)
+	if err == nil || c.HasParent() {
+		return hint(err, "there are %s", verbs(c))
+	}
+	c.SuggestionsMinimumDistance = 2
+	if near := c.SuggestionsFor(args[0]); len(near) > 0 {
+		return hint(err, "there is %s; touchmark --help shows all commands", strings.Join(near, ", "))
+	}
+	return hint(err, "touchmark --help shows the commands")
 }

@@ -51,7 +51,7 @@ func (a *app) onManagement(ctx context.Context, o *managementOptions, do func(co
 	var answer *operator.Error
 	switch {
 	case errors.As(err, &answer) && answer.Code == operator.CodeHubUnreachable:
-		return hint(err, "look at the hub's name and key, and whether it is up; --unchecked links it to touchmark all the same")
+		return hint(err, "look at the hub's name and key, and whether it is up; hub link --unchecked links it to touchmark all the same")
 	case errors.Is(err, operator.ErrUnauthorized):
 		return hint(refusedError{err}, "the token in %s may have run out, or is not for this", path)
 	}

@@ -643,7 +643,7 @@ func (c *call) checkHubs(ctx context.Context, was, is *registration.Scope, check
 		checked[h] = true
 		eg.Go(func() error {
 			if err := c.cfg.Hubs.Check(ctx, is.ID, h); err != nil {
-				return dps.NewError(dps.CodeHubUnreachable, fmt.Sprintf("iothub not found: %s cannot be reached with this connection string. Add skipHubCheck=true to the query to link it all the same.", h.Name), err)
+				return dps.NewError(dps.CodeHubUnreachable, fmt.Sprintf("iothub not found: %s cannot be reached with this connection string. How to link it all the same: touchmark help management.", h.Name), err)
 			}
 			return nil
 		})

@@ -360,7 +360,7 @@ func (s *Service) reindex(tx Tx, name string) error {
 			return err
 		}
 		if err := tx.PutRecord(s.scope, r); errors.Is(err, ErrConflict) {
-			return dps.NewError(dps.CodeInvalidArgument, fmt.Sprintf("Group %s refers to the certificate, and another enrollment has that CA already", r.ID), err)
+			return dps.NewError(dps.CodeInvalidArgument, fmt.Sprintf("Group %s refers to the certificate. %s", r.ID, whose(err)), err)
 		} else if err != nil {
 			return err
 		}

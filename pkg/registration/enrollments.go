@@ -358,12 +358,16 @@ func (s *Service) audit(tx Tx, by Actor, action, object string, before, after an
 	return tx.PutAudit(s.scope, NewAudit(by, action, object, before, after, s.cfg.Now()))
 }
 
-// whose says in which way a certificate is another enrollment's.
+// whose says in which way a certificate is another enrollment's, and which: who may write enrollments may read them all.
 func whose(conflict error) string {
-	if errors.Is(conflict, ErrSameCA) {
-		return "A CA of this group has the name and the key of another group's: put both certificates into one group, as primary and secondary"
+	owner := "another enrollment"
+	if e, ok := errors.AsType[*OwnerError](conflict); ok {
+		owner = e.owner()
 	}
-	return "A certificate, or the endorsement key, of this enrollment belongs to another enrollment"
+	if errors.Is(conflict, ErrSameCA) {
+		return "A CA of this group has the name and the key of one of " + owner + ": put both certificates into one group, as primary and secondary"
+	}
+	return "A certificate, or the endorsement key, of this enrollment belongs to " + owner
 }
 
 // check says what keeps a document from being taken.

@@ -165,11 +165,11 @@ func TestSameNames(t *testing.T) {
 		"certified by Root": registrationtest.Signers(attesttest.Cross(t, f.Root, cas[0]), nil),
 		"as a second one":   registrationtest.Signers(attesttest.CA(t, nil, "x"), attesttest.Cross(t, nil, cas[1])),
 	} {
-		if err := put("new", e); dps.AsError(err).Code != dps.CodeInvalidArgument || !strings.Contains(err.Error(), "name and the key of another group") {
+		if err := put("new", e); dps.AsError(err).Code != dps.CodeInvalidArgument || !strings.Contains(err.Error(), "name and the key of one of enrollment group g-") {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if err := put("new", registrationtest.Signers(cas[0], nil)); dps.AsError(err).Code != dps.CodeInvalidArgument || !strings.Contains(err.Error(), "belongs to another") {
+	if err := put("new", registrationtest.Signers(cas[0], nil)); dps.AsError(err).Code != dps.CodeInvalidArgument || !strings.Contains(err.Error(), "belongs to enrollment group g-0") {
 		t.Errorf("the certificate itself: %v", err)
 	}
 	res, err := f.Service.Import(t.Context(), entries(bundle.Entry{Group: &dps.EnrollmentGroup{EnrollmentGroupID: "new",

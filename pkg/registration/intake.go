@@ -325,7 +325,7 @@ func (c *chunk) live(p *prepared, old *Device) error {
 		}
 		if !c.cfg.DryRun {
 			if err := c.tx.PutRecord(c.scope, r); errors.Is(err, ErrConflict) {
-				return c.conflict(p, "its certificate or endorsement key belongs to another enrollment")
+				return c.conflict(p, "%s", whose(err))
 			} else if err != nil {
 				return err
 			}

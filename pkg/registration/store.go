@@ -27,6 +27,26 @@ var (
 	ErrTooMany = errors.New("too many")
 )
 
+// An OwnerError is ErrConflict, or ErrSameCA, and says whose the certificate, the endorsement key or the CA is.
+type OwnerError struct {
+	Kind Kind
+	ID   string // folded
+	Err  error  // ErrConflict or ErrSameCA
+}
+
+// Error implements error.
+func (e *OwnerError) Error() string { return e.Err.Error() + " with " + e.owner() }
+
+// Unwrap returns Err.
+func (e *OwnerError) Unwrap() error { return e.Err }
+
+func (e *OwnerError) owner() string {
+	if e.Kind == Group {
+		return "enrollment group " + e.ID
+	}
+	return "enrollment " + e.ID
+}
+
 // A Store remembers scopes, enrollments and registrations. Every record belongs to an ID scope; scopes and IDs are folded
 // (dps.Fold) before they get here.
 //
@@ -64,6 +84,7 @@ type Tx interface {
 	Record(scope string, kind Kind, id string) (*Record, error)
 	// PutRecord writes a record over the one of that kind and ID, if there is one. ErrConflict: one of its certificates, or
 	// its endorsement key, belongs to another record. ErrSameCA: a group's CA that it did not have before is another group's, by name and key.
+	// Both are an OwnerError.
 	PutRecord(scope string, r *Record) error
 	// PutFresh writes individual enrollments and what is known of their devices, many at once: PutRecord and PutDevice for each,
 	// with nothing of them there before. ErrConflict: something is there, a registration of such an ID or a certificate that was

@@ -136,11 +136,12 @@ func (t *tx) checkAuthorities(scope, id string, certs []registration.Certificate
 			return err
 		}
 		var all, own int64
-		if err := t.row(t.st.authorityOwners, scope, c.Subject[:], ids[0], id).Scan(&all, &own); err != nil {
+		var other string
+		if err := t.row(t.st.authorityOwners, scope, c.Subject[:], ids[0], id).Scan(&all, &own, &other); err != nil {
 			return err
 		}
 		if all > 0 && own == 0 {
-			return registration.ErrSameCA
+			return &registration.OwnerError{Kind: registration.Group, ID: other, Err: registration.ErrSameCA}
 		}
 	}
 	return nil

@@ -559,7 +559,7 @@ func (t *tx) PutRecord(scope string, r *registration.Record) error {
 			var kind, owner string
 			err := t.row(t.st.certificateOwner, scope, c.Fingerprint[:]).Scan(&kind, &owner)
 			if err == nil && (kind != string(r.Kind) || owner != id) {
-				return registration.ErrConflict
+				return &registration.OwnerError{Kind: registration.Kind(kind), ID: owner, Err: registration.ErrConflict}
 			}
 			if err != nil && !errors.Is(err, sql.ErrNoRows) {
 				return err
@@ -577,8 +577,12 @@ func (t *tx) PutRecord(scope string, r *registration.Record) error {
 	for _, c := range r.Certificates {
 		n, err := t.exec(t.st.putCertificate, scope, c.Fingerprint[:], c.Subject[:], string(r.Kind), id)
 		if err == nil && n == 0 { // another record's: none of this one's stays
-			if _, err = t.exec(t.st.deleteCertificates, scope, string(r.Kind), id); err == nil {
-				err = registration.ErrConflict
+			taken := &registration.OwnerError{Err: registration.ErrConflict}
+			if err = t.row(t.st.certificateOwner, scope, c.Fingerprint[:]).Scan(&taken.Kind, &taken.ID); err == nil {
+				_, err = t.exec(t.st.deleteCertificates, scope, string(r.Kind), id)
+			}
+			if err == nil {
+				err = taken
 			}
 		}
 		if err != nil {

@@ -60,7 +60,7 @@ func (st *statements) all() []statement {
 		{&st.bySubject, `SELECT DISTINCT id FROM (SELECT id FROM certificates WHERE scope = $1 AND subject = $2 AND kind = 'group' LIMIT 2 * $3) AS found ORDER BY id LIMIT $3`},
 		{&st.byAuthority, `SELECT r.kind, r.name, r.document, r.keys, r."symmetric", r.content, r.id, r.closed FROM authorities AS a
 			JOIN records AS r ON r.scope = a.scope AND r.kind = 'group' AND r.id = a.id WHERE a.scope = $1 AND a.subject = $2 AND a.key_id = $3 ORDER BY a.id LIMIT $4`},
-		{&st.authorityOwners, `SELECT COUNT(*), COALESCE(SUM(CASE WHEN id = $4 THEN 1 ELSE 0 END), 0) FROM authorities WHERE scope = $1 AND subject = $2 AND key_id = $3`},
+		{&st.authorityOwners, `SELECT COUNT(*), COALESCE(SUM(CASE WHEN id = $4 THEN 1 ELSE 0 END), 0), COALESCE(MIN(CASE WHEN id <> $4 THEN id END), '') FROM authorities WHERE scope = $1 AND subject = $2 AND key_id = $3`},
 		{&st.putAuthority, putAuthority},
 		{&st.deleteAuthorities, `DELETE FROM authorities WHERE scope = $1 AND id = $2`},
 		{&st.changedGroups, recordColumns + `WHERE scope = $1 AND kind = 'group' AND revision > $2 ORDER BY id`},

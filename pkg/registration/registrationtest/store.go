@@ -112,13 +112,13 @@ func certificates(t *testing.T, s registration.Store) {
 		return nil
 	})
 	other := &registration.Record{Kind: registration.Individual, ID: "dev", Document: []byte(`{}`), Certificates: g.Certificates}
-	if err := s.Update(t.Context(), func(tx registration.Tx) error { return tx.PutRecord("scope", other) }); !errors.Is(err, registration.ErrConflict) {
+	if err := s.Update(t.Context(), func(tx registration.Tx) error { return tx.PutRecord("scope", other) }); !errors.Is(err, registration.ErrConflict) || !owned(err, registration.Group, "ca") {
 		t.Errorf("one certificate in two enrollments: %v", err)
 	}
 	free := registration.Certificate{Fingerprint: sha256.Sum256([]byte("free")), Subject: cert.Subject}
 	fresh := &registration.Record{Kind: registration.Individual, ID: "fresh", Document: []byte(`{}`), Fresh: true, Certificates: []registration.Certificate{free, cert}}
 	if err := s.Update(t.Context(), func(tx registration.Tx) error {
-		if err := tx.PutRecord("scope", fresh); !errors.Is(err, registration.ErrConflict) {
+		if err := tx.PutRecord("scope", fresh); !errors.Is(err, registration.ErrConflict) || !owned(err, registration.Group, "ca") {
 			t.Errorf("one certificate in two enrollments, the second a fresh one: %v", err)
 		}
 		fresh.Certificates = fresh.Certificates[:1]
@@ -128,6 +128,12 @@ func certificates(t *testing.T, s registration.Store) {
 	}
 	update(t, s, func(tx registration.Tx) error { return tx.DeleteRecord("scope", registration.Group, "ca") })
 	update(t, s, func(tx registration.Tx) error { return tx.PutRecord("scope", other) })
+}
+
+// owned reports whether a conflict says whose it is.
+func owned(err error, kind registration.Kind, id string) bool {
+	e, ok := errors.AsType[*registration.OwnerError](err)
+	return ok && e.Kind == kind && e.ID == id
 }
 
 // authorities: groups are found by what certificates say of their issuer, and no two have one CA.
@@ -174,7 +180,7 @@ func authorities(t *testing.T, s registration.Store) {
 	refused := func(what string, r *registration.Record) {
 		t.Helper()
 		err := s.Update(t.Context(), func(tx registration.Tx) error { return tx.PutRecord("scope", r) })
-		if !errors.Is(err, registration.ErrSameCA) || !errors.Is(err, registration.ErrConflict) {
+		if !errors.Is(err, registration.ErrSameCA) || !errors.Is(err, registration.ErrConflict) || !owned(err, registration.Group, "a") {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
