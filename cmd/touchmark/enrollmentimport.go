@@ -73,7 +73,10 @@ A certificate is a file below the folder of the CSV file (--certificates names a
 tags and desired are JSON objects; reprovision is migrate, reset or never. Keys that are left out the service makes.
 
 Rows that the service knows with the same content are unchanged. One that differs is a conflict and stays as it is, unless --update says
-otherwise. --dry-run shows what would happen, member by member. When an import is cut off, the same command goes on: FILE.journal
+otherwise. --dry-run shows what would happen, member by member. touchmark's service is asked whether it would take each row by itself: a
+hub that is not linked, a certificate of another enrollment, a device below itself. It does not foresee what rows of the file are to one
+another, such as one certificate in two of them, nor a quota that they use up. Azure's services are not asked, nor is one whose policy may not
+write enrollments: rows are compared with what is there, and may be refused still; the summary counts them as not judged. When an import is cut off, the same command goes on: FILE.journal
 remembers how far it came, and without it rows are compared again. The service's limits are kept to.`,
 		Example: "  touchmark " + name + " import " + name + "s.csv --service azure.connection --dry-run\n  touchmark " + name + " import " + name + "s.jsonl --service service/owner.connection --update",
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -265,7 +268,8 @@ func (a *app) printCounts(path string, c *operator.Counts, dryRun bool) error {
 		count int
 		shown bool
 	}{{"new", c.New, true}, {"unchanged", c.Unchanged, true}, {"changed", c.Updated, c.Updated > 0}, {"conflicting", c.Conflicting, true}, {"skipped", c.Skipped, c.Skipped > 0},
-		{"not valid", c.Invalid, c.Invalid > 0}, {"refused", c.Failed, c.Failed > 0}, {"left out", c.LeftOut, c.LeftOut > 0}} {
+		{"not valid", c.Invalid, c.Invalid > 0}, {"refused", c.Failed, c.Failed > 0}, {"left out", c.LeftOut, c.LeftOut > 0},
+		{"not judged by the service", c.Unjudged, c.Unjudged > 0}} {
 		if n.shown {
 			rows = append(rows, []string{"  " + n.name, fmt.Sprint(n.count)})
 		}

@@ -28,8 +28,9 @@ LET ONE DEVICE IN
 LET MANY IN
     touchmark enrollment import pumps.csv --dry-run
     touchmark enrollment import pumps.csv
-  The dry run shows row by row what is new, and what differs member by member. Rows that are there already are unchanged. When it is cut
-  off, the same command goes on. touchmark enrollment import --help has the columns.
+  The dry run shows row by row what is new, what differs member by member, and what touchmark's service would refuse. Rows that are
+  there already are unchanged. When it is cut off, the same command goes on. touchmark enrollment import --help has the columns, and
+  what a dry run does not foresee.
 
 KEEP ONE OUT
     touchmark enrollment disable pump-0001

@@ -217,6 +217,30 @@ func (c *Client) Bulk(ctx context.Context, mode BulkMode, docs []*Document) (ref
 	return refused, a.lost, nil
 }
 
+// Judge asks touchmark's service what would be refused of up to [MaxBulk] documents of one kind: to be made, or, with an etag, to be
+// put in the place of that version. Nothing is written. The error is ErrUnsupported where the service is another's, does not say, or says it
+// to others only.
+func (c *Client) Judge(ctx context.Context, docs []*Document) (refused map[string]BulkError, err error) {
+	k := docs[0].Kind
+	b, err := json.Marshal(map[string]any{k.list(): docs})
+	if err != nil {
+		return nil, err
+	}
+	var res struct {
+		Errors []BulkError `json:"errors"`
+	}
+	_, err = c.do(ctx, request{method: http.MethodPost, path: "/touchmark/judge" + k.path(), body: b, again: true}, &res)
+	var e *Error
+	if errors.As(err, &e) && !errors.Is(err, ErrThrottled) && e.Status < 500 {
+		return nil, ErrUnsupported
+	}
+	refused = make(map[string]BulkError)
+	for _, e := range res.Errors {
+		refused[dps.Fold(k.pick(e.RegistrationID, e.EnrollmentGroupID))] = e
+	}
+	return refused, err
+}
+
 // Registration returns what became of a device. The error is ErrNotFound.
 func (c *Client) Registration(ctx context.Context, id string) (*dps.RegistrationState, error) {
 	st := &dps.RegistrationState{}

@@ -39,6 +39,8 @@ type Verdict struct {
 	Reason     string   `json:"reason,omitempty"`
 	Code       dps.Code `json:"code,omitempty"`
 	TrackingID string   `json:"trackingId,omitempty"`
+	// Unjudged is set in a dry run whose service does not say whether it would take the row.
+	Unjudged bool `json:"unjudged,omitempty"`
 }
 
 // Bad reports whether the row is not at the service as it should be.
@@ -57,6 +59,7 @@ type Counts struct {
 	Invalid     int `json:"invalid"`
 	Failed      int `json:"failed"`
 	LeftOut     int `json:"leftOut"`
+	Unjudged    int `json:"unjudged,omitempty"` // of a dry run: those of New and Updated that the service did not judge
 }
 
 // Bad returns how many rows are not at the service as they should be.
@@ -119,6 +122,7 @@ type importer struct {
 	cfg    ImportConfig
 	counts Counts
 	single atomic.Bool // the service has no bulk call
+	silent atomic.Bool // it does not judge
 }
 
 // A batch is what goes with one bulk call: documents of one kind and different IDs, and rows between them that need none.
@@ -229,12 +233,20 @@ func (im *importer) send(ctx context.Context, b *batch) (*batch, error) {
 	case len(docs) == 0:
 		return b, nil
 	case im.cfg.DryRun:
+		var ask []*Document
+		var of []*Verdict
 		for i := range docs {
-			if err := one(i, func(d *Document, v *Verdict) error { return im.foresee(ctx, d, v) }); err != nil {
+			if err := one(i, func(d *Document, v *Verdict) error {
+				sent, err := im.foresee(ctx, d, v)
+				if sent != nil {
+					ask, of = append(ask, sent), append(of, v)
+				}
+				return err
+			}); err != nil {
 				return b, err
 			}
 		}
-		return b, nil
+		return b, im.judge(ctx, ask, of)
 	}
 	var refused map[string]BulkError
 	var lost bool
@@ -328,29 +340,59 @@ func (im *importer) existing(ctx context.Context, d *Document, v *Verdict, lost 
 	return fmt.Errorf("%s keeps changing: %w", d, ErrChanged)
 }
 
-// foresee says what would become of a row.
-func (im *importer) foresee(ctx context.Context, d *Document, v *Verdict) error {
-	changes, _, err := im.c.Differs(ctx, d)
+// judge asks the service whether it would take what a dry run would send.
+func (im *importer) judge(ctx context.Context, docs []*Document, verdicts []*Verdict) error {
+	if len(docs) == 0 {
+		return nil
+	}
+	var refused map[string]BulkError
+	err := ErrUnsupported
+	if !im.silent.Load() {
+		refused, err = im.c.Judge(ctx, docs)
+	}
+	silent := errors.Is(err, ErrUnsupported)
+	if silent {
+		im.silent.Store(true)
+	} else if err != nil {
+		return err
+	}
+	for i, v := range verdicts {
+		if e, is := refused[dps.Fold(docs[i].ID)]; is {
+			v.Outcome, v.Changes, v.Code, v.Reason = OutcomeFailed, nil, e.Code, clip(e.Status)
+		}
+		v.Unjudged = silent
+	}
+	return nil
+}
+
+// foresee says what would become of a row, and returns what would be sent for that; nil for nothing.
+func (im *importer) foresee(ctx context.Context, d *Document, v *Verdict) (sent *Document, err error) {
+	changes, have, err := im.c.Differs(ctx, d)
 	switch {
 	case errors.Is(err, ErrNotFound) && d.describes():
 		v.Outcome, v.Reason = OutcomeFailed, "a certificate is described and not there: services show no certificates (touchmark import of the line's bundle has them)"
-		return nil
+		return nil, nil
 	case errors.Is(err, ErrNotFound):
 		v.Outcome = OutcomeNew
-		return nil
+		sent = d.clone()
+		sent.Portable()
+		return sent, nil
 	case err != nil:
-		return err
+		return nil, err
 	case len(changes) == 0:
 		v.Outcome = OutcomeUnchanged
 	case im.cfg.Update:
 		v.Outcome = OutcomeUpdated
+		sent = d.clone()
+		sent.Portable()
+		err = sent.Set("etag", have.ETag())
 	case im.cfg.SkipExisting:
 		v.Outcome = OutcomeSkipped
 	default:
 		v.Outcome = OutcomeConflicting
 	}
 	v.Changes = changes
-	return nil
+	return sent, err
 }
 
 // report tells what became of a batch, and remembers it.
@@ -359,6 +401,9 @@ func (im *importer) report(b *batch) error {
 	for i := range b.verdicts {
 		v := &b.verdicts[i]
 		im.counts.add(v.Outcome)
+		if v.Unjudged {
+			im.counts.Unjudged++
+		}
 		bad = bad || v.Bad()
 		if im.cfg.Report != nil {
 			if err := im.cfg.Report(*v); err != nil {

@@ -12,6 +12,16 @@ const maxBulk = 10
 
 // Bulk does something with up to ten enrollments or groups, one after the other: each by itself, whatever becomes of the others.
 func (s *Service) Bulk(ctx context.Context, by Actor, kind Kind, body []byte) (*dps.BulkResult, error) {
+	return s.bulk(ctx, by, kind, body, false)
+}
+
+// Judge answers as Bulk would that creates the items, or puts those with an etag in the place of that version, and writes nothing. What
+// items are to one another does not count, nor do quotas.
+func (s *Service) Judge(ctx context.Context, by Actor, kind Kind, body []byte) (*dps.BulkResult, error) {
+	return s.bulk(ctx, by, kind, body, true)
+}
+
+func (s *Service) bulk(ctx context.Context, by Actor, kind Kind, body []byte, judge bool) (*dps.BulkResult, error) {
 	var op dps.BulkOperation
 	if err := json.Unmarshal(body, &op); err != nil {
 		return nil, dps.NewError(dps.CodeInvalidArgument, "The body is not a valid bulk operation", err)
@@ -20,12 +30,12 @@ func (s *Service) Bulk(ctx context.Context, by Actor, kind Kind, body []byte) (*
 	if kind == Group {
 		items = op.EnrollmentGroups
 	}
-	if len(items) < 1 || len(items) > maxBulk || op.Mode == "" {
+	if len(items) < 1 || len(items) > maxBulk || op.Mode == "" && !judge {
 		return nil, invalid("A bulk operation needs a mode, and 1 to %d items", maxBulk)
 	}
 	res := &dps.BulkResult{Errors: []dps.BulkError{}}
 	for _, item := range items {
-		id, err := s.bulkItem(ctx, by, kind, op.Mode, item)
+		id, err := s.bulkItem(ctx, by, kind, op.Mode, item, judge)
 		if err == nil {
 			continue
 		}
@@ -47,7 +57,7 @@ func (s *Service) Bulk(ctx context.Context, by Actor, kind Kind, body []byte) (*
 }
 
 // bulkItem does one item, and returns its ID as far as it can be told.
-func (s *Service) bulkItem(ctx context.Context, by Actor, kind Kind, mode dps.BulkMode, item json.RawMessage) (id string, err error) {
+func (s *Service) bulkItem(ctx context.Context, by Actor, kind Kind, mode dps.BulkMode, item json.RawMessage, judge bool) (id string, err error) {
 	var name struct {
 		RegistrationID    string `json:"registrationId"`
 		EnrollmentGroupID string `json:"enrollmentGroupId"`
@@ -63,6 +73,7 @@ func (s *Service) bulkItem(ctx context.Context, by Actor, kind Kind, mode dps.Bu
 		return "", invalid("The item has no ID")
 	}
 	switch {
+	case judge:
 	case mode == dps.BulkDelete:
 		return id, s.DeleteEnrollment(ctx, by, kind, id, name.ETag)
 	case mode == dps.BulkCreate:
@@ -77,6 +88,7 @@ func (s *Service) bulkItem(ctx context.Context, by Actor, kind Kind, mode dps.Bu
 	}
 	in, err := parseSent(kind, item)
 	if err == nil {
+		in.judged = judge
 		_, err = s.put(ctx, by, in, name.ETag)
 	}
 	return id, err

@@ -142,6 +142,7 @@ type sent struct {
 	// remake marks the symmetric keys, primary and secondary, that are to be made anew: those that are there, and null or empty.
 	// One that is not there stays what it was.
 	remake [2]bool
+	judged bool // put is to say whether it would write it, and no more
 }
 
 func parseSent(kind Kind, body []byte) (*sent, error) {
@@ -228,7 +229,11 @@ func (s *Service) put(ctx context.Context, by Actor, in *sent, ifMatch string) (
 	now := dps.Time{Time: s.cfg.Now()}
 	var keys *dps.SymmetricKeyAttestation
 	var written *Record
-	err := s.cfg.Store.Update(ctx, func(tx Tx) error {
+	transaction, write := s.cfg.Store.Update, Tx.PutRecord
+	if in.judged {
+		transaction, write = s.cfg.Store.View, Tx.CheckRecord
+	}
+	err := transaction(ctx, func(tx Tx) error {
 		d := *d // f may run again: work on a copy of what it changes
 		base := *d.base()
 		attestation := *base.Attestation
@@ -315,9 +320,9 @@ func (s *Service) put(ctx context.Context, by Actor, in *sent, ifMatch string) (
 			action = "update"
 		}
 		written = r
-		if err = tx.PutRecord(s.scope, r); errors.Is(err, ErrConflict) {
+		if err = write(tx, s.scope, r); errors.Is(err, ErrConflict) {
 			return invalid("%s", whose(err))
-		} else if err != nil {
+		} else if err != nil || in.judged {
 			return err
 		}
 		return s.audit(tx, by, action, object(kind, r.ID), content(old), content(r))

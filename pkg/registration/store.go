@@ -86,6 +86,8 @@ type Tx interface {
 	// its endorsement key, belongs to another record. ErrSameCA: a group's CA that it did not have before is another group's, by name and key.
 	// Both are an OwnerError.
 	PutRecord(scope string, r *Record) error
+	// CheckRecord says what PutRecord would say, and writes nothing.
+	CheckRecord(scope string, r *Record) error
 	// PutFresh writes individual enrollments and what is known of their devices, many at once: PutRecord and PutDevice for each,
 	// with nothing of them there before. ErrConflict: something is there, a registration of such an ID or a certificate that was
 	// issued for such a key among it; the transaction is to be given up then, for a part may have been written.

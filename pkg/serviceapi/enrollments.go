@@ -21,6 +21,14 @@ func (c *call) bulk() (any, error) {
 	return c.svc.Bulk(c.ctx(), c.by, c.kind, body)
 }
 
+func (c *call) judge() (any, error) {
+	body, err := c.body()
+	if err != nil {
+		return nil, err
+	}
+	return c.svc.Judge(c.ctx(), c.by, c.kind, body)
+}
+
 func (c *call) get() (any, error) {
 	return c.svc.GetEnrollment(c.ctx(), c.kind, c.ids[0])
 }

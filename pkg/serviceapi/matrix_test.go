@@ -49,6 +49,8 @@ var calls = map[string]struct{ path, body, rights string }{
 	"DELETE registrations/*":                       {"/registrations/nobody", "", "Ww"},
 	"POST registrations/*/query":                   {"/registrations/keys/query", "", "Wr"},
 	"GET touchmark/info":                           {"/touchmark/info", "", "RW"},
+	"POST touchmark/judge/enrollments":             {"/touchmark/judge/enrollments", `{"enrollments":[{"registrationId":"nobody","etag":"*","attestation":{"type":"symmetricKey"}}]}`, "W"},
+	"POST touchmark/judge/enrollmentGroups":        {"/touchmark/judge/enrollmentGroups", `{"enrollmentGroups":[{"enrollmentGroupId":"nobody","etag":"*","attestation":{"type":"symmetricKey"}}]}`, "W"},
 	"POST touchmark/bundles":                       {"/touchmark/bundles", "a bundle", "W"},
 	"POST touchmark/groupKeys/*":                   {"/touchmark/groupKeys/keys", `{"recipient":"age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p"}`, "W"},
 	"PUT touchmark/groups/*":                       {"/touchmark/groups/keys", `{"closed":false}`, "W"},

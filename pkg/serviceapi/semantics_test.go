@@ -345,6 +345,44 @@ func TestEndorsementKeys(t *testing.T) {
 	o.want(t, 400, dps.CodeInvalidArgument, "PUT", "/enrollments/tpm-2", body("tpm-2"))
 }
 
+// What is judged is refused as it would be by a put, for the same reasons, and nothing is written, not even into the audit record.
+func TestJudge(t *testing.T) {
+	d, o := newOperator(t)
+	cert := attesttest.Leaf(t, nil, "one").Base64()
+	x509 := func(id, more string) string {
+		return `{"registrationId":"` + id + `","attestation":{"type":"x509","x509":{"clientCertificates":{"primary":{"certificate":"` + cert + `"}}}}` + more + `}`
+	}
+	keys := func(id, more string) string { return `{"registrationId":"` + id + `",` + newKeys + more + `}` }
+	o.want(t, 200, 0, "PUT", "/enrollments/has-it", x509("has-it", ""))
+	tag := fmt.Sprint(o.want(t, 200, 0, "GET", "/enrollments/has-it", "")["etag"])
+	before := d.state(t, registrationtest.Scope)
+	doc := o.want(t, 200, 0, "POST", "/touchmark/judge/enrollments", `{"enrollments":[`+strings.Join([]string{
+		keys("new", ""), x509("has-it", `,"etag":"`+tag+`","provisioningStatus":"disabled"`),
+		x509("wants-it", ""), keys("knot", `,"parent":"KNOT"`), x509("HAS-IT", ""), x509("has-it", `,"etag":"old"`), keys("nobody", `,"etag":"x"`), keys("b b", ""), `{}`,
+	}, ",")+`]}`)
+	var got []string
+	for _, r := range doc["errors"].([]any) {
+		e := r.(map[string]any)
+		got = append(got, fmt.Sprintf("%v %v", e["registrationId"], e["errorCode"]))
+		if e["registrationId"] == "wants-it" && !strings.Contains(fmt.Sprint(e["errorStatus"]), "belongs to enrollment has-it") {
+			t.Error(e)
+		}
+	}
+	want := []string{"wants-it 400004", "knot 400004", fmt.Sprint("HAS-IT ", int(dps.CodeEnrollmentExists)), "has-it 412001", fmt.Sprint("nobody ", int(dps.CodeNoEnrollment)), "b b 400004", "<nil> 400004"}
+	if !slices.Equal(got, want) || doc["isSuccessful"] != false {
+		t.Errorf("%q, not %q", got, want)
+	}
+	if d.state(t, registrationtest.Scope) != before {
+		t.Error("something was written")
+	}
+	if doc := o.want(t, 200, 0, "POST", "/touchmark/judge/enrollmentGroups", `{"enrollmentGroups":[{"enrollmentGroupId":"g",`+newKeys+`}]}`); doc["isSuccessful"] != true {
+		t.Error(doc)
+	}
+	for _, body := range []string{"", `{}`, `{"enrollments":[]}`} {
+		o.want(t, 400, dps.CodeInvalidArgument, "POST", "/touchmark/judge/enrollments", body)
+	}
+}
+
 // DPS-S 50 to 54: items stand for themselves.
 func TestBulk(t *testing.T) {
 	_, o := newOperator(t)

@@ -147,6 +147,8 @@ var routes = [...]route{
 	{"POST", "registrations/*/query", access.RegistrationStatusRead, (*call).queryRegistrations},
 
 	{"GET", "touchmark/info", access.EnrollmentRead, (*call).info},
+	{"POST", "touchmark/judge/enrollments", access.EnrollmentWrite, individual((*call).judge)},
+	{"POST", "touchmark/judge/enrollmentGroups", access.EnrollmentWrite, group((*call).judge)},
 	{"POST", "touchmark/bundles", access.EnrollmentWrite, (*call).bundle},
 	{"POST", "touchmark/groupKeys/*", access.EnrollmentWrite, (*call).groupKey},
 	{"PUT", "touchmark/groups/*", access.EnrollmentWrite, (*call).closeGroup},

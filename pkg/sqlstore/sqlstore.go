@@ -552,23 +552,29 @@ func (t *tx) Record(scope string, kind registration.Kind, id string) (*registrat
 	return t.scanRecord(scope, t.row(t.st.record, scope, string(kind), id))
 }
 
+func (t *tx) CheckRecord(scope string, r *registration.Record) error {
+	id := dps.Fold(r.ID)
+	for _, c := range r.Certificates {
+		var kind, owner string
+		err := t.row(t.st.certificateOwner, scope, c.Fingerprint[:]).Scan(&kind, &owner)
+		if err == nil && (kind != string(r.Kind) || owner != id) {
+			return &registration.OwnerError{Kind: registration.Kind(kind), ID: owner, Err: registration.ErrConflict}
+		}
+		if err != nil && !errors.Is(err, sql.ErrNoRows) {
+			return err
+		}
+	}
+	if r.Kind == registration.Group {
+		return t.checkAuthorities(scope, id, r.Certificates)
+	}
+	return nil
+}
+
 func (t *tx) PutRecord(scope string, r *registration.Record) error {
 	id := dps.Fold(r.ID)
 	if !r.Fresh {
-		for _, c := range r.Certificates { // before anything is written, so that a conflict costs nobody a rollback
-			var kind, owner string
-			err := t.row(t.st.certificateOwner, scope, c.Fingerprint[:]).Scan(&kind, &owner)
-			if err == nil && (kind != string(r.Kind) || owner != id) {
-				return &registration.OwnerError{Kind: registration.Kind(kind), ID: owner, Err: registration.ErrConflict}
-			}
-			if err != nil && !errors.Is(err, sql.ErrNoRows) {
-				return err
-			}
-		}
-		if r.Kind == registration.Group {
-			if err := t.checkAuthorities(scope, id, r.Certificates); err != nil {
-				return err
-			}
+		if err := t.CheckRecord(scope, r); err != nil { // before anything is written, so that a conflict costs nobody a rollback
+			return err
 		}
 		if _, err := t.exec(t.st.deleteCertificates, scope, string(r.Kind), id); err != nil {
 			return err
