@@ -74,8 +74,8 @@ type Diagnosis struct {
 	RegistrationID string                 `json:"registrationId"`
 	Enrollment     *Enrolled              `json:"enrollment"`
 	Registration   *dps.RegistrationState `json:"registration"`
-	// Admitted is what let it in when it last registered; null where that is not known.
-	Admitted *Admitted `json:"admitted"`
+	// Admitted is what let it in when it last registered; nil where that is not known.
+	Admitted *Admitted `json:"admitted,omitempty"`
 	// Attempts are the last ones, the newest at the end.
 	Attempts []*Attempt `json:"attempts"`
 	// Trial is what would become of the certificates that were handed in; nil without.
