@@ -23,7 +23,8 @@ type rollOptions struct {
 const rollText = ` has three states, and the service itself says which one it is in, so the same command can be run at any time, after any interruption:
 
   fresh     the new one is not there. The first run puts it into the secondary slot: from then on the group admits devices with the
-            old one and devices with the new one.
+            old one and devices with the new one. Where another one was in that slot, it goes: devices that came in with it are shown, and
+            nothing is done; of unknown ones it is taken that they use the primary.
   waiting   devices are being moved. Each run shows which ones came in with the old one last, and does nothing as long as there are some,
             or some of which nobody knows.
   done      the new one has taken the place of the old one, which admits nobody any more.
