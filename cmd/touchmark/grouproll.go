@@ -53,7 +53,8 @@ keys, and delete the file in the end.`,
 		c.Long = "A roll-over of a CA" + rollText + `
 
 The certificate is that of the new CA, PEM or DER. On Azure it has to be verified there first. A device below an intermediate uses the
-CA that its chain led to. A CA that was renewed, with the same name and key, is the same one: nobody has to be moved.
+CA that its chain led to. A CA that was renewed, with the same name and key, is the same one as soon as the new certificate counts: nobody
+has to be moved.
 
 A group that names its CAs among the certificates of the service (group create --ca-name) is rolled over to another name: put the
 certificate there first (touchmark certificate create), verify it, and say --ca-name.`
@@ -86,7 +87,7 @@ type rollReport struct {
 	// Devices counts what the group's devices came in with last, before the step; Told says whether the service tells that. Shut are the
 	// first of those that need what the step takes away.
 	Devices map[string]int `json:"devices"`
-	Told    bool           `json:"told"`
+	Told    bool           `json:"told,omitempty"`
 	Shut    []operator.Use `json:"shut,omitempty"`
 	DryRun  bool           `json:"dryRun"`
 }

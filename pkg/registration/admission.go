@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"encoding/base64"
 	"errors"
+	"time"
 
 	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/dps"
@@ -54,8 +55,9 @@ func certificateAdmission(der []byte, slot int) *Admission {
 	return &Admission{AdmittedByCertificate, slotNames[slot], sum[:16]}
 }
 
-// admissions returns what a record admits devices by now, the primary first.
-func admissions(r *Record) (all []*Admission, err error) {
+// admissions returns what a record admits devices by, the primary first. A CA that is not verified, or not valid yet, admits nobody:
+// whoever takes away the same CA's other certificate shuts its devices out.
+func admissions(r *Record, at time.Time) (all []*Admission, err error) {
 	d, err := open(r)
 	if err != nil {
 		return nil, err
@@ -71,7 +73,7 @@ func admissions(r *Record) (all []*Admission, err error) {
 	}
 	if certs := d.x509(); certs != nil {
 		for i, c := range []*dps.X509Certificate{certs.Primary, certs.Secondary} {
-			if c == nil {
+			if c == nil || c.Info == nil && len(d.references()) > 0 {
 				continue
 			}
 			der, err := base64.StdEncoding.DecodeString(c.Certificate)
@@ -86,7 +88,9 @@ func admissions(r *Record) (all []*Admission, err error) {
 			if err != nil {
 				return nil, err
 			}
-			all = append(all, caAdmission(ca, i))
+			if !at.Add(attest.Skew).Before(ca.NotBefore) {
+				all = append(all, caAdmission(ca, i))
+			}
 		}
 	}
 	return all, nil
@@ -134,7 +138,7 @@ func (s *Service) admitted(tx Tx, r *Registration) (*Admitted, error) {
 	}
 	var now []*Admission
 	if record != nil {
-		if now, err = admissions(record); err != nil {
+		if now, err = admissions(record, s.cfg.Now()); err != nil {
 			return nil, err
 		}
 	}
@@ -160,7 +164,7 @@ func (s *Service) QueryGroupDevices(ctx context.Context, group string, p Page) (
 		if err != nil {
 			return err
 		}
-		now, err := admissions(r)
+		now, err := admissions(r, s.cfg.Now())
 		if err != nil {
 			return err
 		}

@@ -139,6 +139,9 @@ func TestRolls(t *testing.T) {
 	is(roll, "by-renewed:both") // the service puts the only CA into both slots, as Azure does
 	next(roll, operators.RollWaiting)
 	is(roll, "by-renewed:both")
+	later := attesttest.Cross(t, nil, ca, func(c *x509.Certificate) { c.NotBefore = attesttest.Now.Add(30 * time.Minute) })
+	d.Put(t, registration.Group, "renewed", registrationtest.Signers(ca, later))
+	is(roll, "by-renewed:primary") // nobody comes in by the new certificate yet
 
 	// CAs that the group has by their names at the service.
 	svc := registration.New(registration.Config{Store: d.Store, Scope: registrationtest.Scope, Now: d.Now})
@@ -171,6 +174,21 @@ func TestRolls(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+
+	// A renewed CA that nobody has verified yet does not take the place of the old one.
+	no := false
+	if _, err := svc.PutCACertificate(ctx, start, "renewed", attesttest.Cross(t, nil, two).Base64(), &no, ""); err != nil {
+		t.Fatal(err)
+	}
+	if roll, err = c.RollCAName(ctx, "named", "renewed"); err != nil {
+		t.Fatal(err)
+	}
+	next(roll, operators.RollWaiting)
+	is(roll, "by-one:former by-two:primary")
+	if _, err := svc.PutCACertificate(ctx, start, "renewed", attesttest.Cross(t, nil, two).Base64(), &yes, "*"); err != nil {
+		t.Fatal(err)
+	}
+	is(roll, "by-one:former by-two:both")
 
 	// Enrollments of devices' own have slots as well.
 	d.admits(t, d.ByKey("own-key", d.OtherKey))
