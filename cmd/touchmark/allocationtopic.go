@@ -76,8 +76,8 @@ WHEN A HUB FAILS
   looked after them.
 
 NESTED EDGE
-  "parent": "gateway-7" in an enrollment or a group (--parent, the column parent) puts its devices below that edge device (capabilities.iotEdge), named by
-  registration ID or device ID. Children go to their parent's hub, whatever their policy says. Who comes first does not matter: a child
+  "parent": "gateway-7" in an enrollment or a group (--parent, the column parent) puts its devices below that edge device
+  (capabilities.iotEdge), named by registration ID or device ID. Children go to their parent's hub, whatever their policy says. Who comes first does not matter: a child
   is assigned without its parent and linked when the parent arrives. When the parent goes to another hub its children follow as they
   register again. Five levels, 100 children, no cycles. Azure has no such member, so it does not go into portable bundles.`,
 }

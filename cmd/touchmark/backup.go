@@ -72,8 +72,10 @@ func newBackup(a *app) *cobra.Command {
 		Use:   "backup --data DIR --out FILE",
 		Short: "Copy a service's store to a file while the service runs",
 		Long: `backup writes the store of a service into one file, as it was at one moment; the service goes on. The file appears whole or not at
-all, and is checked. With serve --hub builtin the hub's devices and twins go along, as they were just after; its messages do not. Secrets in it are encrypted as they are in the store. The key that their data key is wrapped under (data.key,
-or the one in a token) is not in it: keep that somewhere else, for without it a backup is worth nothing.
+all, and is checked. With serve --hub builtin the hub's devices and twins go along, as they were just after; its messages do not.
+
+Secrets in it are encrypted as they are in the store. The key that their data key is wrapped under (data.key, or the one in a token) is
+not in it: keep that somewhere else, for without it a backup is worth nothing.
 
 A store in PostgreSQL is backed up with PostgreSQL's own means: pg_dump, or base backups with archived logs, which lose nothing.`,
 		Example: `  touchmark backup --data service --out monday.tmbackup
@@ -237,8 +239,8 @@ func newRestore(a *app) *cobra.Command {
 		Use:   "restore FILE --data DIR",
 		Short: "Make a service's data directory from a backup",
 		Long: `restore takes a backup apart into a new directory, or an empty one, and checks every octet of it first. The service there then
-has everything that was acknowledged before the backup began, and its own ID scope, CA and recipient; so has its built-in hub. What it needs beside it is
-the key that the store's data key is wrapped under: data.key, or --data-key.
+has everything that was acknowledged before the backup began, and its own ID scope, CA and recipient; so has its built-in hub.
+What it needs beside it is the key that the store's data key is wrapped under: data.key, or --data-key.
 
 Devices that registered after the backup register again by themselves, and what was imported since is imported again. Never let
 the restored service and the old one both answer devices.`,

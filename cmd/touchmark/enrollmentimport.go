@@ -73,11 +73,13 @@ A certificate is a file below the folder of the CSV file (--certificates names a
 tags and desired are JSON objects; reprovision is migrate, reset or never. Keys that are left out the service makes.
 
 Rows that the service knows with the same content are unchanged. One that differs is a conflict and stays as it is, unless --update says
-otherwise. --dry-run shows what would happen, member by member. touchmark's service is asked whether it would take each row by itself: a
+otherwise. When an import is cut off, the same command goes on: FILE.journal remembers how far it came, and without it rows are compared
+again. The service's limits are kept to.
+
+--dry-run shows what would happen, member by member. touchmark's service is asked whether it would take each row by itself: a
 hub that is not linked, a certificate of another enrollment, a device below itself. It does not foresee what rows of the file are to one
 another, such as one certificate in two of them, nor a quota that they use up. Azure's services are not asked, nor is one whose policy may not
-write enrollments: rows are compared with what is there, and may be refused still; the summary counts them as not judged. When an import is cut off, the same command goes on: FILE.journal
-remembers how far it came, and without it rows are compared again. The service's limits are kept to.`,
+write enrollments: rows are compared with what is there, and may be refused still; the summary counts them as not judged.`,
 		Example: "  touchmark " + name + " import " + name + "s.csv --service azure.connection --dry-run\n  touchmark " + name + " import " + name + "s.jsonl --service service/owner.connection --update",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.onService(cmd.Context(), &o.serviceOptions, func(ctx context.Context, svc *service) error {

@@ -33,6 +33,7 @@ MESSAGES
 WHAT IT IS NOT
   It is for development and tests. It takes 10,000 devices, runs in one process, and forgets messages when it stops; devices and
   twins stay with --data, and touchmark backup takes them along. (Where the store is in PostgreSQL they are in hub.db in the data directory
-  all the same: copy that while the service is stopped.) There are no modules, jobs, configurations, routes, file uploads and feedback, and devices speak MQTT, not AMQP.
+  all the same: copy that while the service is stopped.) There are no modules, jobs, configurations, routes, file uploads and feedback,
+  and devices speak MQTT, not AMQP.
   Updates of desired properties that a device missed it reads from its twin.`,
 }

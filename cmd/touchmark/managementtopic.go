@@ -38,9 +38,9 @@ WHAT A PUT DOES
   stay, as do private endpoint connections and what stands under properties.touchmark. Read, change, write back: keys that were shown
   as **** are put back as they were, for the same host and policy and no other.
   Hubs that serve --hub names are linked again at each start; one that you change here stays as you changed it.
-  A hub that does not answer is not linked (401001), but with ?skipHubCheck=true (hub link --unchecked), or under serve --no-hub-check. Hubs have a member of
-  ours, kind: azure without it; builtin; mosquitto (HostName=H;Username=U;Password=P), webhook (URL=https://…;Secret=BASE64), or
-  record, with a name alone. touchmark hub link --kind does that.
+  A hub that does not answer is not linked (401001), but with ?skipHubCheck=true (hub link --unchecked), or under serve --no-hub-check. Hubs
+  have a member of ours, kind: azure without it; builtin; mosquitto (HostName=H;Username=U;Password=P), webhook (URL=https://…;
+  Secret=BASE64), or record, with a name alone. touchmark hub link --kind does that.
   properties.touchmark is ours too: {"strictRoots": true, "quotas": "azure"}; touchmark scope update --strict-roots --quotas azure.
   Refused, since there is nothing behind them: managed identities, disableLocalAuth, SKUs other than S1, capacity other than 1.
 

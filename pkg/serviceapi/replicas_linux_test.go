@@ -16,5 +16,5 @@ func TestReplicas(t *testing.T) {
 		TestCalls, TestServiceTransport, TestServiceWrites, TestServiceKeys, TestServiceCertificates, TestServiceQueries,
 		TestServiceAuthorization, TestServiceTokenForms, TestOrders, TestAuthorizationMatrix, TestIsolationMatrix, TestAddresses,
 		TestProvisioning, TestOneWinner, TestWriters, TestPolicyRaces, TestForms, TestMembers, TestKeysAndTags, TestValidation,
-		TestReferences, TestForgotten, TestEndorsementKeys, TestJudge, TestBulk, TestContinuations, TestStrictQuery, TestAudit, TestPolicies)
+		TestReferences, TestForgotten, TestEndorsementKeys, TestJudge, TestRolls, TestRollOfLongAgo, TestBulk, TestContinuations, TestStrictQuery, TestAudit, TestPolicies)
 }
