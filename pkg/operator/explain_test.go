@@ -2,6 +2,7 @@ package operator_test
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -94,6 +95,47 @@ func TestDiagnoseFromOutside(t *testing.T) {
 	first("new", "", "not-seen", false)
 	first("failed", "", "webhook", true)
 	first("in", "", "assigned", true)
+}
+
+// Azure has no list of all registrations: they are got by its groups, and one by one.
+func TestAllRegistrations(t *testing.T) {
+	s := azuretest.Start(t, azuretest.Config{})
+	c, ctx := client(t, s), t.Context()
+	ca, _ := authority(t, "CA")
+	for _, d := range []*operator.Document{groupOf(t, "Pumps", ca, nil), doc(t, `{"enrollmentGroupId":"empty","attestation":{"type":"symmetricKey"}}`),
+		doc(t, `{"registrationId":"alone","attestation":{"type":"symmetricKey"}}`), doc(t, `{"registrationId":"new","attestation":{"type":"symmetricKey"}}`)} {
+		if _, err := c.Create(ctx, d); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.Register("", "alone", "assigned", nil)
+	s.Register("pumps", "p-1", "assigned", nil)
+	s.Register("pumps", "p-2", "failed", nil)
+	for group, want := range map[string]string{"": "p-1<pumps p-2<pumps alone< ", "PUMPS": "p-1<pumps p-2<pumps ", "empty": "", "nowhere": "?"} {
+		got := ""
+		for r, err := range c.AllRegistrations(ctx, group) {
+			if errors.Is(err, operator.ErrNotFound) {
+				got += "?"
+				break
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			got += r.RegistrationID + "<" + r.EnrollmentGroupID + " "
+		}
+		if got != want {
+			t.Errorf("of %q: %q, not %q", group, got, want)
+		}
+	}
+	for r := range c.AllRegistrations(ctx, "") { // who has seen enough is asked no more
+		if r.RegistrationID != "p-1" {
+			t.Error(r)
+		}
+		break
+	}
+	if err := c.ForgetAttempts(ctx, "alone"); !errors.Is(err, operator.ErrUnsupported) {
+		t.Errorf("forgetting at Azure: %v", err)
+	}
 }
 
 // With touchmark's log of attempts the reason itself is known. Its shape is that of GET /touchmark/diagnose; members that nobody knows do

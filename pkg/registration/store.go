@@ -90,7 +90,8 @@ type Tx interface {
 	PutRegistration(scope string, r *Registration) error
 	// DeleteRegistration removes a registration and what the device is below ([Kin]), or says ErrNotFound.
 	DeleteRegistration(scope, id string) error
-	// Registrations returns up to limit registrations that came in by a group, IDs greater than after, in order.
+	// Registrations returns up to limit registrations that came in by a group, IDs greater than after, in order: of all of the scope
+	// where the group is "". The group need not be there any more.
 	Registrations(scope, group, after string, limit int) ([]*Registration, error)
 
 	// Challenge returns what a device's TPM was last challenged with, expired or not, or ErrNotFound. PutChallenge writes it over
