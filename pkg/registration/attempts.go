@@ -399,11 +399,16 @@ func (l *Attempts) Flush(ctx context.Context) error {
 		devices := slices.Sorted(maps.Keys(byDevice)) // in one order at every replica
 		for chunk := range slices.Chunk(devices, flushAtOnce) {
 			err := l.cfg.Store.Update(ctx, func(tx Tx) error {
-				if gone, err := Deleted(tx, scope); gone || err != nil {
+				sc, err := found(tx.Scope(scope))
+				if err != nil || sc != nil && sc.Deleting {
 					return err
 				}
 				for _, d := range chunk {
-					if err := keep(tx, scope, d, byDevice[d]); err != nil {
+					fresh := byDevice[d]
+					if sc != nil { // what was tried before it was erased is erased
+						fresh = slices.DeleteFunc(slices.Clone(fresh), func(a *Attempt) bool { return !a.At.After(sc.Erased) })
+					}
+					if err := keep(tx, scope, d, fresh); err != nil {
 						return err
 					}
 				}
