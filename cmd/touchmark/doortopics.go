@@ -125,12 +125,14 @@ var monitoringTopic = &cobra.Command{
 	Short: "Metrics, logs, traces, health, usage, and why a device was refused",
 	Long: `WHY WAS THIS DEVICE REFUSED?
     touchmark diagnose pump-0001 --service service/owner.connection
-  A refused device learns 401002 and nothing else. The service keeps what each device tried, with the reason: the last ten attempts
-  of a device, its last success among them, for --attempts-retention (30 days; 0 keeps none). It says so in sentences, and what to do.
+  A refused device learns 401002 and nothing else. The service keeps what each device tried, with the reason: the last
+  --attempts-per-device attempts of a device (10), its last success among them, for --attempts-retention (30 days; 0 keeps none). It
+  says so in sentences, and what to do.
   Over the service API, with the right to read registrations:
     GET    /touchmark/diagnose/REGISTRATION-ID    what is known: enrollment, registration, attempts, explanation
     POST   /touchmark/diagnose/REGISTRATION-ID    the same, with certificates in PEM as the body, the device's first: would they do?
-    DELETE /touchmark/diagnose/REGISTRATION-ID    forget its attempts (right to write registrations); it is in the audit record
+    DELETE /touchmark/diagnose/REGISTRATION-ID    forget its attempts (right to write registrations); it is in the audit record:
+                                                  touchmark registration forget REGISTRATION-ID
     GET    /touchmark/attempts/TRACKING-ID        whose error was that? The device's log has the tracking ID, as has this one
   The same attempt within an hour is one entry that counts. Attempts are written every two seconds: a crash loses those, and other
   replicas see them that much later. A scope keeps the last 100,000 attempts of devices that proved themselves, as many refusals of

@@ -165,6 +165,26 @@ func TestAttemptsOfOneDevice(t *testing.T) {
 	}
 }
 
+// How many are kept of a device is the operator's to say: the last success is among them, and one address has half of them.
+func TestAttemptsPerDevice(t *testing.T) {
+	for most, want := range map[int]int{1: 1, 2: 2, 25: 14, 0: 6} { // the success, and of the refusals half, rounded up, as far as there is room
+		f := registrationtest.NewFixture(t)
+		log := registration.NewAttempts(registration.AttemptsConfig{Store: f.Store, Now: f.Now, PerDevice: most})
+		scope := strings.ToLower(registrationtest.Scope)
+		for i := range 60 {
+			f.Advance(time.Minute)
+			a := &registration.Attempt{RegistrationID: "own-key", At: f.Now(), Operation: "register", Result: "refused", Reason: fmt.Sprint(i), Remote: "192.0.2.1:1", Proof: "none"}
+			if i == 0 {
+				a.Result = "assigned"
+			}
+			log.Add(scope, a)
+		}
+		if all, err := log.Of(t.Context(), scope, "own-key"); err != nil || len(all) != want || all[len(all)-1].Result != "assigned" {
+			t.Errorf("%d are to be kept: %d are, %v", most, len(all), err)
+		}
+	}
+}
+
 // What becomes of a registration at its hub completes its entry, whenever it comes; what ends none is none.
 func TestAttemptsAtHubs(t *testing.T) {
 	f := registrationtest.NewFixture(t)

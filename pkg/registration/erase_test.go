@@ -162,7 +162,10 @@ func TestImportAcrossErasure(t *testing.T) {
 		for i := range 5000 {
 			if i == 3500 { // of which 3000 are written: it is not the erasure's being under way that ends the import
 				for err := registration.ErrNotFound; errors.Is(err, registration.ErrNotFound); {
-					err = s.Store.View(t.Context(), func(tx registration.Tx) error { _, err := tx.Record(scope, registration.Individual, "dev-2999"); return err })
+					err = s.Store.View(t.Context(), func(tx registration.Tx) error {
+						_, err := tx.Record(scope, registration.Individual, "dev-2999")
+						return err
+					})
 				}
 				s.Advance(time.Second)
 				if err := registration.EraseScope(t.Context(), s.Store, registrationtest.Scope, by, s.Now()); err != nil {
