@@ -87,6 +87,13 @@ func (a *app) printDiagnosis(d *operator.Diagnosis) error {
 		state = registrationText(d.Registration)
 	}
 	rows = append(rows, []string{"  registration", state})
+	if by := d.Admitted; by != nil {
+		slot := by.Slot
+		if slot == operator.SlotFormer {
+			slot += ", was " + by.Was
+		}
+		rows = append(rows, []string{"  let in by", by.Kind + ", " + slot})
+	}
 	if err := a.table(nil, rows); err != nil {
 		return err
 	}

@@ -133,6 +133,7 @@ var monitoringTopic = &cobra.Command{
     POST   /touchmark/diagnose/REGISTRATION-ID    the same, with certificates in PEM as the body, the device's first: would they do?
     DELETE /touchmark/diagnose/REGISTRATION-ID    forget its attempts (right to write registrations); it is in the audit record:
                                                   touchmark registration forget REGISTRATION-ID
+    GET    /touchmark/groups/NAME/devices         by which key or CA of a group each of its devices was let in last (touchmark group roll-key)
     GET    /touchmark/attempts/TRACKING-ID        whose error was that? The device's log has the tracking ID, as has this one
   The same attempt within an hour is one entry that counts. Attempts are written every two seconds: a crash loses those, and other
   replicas see them that much later. A scope keeps the last 100,000 attempts of devices that proved themselves, as many refusals of

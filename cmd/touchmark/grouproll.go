@@ -16,17 +16,24 @@ import (
 
 type rollOptions struct {
 	serviceOptions
-	key, certificate string
-	dryRun, yes      bool
+	key, certificate, caName string
+	dryRun, yes              bool
 }
 
 const rollText = ` has three states, and the service itself says which one it is in, so the same command can be run at any time, after any interruption:
 
   fresh     the new one is not there. The first run puts it into the secondary slot: from then on the group admits devices with the
-            old one and devices with the new one.
+            old one and devices with the new one. Where another one was in that slot, it goes: devices that came in with it are shown, and
+            nothing is done; of unknown ones it is taken that they use the primary.
   waiting   devices are being moved. Each run shows which ones came in with the old one last, and does nothing as long as there are some,
-            or some of which nobody knows. touchmark tells; other services do not.
+            or some of which nobody knows.
   done      the new one has taken the place of the old one, which admits nobody any more.
+
+touchmark keeps with each registration what let the device in, for as long as there is the registration. It says of each device by
+which slot that is now: primary, secondary, both where it makes no difference, or former for what was taken away before. It is unknown
+of a device that registered before touchmark kept this, until it registers again. Azure keeps nothing of it: all devices are unknown
+there, so make sure otherwise that all have the new one, and say --yes. Devices that have not registered yet are on no list: those
+that wait somewhere with the old one are shut out too.
 
 --yes goes on regardless of devices that use what goes: they are shut out until they are moved. --dry-run shows the plan.`
 
@@ -42,13 +49,20 @@ keys, and delete the file in the end.`,
 	}
 	f := c.Flags()
 	if ca {
-		c.Use, c.Short = "roll-ca NAME --certificate FILE --service FILE", "Roll a group's CA over to a new one, step by step"
+		c.Use, c.Short = "roll-ca NAME (--certificate FILE | --ca-name NAME) --service FILE", "Roll a group's CA over to a new one, step by step"
 		c.Long = "A roll-over of a CA" + rollText + `
 
-The certificate is that of the new CA, PEM or DER. On Azure it has to be verified there first.`
-		c.Example = "  touchmark group roll-ca pumps --certificate issuing-2027.pem --service service/owner.connection"
-		f.StringVar(&o.certificate, "certificate", "", "certificate of the new CA (required)")
-		_ = c.MarkFlagRequired("certificate")
+The certificate is that of the new CA, PEM or DER. On Azure it has to be verified there first. A device below an intermediate uses the
+CA that its chain led to. A CA that was renewed, with the same name and key, is the same one as soon as the new certificate counts: nobody
+has to be moved.
+
+A group that names its CAs among the certificates of the service (group create --ca-name) is rolled over to another name: put the
+certificate there first (touchmark certificate create), verify it, and say --ca-name.`
+		c.Example = "  touchmark group roll-ca pumps --certificate issuing-2027.pem --service service/owner.connection\n  touchmark group roll-ca pumps --ca-name issuing-2027 --service service/owner.connection"
+		f.StringVar(&o.certificate, "certificate", "", "certificate of the new CA")
+		f.StringVar(&o.caName, "ca-name", "", "name of the new CA's certificate at the service, for a group that names its CAs")
+		c.MarkFlagsMutuallyExclusive("certificate", "ca-name")
+		c.MarkFlagsOneRequired("certificate", "ca-name")
 	} else {
 		f.StringVar(&o.key, "new-key", "", "file with the new key; made if it is not there (required)")
 		_ = c.MarkFlagRequired("new-key")
@@ -70,8 +84,10 @@ type rollReport struct {
 	Group  string             `json:"group"`
 	Before operator.RollState `json:"before"`
 	State  operator.RollState `json:"state"`
-	// Devices counts what the group's devices came in with last, before the step. Shut are the first of those that need what it takes away.
+	// Devices counts what the group's devices came in with last, before the step; Told says whether the service tells that. Shut are the
+	// first of those that need what the step takes away.
 	Devices map[string]int `json:"devices"`
+	Told    bool           `json:"told,omitempty"`
 	Shut    []operator.Use `json:"shut,omitempty"`
 	DryRun  bool           `json:"dryRun"`
 }
@@ -84,12 +100,13 @@ func (a *app) runGroupRoll(ctx context.Context, svc *service, name string, o *ro
 	r := &rollReport{Group: roll.Group, Before: roll.State, State: roll.State, Devices: make(map[string]int), DryRun: o.dryRun}
 	if roll.State != operator.RollDone {
 		progress, n := a.newProgress("", 0), 0
-		err := roll.Uses(ctx, func(u operator.Use) error {
+		var err error
+		r.Told, err = roll.Uses(ctx, func(u operator.Use) error {
 			r.Devices[u.Slot]++
 			n++
 			progress.say(func() string { return fmt.Sprintf("looking at devices: %d", n) })
 			// Before the first step nothing is known to be in the secondary slot, unless the service says so.
-			if (u.Slot == roll.Slot() || u.Slot == "unknown" && roll.State == operator.RollWaiting) && len(r.Shut) < maxNamed {
+			if (u.Slot == roll.Slot() || u.Slot == operator.SlotUnknown && roll.State == operator.RollWaiting) && len(r.Shut) < maxNamed {
 				r.Shut = append(r.Shut, u)
 			}
 			return nil
@@ -113,6 +130,12 @@ func (a *app) runGroupRoll(ctx context.Context, svc *service, name string, o *ro
 		return err
 	}
 	switch {
+	case stop && !r.Told:
+		return hint(partialError{error: fmt.Errorf("this service does not tell which devices of group %s still use what this step takes away", name)},
+			"make sure in another way that all of them have the new one, then run the same command again with --yes")
+	case stop && r.Devices[roll.Slot()] == 0:
+		return hint(partialError{error: fmt.Errorf("nobody knows whether devices of group %s still use what this step takes away: they registered before the service kept that", name)},
+			"have them register and run the same command again; --yes shuts out those that use it")
 	case stop:
 		return hint(partialError{error: fmt.Errorf("devices of group %s still use what this step takes away", name)}, "move them and run the same command again; --yes shuts them out")
 	case r.State == operator.RollWaiting:
@@ -131,7 +154,18 @@ func (a *app) openRoll(ctx context.Context, svc *service, name string, o *rollOp
 		if err != nil {
 			return nil, usageError{fmt.Errorf("%s: %w", o.certificate, err)}
 		}
-		return svc.RollCA(ctx, name, cert)
+		roll, err := svc.RollCA(ctx, name, cert)
+		if errors.Is(err, operator.ErrCAByName) {
+			err = hint(err, "put the new CA's certificate into the service (touchmark certificate create NAME), verify it, and say --ca-name NAME instead of --certificate")
+		}
+		return roll, err
+	}
+	if o.caName != "" {
+		roll, err := svc.RollCAName(ctx, name, o.caName)
+		if errors.Is(err, operator.ErrCAByCertificate) {
+			err = hint(err, "say --certificate FILE with the certificate of the new CA instead of --ca-name")
+		}
+		return roll, err
 	}
 	if _, err := os.Stat(o.key); errors.Is(err, fs.ErrNotExist) {
 		b := make([]byte, 64)
@@ -165,9 +199,10 @@ func (a *app) printRoll(r *rollReport, roll *operator.Roll, stop bool) error {
 	if r.DryRun || stop {
 		rows = append(rows, []string{"  next step", plan[r.State]})
 	}
-	for _, slot := range []string{"primary", "secondary", "unknown"} {
-		if n := r.Devices[slot]; n > 0 {
-			rows = append(rows, []string{"  devices by the " + slot, fmt.Sprint(n)})
+	for _, by := range [][2]string{{operator.SlotPrimary, "by the primary"}, {operator.SlotSecondary, "by the secondary"}, {operator.SlotBoth, "by both"},
+		{operator.SlotFormer, "by a former one"}, {operator.SlotUnknown, "unknown"}} {
+		if n := r.Devices[by[0]]; n > 0 {
+			rows = append(rows, []string{"  devices " + by[1], fmt.Sprint(n)})
 		}
 	}
 	if err := a.table(nil, rows); err != nil || len(r.Shut) == 0 {

@@ -65,7 +65,8 @@ ERASE A SCOPE
 A NEW KEY OR A NEW CA FOR A GROUP
     touchmark group roll-key pumps --new-key pumps-2027.key
     touchmark group roll-ca pumps --certificate issuing-2027.pem
-  Run it, move the devices, run it again: it shows who still uses the old one, and shuts nobody out unless --yes says so.
+  Run it, move the devices, run it again: it shows who still uses the old one, and shuts out none of those unless --yes says so. Azure
+  does not tell who does: there --yes has to say that all were moved.
 
 HUBS, POLICIES AND CERTIFICATES
   These go over the management API, and need a file with its address and a token, by --management or in TOUCHMARK_MANAGEMENT.

@@ -223,3 +223,23 @@ func TestImportKilled(t *testing.T) {
 		t.Errorf("%d rows of %d are there, journal %t\n%.300s", stub.Len(), rows, exists(journal), out[max(0, len(out)-300):])
 	}
 }
+
+// Issue 6: Azure does not tell which devices still use a group's old key. Nobody is shut out unless somebody says --yes, and it says why.
+func TestRollAtAzure(t *testing.T) {
+	dir := t.TempDir()
+	stub := azuretest.Start(t, azuretest.Config{})
+	azure := stub.Files(t, filepath.Join(dir, "azure"))
+	touchmark(t, dir, "group", "create", "pumps", "--attestation-type", "symmetricKey", "--service", azure)
+	stub.Register("pumps", "pump-1", "assigned", nil)
+	roll := []string{"group", "roll-key", "pumps", "--new-key", "new.key", "--service", azure}
+	touchmark(t, dir, roll...)
+	before, _ := stub.Keys("pumps", "pumps")
+	code, text := attempt(t, dir, roll...)
+	if now, _ := stub.Keys("pumps", "pumps"); code != 3 || now != before || !strings.Contains(text, "does not tell which devices") || !strings.Contains(text, "with --yes") || !strings.Contains(text, "unknown") {
+		t.Errorf("exit code %d\n%s", code, text)
+	}
+	touchmark(t, dir, append(roll, "--yes")...)
+	if p, s := stub.Keys("pumps", "pumps"); p == before || p != s {
+		t.Error("the old key is still there")
+	}
+}

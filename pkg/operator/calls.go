@@ -307,6 +307,21 @@ func (c *Client) ForgetAttempts(ctx context.Context, id string) error {
 	return unsupported(err)
 }
 
+// A groupDevice is a device that came in by a group, as touchmark tells of it.
+type groupDevice struct {
+	RegistrationID string     `json:"registrationId"`
+	Status         dps.Status `json:"status"`
+	LastUpdated    *dps.Time  `json:"lastUpdatedDateTimeUtc"`
+	Admitted       *Admitted  `json:"admitted"`
+}
+
+// groupDevices yields the devices that came in by a group of a touchmark service, a page with each call.
+func (c *Client) groupDevices(ctx context.Context, group string) iter.Seq2[*groupDevice, error] {
+	return func(yield func(*groupDevice, error) bool) {
+		pages(ctx, c.caller, http.MethodGet, "/touchmark/groups/"+url.PathEscape(group)+"/devices", pageSize, yield)
+	}
+}
+
 // DeleteRegistration forgets what became of a device. Its enrollment stays, and so does what its hub knows of it.
 func (c *Client) DeleteRegistration(ctx context.Context, id, tag string) error {
 	return c.remove(ctx, "/registrations/"+url.PathEscape(id), tag)

@@ -30,6 +30,13 @@ type Attempt struct {
 	Certificate *Presented `json:"certificate,omitempty"`
 }
 
+// Admitted is what let a device in when it last registered, as touchmark tells it.
+type Admitted struct {
+	Kind string `json:"kind"` // key, ca or certificate
+	Slot string `json:"slot"` // where that stands now: primary, secondary, both, or former
+	Was  string `json:"was"`  // where it stood then
+}
+
 // Presented is a certificate that a device showed.
 type Presented struct {
 	Subject string `json:"subject"`
@@ -53,6 +60,7 @@ type Diagnosis struct {
 	Enrollment     *Document              `json:"enrollment,omitempty"`
 	Group          *Document              `json:"group,omitempty"` // that was asked about, or that the last attempt came in by
 	Registration   *dps.RegistrationState `json:"registration,omitempty"`
+	Admitted       *Admitted              `json:"admitted,omitempty"`
 	Attempts       []Attempt              `json:"attempts,omitempty"` // the newest first
 	Trial          *Trial                 `json:"trial,omitempty"`
 	// Told says that the service keeps a log of attempts. Without one, what is explained is what can be seen from outside.
@@ -72,6 +80,7 @@ func (c *Client) Diagnosis(ctx context.Context, id string, chain []byte) (*Diagn
 	var told struct {
 		Enrollment   struct{ Kind, ID string }
 		Registration *dps.RegistrationState
+		Admitted     *Admitted
 		Attempts     []Attempt
 		Trial        *Trial
 		Explanation  []string
@@ -83,7 +92,7 @@ func (c *Client) Diagnosis(ctx context.Context, id string, chain []byte) (*Diagn
 	if _, err := c.do(ctx, r, &told); err != nil {
 		return nil, unsupported(err)
 	}
-	d := &Diagnosis{RegistrationID: id, Registration: told.Registration, Attempts: told.Attempts, Trial: told.Trial, Explanation: told.Explanation, Told: true}
+	d := &Diagnosis{RegistrationID: id, Registration: told.Registration, Admitted: told.Admitted, Attempts: told.Attempts, Trial: told.Trial, Explanation: told.Explanation, Told: true}
 	if told.Enrollment.Kind == "group" {
 		d.by = told.Enrollment.ID
 	}

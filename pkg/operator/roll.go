@@ -7,6 +7,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/touchmark/touchmark/pkg/dps"
@@ -22,10 +23,19 @@ const (
 	RollDone    RollState = "done"    // the new one is primary and secondary
 )
 
+// What a device came in with last, by where that is now.
+const (
+	SlotPrimary   = "primary"
+	SlotSecondary = "secondary"
+	SlotBoth      = "both"    // one key in both slots, or one CA with two certificates
+	SlotFormer    = "former"  // in neither slot any more: what is done to the slots changes nothing for the device
+	SlotUnknown   = "unknown" // the service does not tell, or the device registered when it kept nothing of it
+)
+
 // A Use is which of a group's two keys or CAs a device came in with last, as far as the service tells.
 type Use struct {
 	RegistrationID string    `json:"registrationId"`
-	Slot           string    `json:"slot"` // primary, secondary or unknown
+	Slot           string    `json:"slot"`
 	LastSeen       *dps.Time `json:"lastSeen,omitempty"`
 	Status         string    `json:"status,omitempty"`
 }
@@ -37,8 +47,6 @@ type Roll struct {
 	c     *Client
 	group *Document
 	next  func(d *Document, both bool) error
-	// subjects are the names of the group's CAs as they are now, primary and secondary.
-	subjects [2]string
 }
 
 // RollKey looks how far the roll-over of a group's symmetric key to a new one is. The key is base64. The error is ErrNotFound, or one
@@ -74,7 +82,16 @@ func (c *Client) RollKey(ctx context.Context, group, key string) (*Roll, error) 
 	return r, nil
 }
 
-// RollCA looks how far the roll-over of a group's CA certificate to a new one is.
+// Errors of a roll-over of a CA that is given otherwise than the group has its own.
+var (
+	// ErrCAByName says that the group names CA certificates of the service: [Client.RollCAName] rolls it over.
+	ErrCAByName = errors.New("it names its CAs among the service's certificates")
+	// ErrCAByCertificate says that the group has its CA certificates itself: [Client.RollCA] rolls it over.
+	ErrCAByCertificate = errors.New("it has its CA's certificate itself")
+)
+
+// RollCA looks how far the roll-over of a group's CA certificate to a new one is. The error is ErrNotFound, ErrCAByName, or one of a
+// group that has no CA.
 func (c *Client) RollCA(ctx context.Context, group string, cert *dps.X509Certificate) (*Roll, error) {
 	parsed, err := ParseCertificate(cert.Certificate)
 	if err != nil {
@@ -83,16 +100,12 @@ func (c *Client) RollCA(ctx context.Context, group string, cert *dps.X509Certifi
 	if !parsed.IsCA {
 		return nil, errors.New("the new certificate is not a CA's")
 	}
-	d, err := c.Get(ctx, Group, group)
+	d, x, err := c.groupX509(ctx, group)
 	if err != nil {
 		return nil, err
 	}
-	e, err := d.Enrollment()
-	if err != nil {
-		return nil, err
-	}
-	if e.Attestation == nil || e.Attestation.X509 == nil || e.Attestation.X509.SigningCertificates == nil {
-		return nil, fmt.Errorf("%s does not attest by a signing certificate: it has none to roll over", d)
+	if x.SigningCertificates == nil {
+		return nil, fmt.Errorf("%s: %w", d, ErrCAByName)
 	}
 	sum := sha256.Sum256(parsed.Raw)
 	same := func(c *dps.X509Certificate) bool {
@@ -101,13 +114,8 @@ func (c *Client) RollCA(ctx context.Context, group string, cert *dps.X509Certifi
 		}
 		return strings.EqualFold(c.Info.SHA256Thumbprint, fmt.Sprintf("%x", sum))
 	}
-	certs := e.Attestation.X509.SigningCertificates
+	certs := x.SigningCertificates
 	r := &Roll{Group: d.ID, c: c, group: d, State: stateOf(same(certs.Primary), same(certs.Secondary))}
-	for i, c := range []*dps.X509Certificate{certs.Primary, certs.Secondary} {
-		if c != nil && c.Info != nil {
-			r.subjects[i] = plainName(c.Info.SubjectName)
-		}
-	}
 	r.next = func(d *Document, both bool) error {
 		certs := *certs
 		if certs.Secondary = cert; both {
@@ -116,6 +124,44 @@ func (c *Client) RollCA(ctx context.Context, group string, cert *dps.X509Certifi
 		return d.Set("attestation", dps.Attestation{Type: dps.AttestationX509, X509: &dps.X509Attestation{SigningCertificates: &certs}})
 	}
 	return r, nil
+}
+
+// RollCAName looks how far the roll-over of a group to another CA certificate is, where both are certificates of the service that the
+// group names. The error is ErrNotFound, ErrCAByCertificate, or one of a group that has no CA.
+func (c *Client) RollCAName(ctx context.Context, group, name string) (*Roll, error) {
+	d, x, err := c.groupX509(ctx, group)
+	if err != nil {
+		return nil, err
+	}
+	if x.CAReferences == nil {
+		return nil, fmt.Errorf("%s: %w", d, ErrCAByCertificate)
+	}
+	same := func(s string) bool { return dps.Fold(s) == dps.Fold(name) }
+	r := &Roll{Group: d.ID, c: c, group: d, State: stateOf(same(x.CAReferences.Primary), same(x.CAReferences.Secondary))}
+	r.next = func(d *Document, both bool) error {
+		refs := &dps.CAReferences{Primary: x.CAReferences.Primary, Secondary: name}
+		if both {
+			refs.Primary = name
+		}
+		return d.Set("attestation", dps.Attestation{Type: dps.AttestationX509, X509: &dps.X509Attestation{CAReferences: refs}})
+	}
+	return r, nil
+}
+
+// groupX509 gets a group that attests by the certificates of CAs.
+func (c *Client) groupX509(ctx context.Context, group string) (*Document, *dps.X509Attestation, error) {
+	d, err := c.Get(ctx, Group, group)
+	if err != nil {
+		return nil, nil, err
+	}
+	e, err := d.Enrollment()
+	if err != nil {
+		return nil, nil, err
+	}
+	if e.Attestation == nil || e.Attestation.X509 == nil || e.Attestation.X509.SigningCertificates == nil && e.Attestation.X509.CAReferences == nil {
+		return nil, nil, fmt.Errorf("%s does not attest by a CA: it has none to roll over", d)
+	}
+	return d, e.Attestation.X509, nil
 }
 
 func stateOf(primary, secondary bool) RollState {
@@ -128,13 +174,13 @@ func stateOf(primary, secondary bool) RollState {
 	return RollFresh
 }
 
-// Slot names the slot that the next step empties: who uses it is shut out then. A fresh roll-over takes the secondary, and one that
-// waits the primary.
+// Slot names the slot that the next step empties: whom only that admits is shut out then. A fresh roll-over takes the secondary, and one
+// that waits the primary.
 func (r *Roll) Slot() string {
 	if r.State == RollFresh {
-		return "secondary"
+		return SlotSecondary
 	}
-	return "primary"
+	return SlotPrimary
 }
 
 // Next takes the roll-over one step further, unless the group was changed since it was looked at: the error is ErrChanged.
@@ -158,59 +204,35 @@ func (r *Roll) Next(ctx context.Context) error {
 	return nil
 }
 
-// Uses hands on every device that came in by the group, with what it came in with last. Only touchmark tells that; of others it is
-// unknown.
-func (r *Roll) Uses(ctx context.Context, emit func(Use) error) error {
-	tells := true
-	for st, err := range r.c.Registrations(ctx, r.Group) {
-		if err != nil {
-			return err
-		}
-		u := Use{RegistrationID: st.RegistrationID, Slot: "unknown", LastSeen: st.LastUpdatedDateTimeUTC, Status: string(st.Status)}
-		if tells {
-			d, err := r.c.Diagnosis(ctx, st.RegistrationID, nil)
-			switch {
-			case errors.Is(err, ErrUnsupported):
-				tells = false
-			case err != nil:
-				return err
-			default:
-				u.Slot = r.slotOf(d.Attempts)
+// Uses hands on every device that came in by the group, with what let it in when it last registered. It says too whether the service
+// tells that of its devices: only touchmark does, of others it is unknown.
+func (r *Roll) Uses(ctx context.Context, emit func(Use) error) (told bool, err error) {
+	_, err = r.c.Info(ctx) // other services may answer a path that they do not know with anything
+	if err == nil {
+		for d, err := range r.c.groupDevices(ctx, r.Group) {
+			if err != nil {
+				return true, err
+			}
+			u := Use{RegistrationID: d.RegistrationID, Slot: SlotUnknown, LastSeen: d.LastUpdated, Status: string(d.Status)}
+			if d.Admitted != nil && slices.Contains([]string{SlotPrimary, SlotSecondary, SlotBoth, SlotFormer}, d.Admitted.Slot) {
+				u.Slot = d.Admitted.Slot
+			}
+			if err := emit(u); err != nil {
+				return true, err
 			}
 		}
-		if err := emit(u); err != nil {
-			return err
+		return true, nil
+	}
+	if !errors.Is(err, ErrUnsupported) {
+		return false, err
+	}
+	for st, err := range r.c.Registrations(ctx, r.Group) {
+		if err != nil {
+			return false, err
+		}
+		if err := emit(Use{RegistrationID: st.RegistrationID, Slot: SlotUnknown, LastSeen: st.LastUpdatedDateTimeUTC, Status: string(st.Status)}); err != nil {
+			return false, err
 		}
 	}
-	return nil
+	return false, nil
 }
-
-// slotOf finds out what the last attempt that got in by the group was made with: the service says it, or the certificate's issuer has
-// the name of one of the group's CAs and not of the other.
-func (r *Roll) slotOf(attempts []Attempt) string {
-	for i := range attempts { // the newest first
-		a := &attempts[i]
-		if a.Refused() || dps.Fold(a.Group) != dps.Fold(r.Group) {
-			continue
-		}
-		if a.Slot == "primary" || a.Slot == "secondary" {
-			return a.Slot
-		}
-		issuer := ""
-		if a.Certificate != nil {
-			issuer = plainName(a.Certificate.Issuer)
-		}
-		switch first, second := issuer == r.subjects[0], issuer == r.subjects[1]; {
-		case issuer == "", first == second:
-		case first:
-			return "primary"
-		default:
-			return "secondary"
-		}
-		return "unknown"
-	}
-	return "unknown"
-}
-
-// plainName is a distinguished name in one spelling, whether its parts are separated with spaces or not.
-func plainName(name string) string { return strings.ReplaceAll(name, ", ", ",") }

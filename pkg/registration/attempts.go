@@ -43,6 +43,8 @@ type Attempt struct {
 	Group    string `json:"group,omitempty"`
 	// Proof is what kind of proof it brought: "x509", "symmetricKey", "tpm" or "none".
 	Proof string `json:"proof"`
+	// Slot is which of two keys, CAs or certificates let it in, "primary" or "secondary" as they stood then.
+	Slot string `json:"slot,omitempty"`
 	// Certificate is the one that it brought, or tried to; nil for none.
 	Certificate   *Presented `json:"certificate,omitempty"`
 	APIVersion    string     `json:"apiVersion,omitempty"`
@@ -146,6 +148,9 @@ func (s *Service) succeeded(req *Request, v *verdict, after *Registration) {
 	}
 	if v.tpm != nil {
 		a.Proof = "tpm"
+	}
+	if v.admitted != nil {
+		a.Slot = v.admitted.Slot
 	}
 	s.noted(req, slog.LevelInfo, "registration", a)
 }

@@ -74,6 +74,8 @@ type Diagnosis struct {
 	RegistrationID string                 `json:"registrationId"`
 	Enrollment     *Enrolled              `json:"enrollment"`
 	Registration   *dps.RegistrationState `json:"registration"`
+	// Admitted is what let it in when it last registered; nil where that is not known.
+	Admitted *Admitted `json:"admitted,omitempty"`
 	// Attempts are the last ones, the newest at the end.
 	Attempts []*Attempt `json:"attempts"`
 	// Trial is what would become of the certificates that were handed in; nil without.
@@ -126,6 +128,9 @@ func (s *Service) Diagnose(ctx context.Context, registrationID string, log *Atte
 			st := r.State
 			st.TPM = nil // what only the device may open
 			d.Registration, group = &st, r.Group
+		}
+		if d.Admitted, err = s.admitted(tx, r); err != nil {
+			return err
 		}
 		if device, err = found(tx.Device(s.scope, id)); err != nil {
 			return err
@@ -216,6 +221,9 @@ func (d *Diagnosis) explain(device *Device) (say []string) {
 		}
 	} else {
 		add("It has never registered, or its registration was deleted.")
+	}
+	if a := d.Admitted; a != nil {
+		add("%s", a.text())
 	}
 	if len(d.Attempts) == 0 {
 		add("No attempt of it is on record.")

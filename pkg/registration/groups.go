@@ -42,7 +42,13 @@ type groupCache struct {
 	strangers map[issuer]struct{}
 }
 
-type groupAnchor = attest.Anchor[*cachedGroup]
+type groupAnchor = attest.Anchor[admitting]
+
+// admitting is a group and which of its CAs.
+type admitting struct {
+	*cachedGroup
+	by *Admission
+}
 
 // An issuer is what a certificate says of its issuer: the SHA-256 of the name, and the key identifier or nothing.
 type issuer struct {
@@ -61,6 +67,7 @@ type cachedGroup struct {
 	enrollment dps.Enrollment // without certificates
 	keys       []attest.GroupKey
 	cas        []*x509.Certificate
+	slots      []int // that the CAs stand in
 	disabled   bool
 	closed     bool
 	// unverified are those of cas that the group refers to and that are not verified, or not there any more. missing marks what
@@ -76,7 +83,7 @@ func cacheGroup(r *Record) (*cachedGroup, error) {
 	}
 	g := &cachedGroup{id: r.ID, folded: dps.Fold(r.ID), disabled: d.group.ProvisioningStatus == dps.EnrollmentDisabled, closed: r.Closed}
 	if certs := d.x509(); certs != nil {
-		for _, slot := range []*dps.X509Certificate{certs.Primary, certs.Secondary} {
+		for i, slot := range []*dps.X509Certificate{certs.Primary, certs.Secondary} {
 			if slot == nil {
 				continue
 			}
@@ -85,7 +92,7 @@ func cacheGroup(r *Record) (*cachedGroup, error) {
 				return nil, fmt.Errorf("group %q in the store: %w", r.ID, err)
 			}
 			if !slices.ContainsFunc(g.cas, c.Equal) {
-				g.cas = append(g.cas, c)
+				g.cas, g.slots = append(g.cas, c), append(g.slots, i)
 				if slot.Info == nil && len(d.references()) > 0 {
 					g.unverified = append(g.unverified, c)
 				}
@@ -281,14 +288,14 @@ func (s *Service) anchors(tx groupReader, revision int64, child *x509.Certificat
 		if err != nil {
 			return nil, err
 		}
-		for _, ca := range g.cas {
+		for i, ca := range g.cas {
 			named := byName || slices.ContainsFunc(attest.KeyIDs(ca), func(id []byte) bool { return string(id) == k.keyID })
 			if named && sha256.Sum256(ca.RawSubject) == k.subject {
-				a := groupAnchor{Certificate: ca, Group: g, Blocks: g.disabled}
+				a := groupAnchor{Certificate: ca, Group: admitting{g, caAdmission(ca, g.slots[i])}, Blocks: g.disabled}
 				if slices.Contains(g.unverified, ca) {
 					missing := *g
 					missing.missing = true
-					a.Group, a.Blocks = &missing, true
+					a.Group.cachedGroup, a.Blocks = &missing, true
 				}
 				found = append(found, a)
 			}

@@ -34,6 +34,7 @@ type verdict struct {
 	device   *Device         // what bundles said of it, nil for nothing
 	key      string          // hex SHA-256 of the public key that it proved itself with, empty without
 	leaf     [32]byte        // SHA-256 of the certificate, for a group by certificate
+	admitted *Admission      // by what, nil for a TPM
 	tpm      *attest.TPMKeys // of the TPM that it proved itself with, nil without
 
 	// Where the device goes.
@@ -179,7 +180,7 @@ func (s *Service) judgeIndividual(tx Tx, r *Record, req *Request, token *attest.
 	if token != nil && e.Attestation.Type == dps.AttestationTPM {
 		err = s.proveTPM(tx, v, e, req, token)
 	} else {
-		err = proveIndividual(r, e, req, token)
+		v.admitted, err = proveIndividual(e, v.keys, req, token)
 	}
 	if err != nil && !v.disabled {
 		return nil, err
@@ -187,34 +188,31 @@ func (s *Service) judgeIndividual(tx Tx, r *Record, req *Request, token *attest.
 	return v, err
 }
 
-func proveIndividual(r *Record, e *dps.IndividualEnrollment, req *Request, token *attest.Token) error {
+// proveIndividual holds a token against an enrollment's keys, or a certificate against its certificates, and says which it was.
+func proveIndividual(e *dps.IndividualEnrollment, keys [][]byte, req *Request, token *attest.Token) (*Admission, error) {
 	if token != nil {
 		if e.Attestation.Type != dps.AttestationSymmetricKey {
-			return because("kind", "the enrollment does not attest by symmetric key")
+			return nil, because("kind", "the enrollment does not attest by symmetric key")
 		}
-		keys, err := keysOf(r)
-		if err != nil {
-			return err
-		}
-		for _, k := range keys {
+		for i, k := range keys {
 			if token.SignedBy(k) {
-				return nil
+				return keyAdmission(attest.NewGroupKey(k), e.RegistrationID, i), nil
 			}
 		}
-		return refuse(attest.ErrSignature)
+		return nil, refuse(attest.ErrSignature)
 	}
 	if e.Attestation.Type != dps.AttestationX509 || e.Attestation.X509.ClientCertificates == nil {
-		return because("kind", "the enrollment does not attest by certificate")
+		return nil, because("kind", "the enrollment does not attest by certificate")
 	}
-	for _, c := range []*dps.X509Certificate{e.Attestation.X509.ClientCertificates.Primary, e.Attestation.X509.ClientCertificates.Secondary} {
+	for i, c := range []*dps.X509Certificate{e.Attestation.X509.ClientCertificates.Primary, e.Attestation.X509.ClientCertificates.Secondary} {
 		if c == nil {
 			continue
 		}
 		if der, err := base64.StdEncoding.DecodeString(c.Certificate); err == nil && bytes.Equal(der, req.Proof.Certificates[0].Raw) {
-			return nil
+			return certificateAdmission(der, i), nil
 		}
 	}
-	return because("certificate", "the certificate is not the enrolled one")
+	return nil, because("certificate", "the certificate is not the enrolled one")
 }
 
 // stillHolds returns ErrConflict when what a verdict stands on has changed since: an operator who was told that a device is
@@ -272,7 +270,7 @@ func (s *Service) judgeByKey(tx groupReader, req *Request, token *attest.Token) 
 	if err != nil {
 		return nil, err
 	}
-	g, err := s.keyedGroup(tx, req, token, groups)
+	g, slot, err := s.keyedGroup(tx, req, token, groups)
 	if err != nil {
 		return nil, err
 	}
@@ -282,28 +280,29 @@ func (s *Service) judgeByKey(tx groupReader, req *Request, token *attest.Token) 
 	if g.disabled {
 		return nil, because("group-disabled", "group %q is disabled", g.id)
 	}
-	return &verdict{enrollment: &g.enrollment, group: g.id, closed: g.closed, revision: revision, groupKeys: g.keys}, nil
+	return &verdict{enrollment: &g.enrollment, group: g.id, closed: g.closed, revision: revision, groupKeys: g.keys, admitted: keyAdmission(g.keys[slot], g.id, slot)}, nil
 }
 
-// keyedGroup returns the group whose key signed a token, nil for none. The token names no group: the one that the device
+// keyedGroup returns the group whose key signed a token, and which key, nil for none. The token names no group: the one that the device
 // registered by before, or that a bundle named for it, is tried first. For the rest the error is a *search.
-func (s *Service) keyedGroup(tx groupReader, req *Request, token *attest.Token, groups *keyedGroups) (*cachedGroup, error) {
+func (s *Service) keyedGroup(tx groupReader, req *Request, token *attest.Token, groups *keyedGroups) (g *cachedGroup, slot int, err error) {
 	trial := token.Trial(req.RegistrationID)
 	if len(groups.all) <= tryAtOnce {
 		for _, g := range groups.all {
-			if g.signed(trial) {
-				return g, nil
+			if slot := g.signed(trial); slot >= 0 {
+				return g, slot, nil
 			}
 		}
-		return nil, nil
+		return nil, 0, nil
 	}
 	if was := req.searched; was != nil {
 		if was.group == nil && was.revision == groups.revision {
-			return nil, nil
+			return nil, 0, nil
 		}
 		if was.group != nil {
-			if g := groups.group(was.group.folded); g != nil && g.signed(trial) {
-				return g, nil
+			g = groups.group(was.group.folded)
+			if slot := g.signed(trial); slot >= 0 {
+				return g, slot, nil
 			}
 		}
 	}
@@ -326,17 +325,18 @@ func (s *Service) keyedGroup(tx groupReader, req *Request, token *attest.Token, 
 	} {
 		name, err := named()
 		if err != nil {
-			return nil, err
+			return nil, 0, err
 		}
-		if g := groups.group(name); g != nil && g.signed(trial) {
-			return g, nil
+		g = groups.group(name)
+		if slot := g.signed(trial); slot >= 0 {
+			return g, slot, nil
 		}
 	}
 	want := &search{groups: groups, token: token, id: req.RegistrationID, wrong: wrongToken(req)}
 	if s.searcher.wrong.has(groups.revision, want.wrong) {
-		return nil, nil
+		return nil, 0, nil
 	}
-	return nil, want
+	return nil, 0, want
 }
 
 func (s *Service) judgeByChain(tx groupReader, req *Request) (*verdict, error) {
@@ -362,10 +362,10 @@ func (s *Service) judgeByChain(tx groupReader, req *Request) (*verdict, error) {
 	if g.missing {
 		return nil, refuse(fmt.Errorf("group %q: %w", g.id, errCANotFound))
 	}
-	if err := s.rooted(tx, revision, req.Proof.Certificates, g); err != nil {
+	if err := s.rooted(tx, revision, req.Proof.Certificates, g.cachedGroup); err != nil {
 		return nil, err
 	}
-	return &verdict{enrollment: &g.enrollment, group: g.id, closed: g.closed, x509: true, revision: revision, leaf: sha256.Sum256(req.Proof.Certificates[0].Raw)}, nil
+	return &verdict{enrollment: &g.enrollment, group: g.id, closed: g.closed, x509: true, revision: revision, leaf: sha256.Sum256(req.Proof.Certificates[0].Raw), admitted: g.by}, nil
 }
 
 // blocked refuses a certificate that a disabled enrollment of another registration ID names, whatever group admits it

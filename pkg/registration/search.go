@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -96,7 +97,7 @@ func (s *searcher) search(ctx context.Context, want *search) (*searched, error) 
 				return
 			}
 			for i := from; i < min(from+searchChunk, int64(len(groups))); i++ {
-				if groups[i].signed(trial) {
+				if groups[i].signed(trial) >= 0 {
 					for old := hit.Load(); i < old && !hit.CompareAndSwap(old, i); old = hit.Load() {
 					}
 					break
@@ -122,14 +123,12 @@ func (s *searcher) search(ctx context.Context, want *search) (*searched, error) 
 	return found, nil
 }
 
-// signed reports whether a device's token was signed below one of the group's keys.
-func (g *cachedGroup) signed(t *attest.Trial) bool {
-	for _, k := range g.keys {
-		if t.Signed(k) {
-			return true
-		}
+// signed returns below which of the group's keys a device's token was signed, -1 for none; there may be no group.
+func (g *cachedGroup) signed(t *attest.Trial) int {
+	if g == nil {
+		return -1
 	}
-	return false
+	return slices.IndexFunc(g.keys, t.Signed)
 }
 
 // wrongTokens remembers tokens that no group's key signed, with the ID that they came with: a device with a wrong key

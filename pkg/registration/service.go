@@ -364,7 +364,7 @@ func (s *Service) firstSeen(tx Tx, d *Device) error {
 // decide makes the registration that follows from a verdict. It has no effect of its own.
 func (s *Service) decide(req *Request, body *dps.RegisterRequest, v *verdict, before *Registration, proof []byte, want *issuance) *Registration {
 	now := dps.Time{Time: s.cfg.Now()}
-	r := &Registration{ID: dps.Fold(req.RegistrationID), Group: dps.Fold(v.group)}
+	r := &Registration{ID: dps.Fold(req.RegistrationID), Group: dps.Fold(v.group), Admitted: v.admitted}
 	st := &r.State
 	st.RegistrationID, st.CreatedDateTimeUTC, st.LastUpdatedDateTimeUTC, st.ETag = req.RegistrationID, &now, &now, newETag()
 	if before != nil {

@@ -229,6 +229,8 @@ type Registration struct {
 	State   dps.RegistrationState `json:"state"`
 	Group   string                `json:"group,omitempty"` // folded ID of the group that it came in by
 	Version int64                 `json:"-"`
+	// Admitted is what let the device in when it last registered; nil for a TPM, and where that was not kept yet.
+	Admitted *Admission `json:"admitted,omitempty"`
 	// Issued is the operational certificate that the device had last; nil for none.
 	Issued *Issued `json:"issued,omitempty"`
 	// Hub and DeviceID are those of the last assignment, whatever became of the registration since.

@@ -52,6 +52,7 @@ var calls = map[string]struct{ path, body, rights string }{
 	"POST touchmark/bundles":                       {"/touchmark/bundles", "a bundle", "W"},
 	"POST touchmark/groupKeys/*":                   {"/touchmark/groupKeys/keys", `{"recipient":"age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p"}`, "W"},
 	"PUT touchmark/groups/*":                       {"/touchmark/groups/keys", `{"closed":false}`, "W"},
+	"GET touchmark/groups/*/devices":               {"/touchmark/groups/keys/devices", "", "Wr"},
 	"GET touchmark/orders":                         {"/touchmark/orders", "", "Wr"},
 	"GET touchmark/orders/*":                       {"/touchmark/orders/PO-1", "", "Wr"},
 	"GET touchmark/orders/*/devices":               {"/touchmark/orders/PO-1/devices", "", "Wr"},

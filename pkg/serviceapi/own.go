@@ -147,6 +147,13 @@ func (c *call) closeGroup() (any, error) {
 	return map[string]any{"group": c.ids[0], "closed": *in.Closed, "changed": changed}, nil
 }
 
+// groupDevices lists the devices that came in by a group, and by which of its keys or CAs.
+func (c *call) groupDevices() (any, error) {
+	return c.list("GroupDevice", false, func(p registration.Page) ([]any, string, error) {
+		return c.svc.QueryGroupDevices(c.ctx(), c.ids[0], p)
+	})
+}
+
 func (c *call) order() (any, error) {
 	return c.svc.Order(c.ctx(), c.ids[0])
 }

@@ -16,5 +16,5 @@ func TestReplicas(t *testing.T) {
 		TestCalls, TestServiceTransport, TestServiceWrites, TestServiceKeys, TestServiceCertificates, TestServiceQueries,
 		TestServiceAuthorization, TestServiceTokenForms, TestOrders, TestAuthorizationMatrix, TestIsolationMatrix, TestAddresses,
 		TestProvisioning, TestOneWinner, TestWriters, TestPolicyRaces, TestForms, TestMembers, TestKeysAndTags, TestValidation,
-		TestReferences, TestForgotten, TestEndorsementKeys, TestBulk, TestContinuations, TestStrictQuery, TestAudit, TestPolicies)
+		TestReferences, TestForgotten, TestEndorsementKeys, TestRolls, TestRollOfLongAgo, TestBulk, TestContinuations, TestStrictQuery, TestAudit, TestPolicies)
 }

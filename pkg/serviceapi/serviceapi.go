@@ -150,6 +150,7 @@ var routes = [...]route{
 	{"POST", "touchmark/bundles", access.EnrollmentWrite, (*call).bundle},
 	{"POST", "touchmark/groupKeys/*", access.EnrollmentWrite, (*call).groupKey},
 	{"PUT", "touchmark/groups/*", access.EnrollmentWrite, (*call).closeGroup},
+	{"GET", "touchmark/groups/*/devices", access.RegistrationStatusRead, (*call).groupDevices},
 	{"GET", "touchmark/orders", access.RegistrationStatusRead, (*call).orders},
 	{"GET", "touchmark/orders/*", access.RegistrationStatusRead, (*call).order},
 	{"GET", "touchmark/orders/*/devices", access.RegistrationStatusRead, (*call).orderDevices},

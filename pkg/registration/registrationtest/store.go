@@ -279,7 +279,8 @@ func changes(t *testing.T, s registration.Store) {
 }
 
 func registrations(t *testing.T, s registration.Store) {
-	r := &registration.Registration{ID: "dev", Group: "g", State: dps.RegistrationState{RegistrationID: "Dev", Status: dps.Assigned}}
+	r := &registration.Registration{ID: "dev", Group: "g", State: dps.RegistrationState{RegistrationID: "Dev", Status: dps.Assigned},
+		Admitted: &registration.Admission{Kind: registration.AdmittedByCA, Slot: "secondary", Fingerprint: []byte("0123456789abcdef")}}
 	update(t, s, func(tx registration.Tx) error { return tx.PutRegistration("scope", r) })
 	if err := s.Update(t.Context(), func(tx registration.Tx) error { return tx.PutRegistration("scope", r) }); !errors.Is(err, registration.ErrConflict) {
 		t.Errorf("created twice: %v", err)
@@ -289,7 +290,7 @@ func registrations(t *testing.T, s registration.Store) {
 		got, err = tx.Registration("scope", "dev")
 		return err
 	})
-	if got.Version != 1 || got.State.RegistrationID != "Dev" {
+	if got.Version != 1 || got.State.RegistrationID != "Dev" || !reflect.DeepEqual(got.Admitted, r.Admitted) {
 		t.Errorf("%+v", got)
 	}
 	update(t, s, func(tx registration.Tx) error { return tx.PutRegistration("scope", got) })
