@@ -124,8 +124,8 @@ registration the device is new to the service. What it tried stays too: touchmar
 		Use: "forget REGISTRATION-ID --service FILE", Short: "Erase what a device tried: its attempts, with addresses and certificates", Args: cobra.ExactArgs(1),
 		Long: `forget erases what the service keeps of a device's attempts to register: when, over what, from which address, with which certificate,
 and what came of it. That is what touchmark diagnose tells from; it outlives the enrollment and the registration. Nothing else changes:
-the device stays enrolled and registered, and its next attempt is kept again. That they were erased is in the audit record. Only
-touchmark keeps attempts. To erase all of a device: touchmark help operating.`,
+the device stays enrolled and registered, and its next attempt is kept again, as is one of the last two seconds at another replica. That
+they were erased is in the audit record. Only touchmark keeps attempts. To erase all of a device: touchmark help operating.`,
 		Example: "  touchmark registration forget pump-0001 --service service/owner.connection --yes",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := checkID(operator.Individual, args[0]); err != nil {
