@@ -35,7 +35,7 @@ func ruleOf(err error) string {
 	}{
 		{attest.ErrNoCertificate, "no-proof"}, {attest.ErrCommonName, "common-name"}, {attest.ErrValidity, "validity"}, {attest.ErrChain, "chain"},
 		{attest.ErrMalformed, "token-malformed"}, {attest.ErrExpired, "token-expired"}, {attest.ErrSignature, "signature"}, {attest.ErrResource, "audience"},
-		{attest.ErrTPMKey, "tpm-key"},
+		{attest.ErrTPMKey, "tpm-key"}, {errPublicAccess, "network-off"}, {ErrAddress, "address"},
 	} {
 		if errors.Is(err, r.err) {
 			return r.rule
@@ -55,6 +55,11 @@ var adviceOn = map[string]string{
 	"signature":       "The token was signed with another key. For an individual enrollment it is the enrollment's primary or secondary key; for a group the HMAC-SHA256 of the folded registration ID under the group's key; for a TPM what the last challenge held. Keys are base64, and are decoded before use.",
 	"audience":        "The token's sr must be IDSCOPE/registrations/REGISTRATION-ID of this very device.",
 	"tpm-key":         "The TPM's keys are not ones that a challenge can be made for.",
+	"public-key":      "The certificate's public key is of a kind that this service does not know: use one of ECDSA, RSA or Ed25519.",
+	"ca-unverified":   "The CA is uploaded, and nobody has shown to have its key: touchmark certificate code, have the CA sign a certificate with that code as its common name, and touchmark certificate verify.",
+	"ca-missing":      "No certificate of the scope vouches for the group's CA: upload it, or the root above it, with touchmark certificate create, and verify it. If it is there, let the device send its intermediate certificates too.",
+	"address":         "An IP rule of the scope keeps the device's address out, or its address cannot be read: look at the rules, and at the proxies in between (touchmark help proxies).",
+	"network-off":     "Public network access of the scope is disabled: only devices in the service's private networks are let in.",
 	"no-enrollment":   "Enroll the device, or look whether its registration ID, its ID scope and the key that its group derives are spelt as they were in the factory.",
 	"certificate":     "The enrollment names another certificate: put the new one into its secondary slot, or write the enrolled one into the device.",
 	"kind":            "The enrollment attests in another way than the device does: an individual enrollment decides alone, and no group is asked any more.",
