@@ -188,6 +188,7 @@ func Explain(d *Diagnosis, group string) []Finding {
 	if st := d.Registration; st != nil {
 		explainState(d, st, status, add)
 	}
+	explainHubs(d, add)
 	if !nothing && d.Enrollment == nil && (d.Registration == nil || len(attempts) > 0 && attempts[0].Refused()) {
 		explainGroups(d, group, add)
 	}
@@ -224,8 +225,45 @@ func explainState(d *Diagnosis, st *dps.RegistrationState, enrollment dps.Provis
 	case dps.Disabled:
 		add(Finding{"disabled", "The enrollment or the group that decides about this device was disabled when it came.", "touchmark enrollment enable, or touchmark group enable, if it should be let in.", true})
 	case dps.Assigning:
-		add(Finding{"assigning", "Its registration is under way.", "If it stays so for minutes, its hub does not answer: touchmark hub show.", true})
+		if t := d.Task; t != nil && t.State != "cleanup" {
+			add(Finding{"assigning", fmt.Sprintf("Its registration waits for hub %s, which has yet to be told about it%s.", t.Hub, tried(t)),
+				"It is tried again by itself, and fails after a time that serve --hub-give-up sets. Look at that hub; touchmark hub outbox shows who else waits.", true})
+			return
+		}
+		add(Finding{"assigning", "Its registration is under way.", "If it stays so for minutes, its hub does not answer: touchmark hub outbox shows who waits for which, where the service is touchmark's.", true})
 	case dps.Unassigned:
+	}
+}
+
+// tried says how often a task was, and how that ended.
+func tried(t *Task) string {
+	if t.Attempts == 0 {
+		return ""
+	}
+	text := fmt.Sprintf(": %d attempts since %s UTC", t.Attempts, t.Begun.UTC().Format(time.DateTime))
+	if t.LastError != "" {
+		text += ", the last failed with: " + t.LastError
+	}
+	return text
+}
+
+// explainHubs is what hubs have yet to be told, of a device that is where it should be.
+func explainHubs(d *Diagnosis, add func(Finding)) {
+	t := d.Task
+	if p := d.Parent; p != nil && !p.Linked {
+		words := fmt.Sprintf("It is not below its parent %s yet: %s", p.Parent, p.Pending)
+		if t != nil && t.State == "linking" {
+			words += tried(t)
+		}
+		add(Finding{"parent-pending", words + ".",
+			"It is put there by itself when the parent registers at the same hub: touchmark diagnose " + p.Parent + ". touchmark hub children " + p.Parent + " shows all that wait.", true})
+	}
+	if t != nil && t.State == "cleanup" {
+		add(Finding{"cleanup", fmt.Sprintf("It has gone on, and hub %s has yet to forget it%s.", t.Left(), tried(t)), "That is tried again for a week. Look at that hub.", true})
+	}
+	for _, o := range d.Orphans {
+		add(Finding{"orphan", fmt.Sprintf("Hub %s still has it as device %s, and cannot be asked to forget it: %s.", o.Hub, o.DeviceID, o.Reason),
+			"Remove it there, then touchmark hub orphans forget.", true})
 	}
 }
 

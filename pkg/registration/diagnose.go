@@ -79,6 +79,11 @@ type Diagnosis struct {
 	RegistrationID string                 `json:"registrationId"`
 	Enrollment     *Enrolled              `json:"enrollment"`
 	Registration   *dps.RegistrationState `json:"registration"`
+	// Task is what hubs have yet to be told about it, Parent the edge device that it is to be below; nil for none. Orphans is where it
+	// stays although it has gone on.
+	Task    *TaskReport `json:"task,omitempty"`
+	Parent  *KinReport  `json:"parent,omitempty"`
+	Orphans []*Orphan   `json:"orphans,omitempty"`
 	// Attempts are the last ones, the newest at the end.
 	Attempts []*Attempt `json:"attempts"`
 	// Trial is what would become of the certificates that were handed in; nil without.
@@ -132,6 +137,9 @@ func (s *Service) Diagnose(ctx context.Context, registrationID string, log *Atte
 			st.TPM = nil // what only the device may open
 			d.Registration, group = &st, r.Group
 		}
+		if err := s.told(tx, id, d); err != nil {
+			return err
+		}
 		if device, err = found(tx.Device(s.scope, id)); err != nil {
 			return err
 		}
@@ -166,6 +174,30 @@ func (s *Service) Diagnose(ctx context.Context, registrationID string, log *Atte
 	}
 	d.Explanation = d.explain(device)
 	return d, nil
+}
+
+// told fills in what hubs have yet to be told of a device.
+func (s *Service) told(tx Tx, id string, d *Diagnosis) error {
+	d.Task, d.Parent, d.Orphans = nil, nil, nil
+	t, err := found(tx.Task(s.scope, id))
+	if err != nil {
+		return err
+	}
+	if t != nil {
+		r := t.report()
+		d.Task = &r
+	}
+	k, err := found(tx.Kin(s.scope, id))
+	if err != nil {
+		return err
+	}
+	if k != nil {
+		r := k.report()
+		d.Parent = &r
+	}
+	orphans, err := tx.Orphans(s.scope, Orphan{ID: id}, 10)
+	d.Orphans = slices.DeleteFunc(orphans, func(o *Orphan) bool { return o.ID != id })
+	return err
 }
 
 // try judges a chain, and changes nothing.
@@ -218,6 +250,14 @@ func (d *Diagnosis) explain(device *Device) (say []string) {
 			add("Its last registration failed: %s (%d).", r.ErrorMessage, r.ErrorCode)
 		default:
 			add("Its last registration is %q.", r.Status)
+		}
+		if t := d.Task; t != nil && t.State == "cleanup" {
+			add("Hubs that it left have yet to forget it: %d attempts since %s.", t.Attempts, t.Begun.UTC().Format(time.RFC3339))
+		} else if t != nil {
+			add("Hub %s has yet to be told: %d attempts since %s.", t.Hub, t.Attempts, t.Begun.UTC().Format(time.RFC3339))
+		}
+		if k := d.Parent; k != nil && !k.Linked {
+			add("It is not below its parent %q yet: %s.", k.Parent, k.Pending)
 		}
 	} else {
 		add("It has never registered, or its registration was deleted.")
