@@ -112,6 +112,27 @@ func TestBusySession(t *testing.T) {
 	}
 }
 
+// A session that was ended behind our back, and whose number another one has got, has not what was begun in it.
+func TestSessionOfAnother(t *testing.T) {
+	s := open(t, hsmtest.SoftHSM(t, "line-3"))
+	k, err := s.Generate(t.Context(), hsm.Spec{Name: "signer", Algorithm: hsm.ECP256})
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, tries := k.(*signingKey), 0
+	err = key.use(t.Context(), func(h pkcs11.SessionHandle, o pkcs11.ObjectHandle) error {
+		if tries++; tries > 1 { // as the key does it
+			return s.mod.ctx.SignInit(h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_ECDSA, nil)}, o)
+		}
+		_, err := s.mod.ctx.Sign(h, make([]byte, 32))
+		return err
+	})
+	if err != nil || tries != 2 {
+		t.Errorf("after %d tries: %v", tries, err)
+	}
+	hsmtest.Check(t, key)
+}
+
 // More keys than a TPM has room for, one after the other and all at once.
 func TestMoreKeysThanTheTPMHolds(t *testing.T) {
 	uri, _ := hsmtest.TPM2(t, "line-3")
