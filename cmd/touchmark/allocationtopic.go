@@ -69,5 +69,6 @@ NESTED EDGE
   registration ID or device ID. Children go to their parent's hub, whatever their policy says. Who comes first does not matter: a child
   is assigned without its parent and linked when the parent arrives. When the parent goes to another hub its children follow as they
   register again. Five levels, 100 children, no cycles. touchmark hub children gateway-7 (GET
-  /touchmark/edges/gateway-7/children) lists them, and why one is not linked yet. Azure has no such member, so it does not go into portable bundles.`,
+  /touchmark/edges/gateway-7/children) lists them, and why one is not linked yet. Azure has no such member, so it does not go into
+  portable bundles.`,
 }

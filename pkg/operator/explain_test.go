@@ -75,6 +75,13 @@ func TestExplainReasons(t *testing.T) {
 	if found := operator.Explain(d, ""); found[0].Cause != "nothing-enrolled" {
 		t.Errorf("%+v", found)
 	}
+	// What hubs have yet to be told of it, and what they keep.
+	d = &operator.Diagnosis{Enrollment: own, Registration: &dps.RegistrationState{Status: dps.Assigned}, Task: &operator.Task{State: "cleanup", Away: []operator.Place{{Hub: "old.example"}}, Attempts: 3, Begun: now(), LastError: "no answer in time"},
+		Parent: &operator.Child{Parent: "gate", Linked: true}, Orphans: []operator.Orphan{{Hub: "older.example", DeviceID: "A"}}}
+	if found := operator.Explain(d, ""); len(found) != 3 || found[1].Cause != "cleanup" || found[2].Cause != "orphan" ||
+		found[1].Words != "It has gone on, and hub old.example has yet to forget it: 3 attempts since 2026-01-01 00:00:00 UTC, the last failed with: no answer in time." {
+		t.Errorf("%+v", found)
+	}
 	// What was before the device got in is over.
 	d = &operator.Diagnosis{Registration: &dps.RegistrationState{Status: dps.Assigned}, Attempts: []operator.Attempt{{Result: "assigned", At: now()}, {Code: dps.CodeUnauthorized, Reason: attest.ErrChain.Error()}}}
 	if found := operator.Explain(d, ""); len(found) != 1 || found[0].Cause != "assigned" {

@@ -420,13 +420,13 @@ func (s *Service) rooted(view groupReader, revision int64, presented []*x509.Cer
 		return err
 	}
 	would, _ := ends()
-	return s.uncounted(view, fmt.Sprintf("group %q: no way from its CA to a verified certificate of the scope: %s: %v", g.id, caNotFound, why),
+	return s.uncounted(view, fmt.Sprintf("group %q: no way from its CA to a verified certificate of the scope: %s", g.id, caNotFound), why,
 		func(c *x509.Certificate) bool { return slices.ContainsFunc(would, c.Equal) })
 }
 
-// uncounted refuses a device that a certificate of the scope does not vouch for: it says whether that is there, and only not
-// verified.
-func (s *Service) uncounted(view groupReader, text string, is func(*x509.Certificate) bool) error {
+// uncounted refuses a device that no certificate of the scope vouches for: it says which one would that is there and not verified, or
+// else why.
+func (s *Service) uncounted(view groupReader, text string, why error, is func(*x509.Certificate) bool) error {
 	all, err := view.CACertificates(s.scope)
 	if err != nil {
 		return err
@@ -436,5 +436,5 @@ func (s *Service) uncounted(view groupReader, text string, is func(*x509.Certifi
 			return because("ca-unverified", "%s: certificate %q is not verified", text, c.Name)
 		}
 	}
-	return because("ca-missing", "%s", text)
+	return because("ca-missing", "%s: %v", text, why)
 }

@@ -361,7 +361,7 @@ func (s *Service) judgeByChain(tx groupReader, req *Request) (*verdict, error) {
 		return nil, because("group-disabled", "group %q is disabled", g.id)
 	}
 	if g.missing {
-		return nil, s.uncounted(tx, fmt.Sprintf("group %q: %s", g.id, caNotFound), func(c *x509.Certificate) bool { return slices.ContainsFunc(g.unverified, c.Equal) })
+		return nil, s.uncounted(tx, fmt.Sprintf("group %q: %s", g.id, caNotFound), errors.New("it is not there any more"), func(c *x509.Certificate) bool { return slices.ContainsFunc(g.unverified, c.Equal) })
 	}
 	if err := s.rooted(tx, revision, req.Proof.Certificates, g); err != nil {
 		return nil, err
