@@ -45,13 +45,6 @@ WHO CAME IN?
     touchmark registration show pump-0001
   To have a device begin anew at its next registration: touchmark registration delete pump-0001 --yes
 
-WHO WAITS FOR A HUB?
-    touchmark hub outbox
-    touchmark hub orphans list
-    touchmark hub children gateway-7
-  what hubs have yet to be told, how often that was tried and how it failed last; devices at hubs that could not be asked to forget
-  them; and the devices below an edge device that wait for it. touchmark diagnose says it of one device. Only touchmark tells.
-
 A NEW KEY OR A NEW CA FOR A GROUP
     touchmark group roll-key pumps --new-key pumps-2027.key
     touchmark group roll-ca pumps --certificate issuing-2027.pem
@@ -66,6 +59,13 @@ HUBS, POLICIES AND CERTIFICATES
     touchmark hub update hub-a.example.net --connection-string-file hub-a.new      after its key was rolled
     touchmark policy roll-key provisioningserviceowner --key secondary --yes
     touchmark certificate create plant-root --certificate-path root.pem, then code, then verify
+
+WHO WAITS FOR A HUB?
+    touchmark hub outbox
+    touchmark hub orphans list
+    touchmark hub children gateway-7
+  what hubs have yet to be told, how often that was tried and how it failed last; devices at hubs that could not be asked to forget
+  them; and the devices below an edge device that wait for it. touchmark diagnose says it of one device. Only touchmark tells.
 
 EVERYTHING INTO A FILE
     touchmark export --all --with-keys --out all.jsonl
