@@ -160,7 +160,7 @@ METRICS: serve --metrics 127.0.0.1:9464
     outbox_depth, attempts_lost_total
 
   No registration ID is ever a label; of scopes and of hubs the first hundred are told apart, the rest is "other". Each replica
-  counts for itself since its start, as Prometheus wants it.
+  counts for itself since its start, as Prometheus wants it. hub_up of a hub that is unlinked goes when objects are counted next.
   Worth an alert: certificate_expiry_timestamp_seconds - time() < 14 * 86400; rate(store_errors_total) > 0; hub_up == 0; and a jump
   of attestation_attempts_total with status unauthorized.
 

@@ -78,6 +78,13 @@ HUBS, POLICIES AND CERTIFICATES
     touchmark policy roll-key provisioningserviceowner --key secondary --yes
     touchmark certificate create plant-root --certificate-path root.pem, then code, then verify
 
+WHO WAITS FOR A HUB?
+    touchmark hub outbox
+    touchmark hub orphans list
+    touchmark hub children gateway-7
+  what hubs have yet to be told, how often that was tried and how it failed last; devices at hubs that could not be asked to forget
+  them; and the devices below an edge device that wait for it. touchmark diagnose says it of one device. Only touchmark tells.
+
 EVERYTHING INTO A FILE
     touchmark export --all --with-keys --out all.jsonl
   The file has keys in it. touchmark import all.jsonl brings it back, here or elsewhere: touchmark help migration.

@@ -163,6 +163,9 @@ func TestManagement(t *testing.T) {
 	if got := register(); got != 401 {
 		t.Errorf("kept out: %d", got)
 	}
+	if code, text := attempt(t, dir, "diagnose", "dev-1", "--service", filepath.Join("svc", "owner.connection")); code != 0 || !strings.HasPrefix(text, "An IP rule keeps out the address") {
+		t.Errorf("%d: %s", code, text)
+	}
 	if status, a := operate("GET", ""); status != 200 {
 		t.Errorf("an operator, by a rule for devices: %d %v", status, a)
 	}

@@ -121,6 +121,15 @@ func TestAttempts(t *testing.T) {
 	}
 }
 
+// Whatever rule a device is refused by, its operator is told what to do about it.
+func TestRules(t *testing.T) {
+	for _, rule := range registrationtest.Rules(t, ".") {
+		if registration.AdviceOn(rule) == "" {
+			t.Errorf("there is no advice on rule %q", rule)
+		}
+	}
+}
+
 // A device that is refused for ever does not push out its last success, and a stranger who knows its ID does not push out what it
 // did itself.
 func TestAttemptsOfOneDevice(t *testing.T) {

@@ -124,7 +124,7 @@ func (s *Service) knownAt(view groupReader, revision int64) (*knownSettings, err
 		return nil, fmt.Errorf("scope %s in the store: %w", sc.ID, err)
 	}
 	if sc.StrictRoots {
-		if known.roots, err = s.verifiedRoots(view); err != nil {
+		if known.roots, err = s.caPool(view, true); err != nil {
 			return nil, err
 		}
 	}
