@@ -142,7 +142,7 @@ they were erased is in the audit record. Only touchmark keeps attempts. To erase
 				if err != nil {
 					return err
 				}
-				return a.printDone("forgotten", "attempts", args[0])
+				return a.printDone("forgotten", "what was tried by", args[0])
 			})
 		},
 	}
