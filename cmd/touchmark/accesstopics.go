@@ -106,8 +106,14 @@ WHICH?
     The same registration ID twice    yes, once in each                  no
     Hubs                              of its own                         of the scope, named by the group
     Limits and usage                  counted for each                   counted together
-    Deleting a tenant                 one command, everything goes       delete the group; registrations stay
+    Deleting a tenant                 one command, everything goes       delete the group; registrations stay, and are listed
     How many                          thousands                          thousands of CAs; of symmetric keys some hundreds
+
+ERASING A TENANT
+    touchmark scope delete plant-b --management service/management.connection        all of it; its name is free, its ID scope never is
+    touchmark scope erase plant-a --management service/management.connection         all of its devices; the scope goes on
+  The first scope cannot be deleted, since the service stands on it: it is erased. A tenant that is a group is erased device by device:
+  touchmark registration list GROUP shows them, touchmark help operating how.
 
   A right that an identity provider gives is in the scopes that the role names: touchmark help access.`,
 }

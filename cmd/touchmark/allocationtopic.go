@@ -73,11 +73,15 @@ WHEN A HUB FAILS
   is refused for good fails the registration at once, and what time may heal after --hub-give-up (2m), with the hub's own words; what was
   made for it elsewhere is removed. An old hub that does not answer holds the device up for a quarter of that; it is asked for a week
   to remove the device, which is then an orphan, as it is at once where its hub was unlinked. Orphans stay listed until somebody has
-  looked after them.
+  looked after them. touchmark hub outbox lists what hubs have yet to be told, with attempts and the last error; touchmark hub orphans
+  list the orphans, and forget takes one off; touchmark diagnose says both of one device. Over the service API:
+    GET /touchmark/outbox, GET /touchmark/orphans, DELETE /touchmark/orphans/REGISTRATION-ID?hub=HOST&deviceId=ID
 
 NESTED EDGE
   "parent": "gateway-7" in an enrollment or a group (--parent, the column parent) puts its devices below that edge device
   (capabilities.iotEdge), named by registration ID or device ID. Children go to their parent's hub, whatever their policy says. Who comes first does not matter: a child
   is assigned without its parent and linked when the parent arrives. When the parent goes to another hub its children follow as they
-  register again. Five levels, 100 children, no cycles. Azure has no such member, so it does not go into portable bundles.`,
+  register again. Five levels, 100 children, no cycles. touchmark hub children gateway-7 (GET
+  /touchmark/edges/gateway-7/children) lists them, and why one is not linked yet. Azure has no such member, so it does not go into
+  portable bundles.`,
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"strings"
@@ -93,6 +94,12 @@ func (a *app) printDiagnosis(d *operator.Diagnosis) error {
 			slot += ", was " + by.Was
 		}
 		rows = append(rows, []string{"  let in by", by.Kind + ", " + slot})
+	}
+	if t := d.Task; t != nil {
+		rows = append(rows, []string{"  " + t.State, strings.Join([]string{"hub " + cmp.Or(t.Hub, t.Left()), fmt.Sprint(t.Attempts, " attempts"), "next " + shortTime(&t.Due), t.LastError}, ", ")})
+	}
+	if p := d.Parent; p != nil {
+		rows = append(rows, []string{"  parent", p.Parent + ": " + cmp.Or(p.Pending, "linked")})
 	}
 	if err := a.table(nil, rows); err != nil {
 		return err

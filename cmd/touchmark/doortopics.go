@@ -125,12 +125,14 @@ var monitoringTopic = &cobra.Command{
 	Short: "Metrics, logs, traces, health, usage, and why a device was refused",
 	Long: `WHY WAS THIS DEVICE REFUSED?
     touchmark diagnose pump-0001 --service service/owner.connection
-  A refused device learns 401002 and nothing else. The service keeps what each device tried, with the reason: the last ten attempts
-  of a device, its last success among them, for --attempts-retention (30 days; 0 keeps none). It says so in sentences, and what to do.
+  A refused device learns 401002 and nothing else. The service keeps what each device tried, with the reason: the last
+  --attempts-per-device attempts of a device (10), its last success among them, for --attempts-retention (30 days; 0 keeps none). It
+  says so in sentences, and what to do.
   Over the service API, with the right to read registrations:
     GET    /touchmark/diagnose/REGISTRATION-ID    what is known: enrollment, registration, attempts, explanation
     POST   /touchmark/diagnose/REGISTRATION-ID    the same, with certificates in PEM as the body, the device's first: would they do?
-    DELETE /touchmark/diagnose/REGISTRATION-ID    forget its attempts (right to write registrations); it is in the audit record
+    DELETE /touchmark/diagnose/REGISTRATION-ID    forget its attempts (right to write registrations); it is in the audit record:
+                                                  touchmark registration forget REGISTRATION-ID
     GET    /touchmark/groups/NAME/devices         by which key or CA of a group each of its devices was let in last (touchmark group roll-key)
     GET    /touchmark/attempts/TRACKING-ID        whose error was that? The device's log has the tracking ID, as has this one
   The same attempt within an hour is one entry that counts. Attempts are written every two seconds: a crash loses those, and other
@@ -158,7 +160,7 @@ METRICS: serve --metrics 127.0.0.1:9464
     outbox_depth, attempts_lost_total
 
   No registration ID is ever a label; of scopes and of hubs the first hundred are told apart, the rest is "other". Each replica
-  counts for itself since its start, as Prometheus wants it.
+  counts for itself since its start, as Prometheus wants it. hub_up of a hub that is unlinked goes when objects are counted next.
   Worth an alert: certificate_expiry_timestamp_seconds - time() < 14 * 86400; rate(store_errors_total) > 0; hub_up == 0; and a jump
   of attestation_attempts_total with status unauthorized.
 

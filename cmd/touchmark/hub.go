@@ -66,7 +66,8 @@ func newHub(a *app) *cobra.Command {
 	for _, c := range []*cobra.Command{list, show, unlink} {
 		o.flags(c, true)
 	}
-	return parent("hub", "The hubs that a scope assigns devices to", list, show, newHubPut(a, true), newHubPut(a, false), unlink)
+	return parent("hub", "The hubs that a scope assigns devices to", list, show, newHubPut(a, true), newHubPut(a, false), unlink,
+		newHubOutbox(a), newHubOrphans(a), newHubChildren(a))
 }
 
 // onScope is onManagement with the scope that is meant.

@@ -39,7 +39,8 @@ WHAT A HUB IS TOLD
   differ; nothing else of it is touched, and one that an operator has disabled at the hub stays disabled. Devices with keys or a TPM have
   both keys, those with certificates the SHA-256 thumbprint in both places. An ID may be told twice: it is one device.
   Throttling, overload, timeouts and lost connections are tried again. After five calls without an answer a hub is left alone for a
-  second, then longer, up to a minute; other hubs do not wait for it.
+  second, then longer, up to a minute; other hubs do not wait for it. touchmark hub outbox shows what each has yet to be told:
+  touchmark help allocation.
 
 WHAT MOVES ON REPROVISIONING, from the former hub to the next
                                   azure, builtin     mosquitto     webhook            record

@@ -73,5 +73,14 @@ DELETING
   In a store in a file, what was deleted is overwritten at once. Then the file is written anew, if it has up to 256 MiB, and nothing of
   it is left there; a larger file may keep fragments of rows, until it is backed up and restored. Backups, and copies that a disk or a
   file system keeps, are yours to delete. In PostgreSQL rows are deleted, and VACUUM and the write-ahead log are the database's.
-  The first service is not deleted here: it goes with its data directory.`,
+  The first service is not deleted here: it goes with its data directory. It can be erased.
+
+ERASING, AND KEEPING THE SERVICE
+  POST …/provisioningServices/NAME/erase is ours, with the right to write services; touchmark scope erase does that. It removes
+  enrollments, groups, registrations, attempts, what bundles said of devices, orders and refusals, certificates that were issued or
+  uploaded, what hubs have yet to be told, and the audit record, which begins anew with who erased it. What stays are name, ID scope, tags,
+  hubs, policies with their keys, rules, quotas and counts of usage. Nobody is let in until it is done (state Transitioning); it is as
+  long an operation as a deletion is, goes on over restarts, and reaches as far into files. Hubs are not told, the built-in one neither.
+  An import that is under way is cut off. Identities that were scrapped are forgotten with the rest: only their enrollments, which are
+  gone as well, let devices in.`,
 }

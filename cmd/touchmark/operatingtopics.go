@@ -42,9 +42,26 @@ KEEP A WHOLE BATCH OUT
     touchmark group disable pumps
 
 WHO CAME IN?
-    touchmark registration list pumps
+    touchmark registration list                           everybody; with --format csv for a spreadsheet
+    touchmark registration list pumps                     who came in by a group, also one that was deleted since
     touchmark registration show pump-0001
+  At touchmark's service the lists are GET /touchmark/registrations and /touchmark/groups/GROUP/registrations, with the right to read
+  registrations, in pages as queries have them (x-ms-max-item-count, x-ms-continuation). At Azure every individual enrollment takes a call.
   To have a device begin anew at its next registration: touchmark registration delete pump-0001 --yes
+
+ERASE ALL OF ONE DEVICE
+    touchmark enrollment delete pump-0001 --yes           its enrollment, and the registration of an individual one
+    touchmark registration delete pump-0001 --yes         its registration, where it came in by a group
+    touchmark registration forget pump-0001 --yes         its attempts, with addresses and certificates
+  In this order: who is still enrolled comes back by itself. The hub is not told: delete the device there. The service still knows what
+  bundles said of the device (serial, hash of its key), so that it is the same device to later bundles; the audit record still has its
+  ID. They go with the scope. Logs, metrics of other systems, and backups are yours to look after.
+
+ERASE A SCOPE
+    touchmark scope delete plant-b --yes                  all of it
+    touchmark scope erase plant-a --yes                   all that is in it: it goes on with its name, ID scope, hubs and policies
+  The first scope, which is the whole service where there are no others, is erased by the latter. touchmark help management says how far
+  that reaches.
 
 A NEW KEY OR A NEW CA FOR A GROUP
     touchmark group roll-key pumps --new-key pumps-2027.key
@@ -61,6 +78,13 @@ HUBS, POLICIES AND CERTIFICATES
     touchmark hub update hub-a.example.net --connection-string-file hub-a.new      after its key was rolled
     touchmark policy roll-key provisioningserviceowner --key secondary --yes
     touchmark certificate create plant-root --certificate-path root.pem, then code, then verify
+
+WHO WAITS FOR A HUB?
+    touchmark hub outbox
+    touchmark hub orphans list
+    touchmark hub children gateway-7
+  what hubs have yet to be told, how often that was tried and how it failed last; devices at hubs that could not be asked to forget
+  them; and the devices below an edge device that wait for it. touchmark diagnose says it of one device. Only touchmark tells.
 
 EVERYTHING INTO A FILE
     touchmark export --all --with-keys --out all.jsonl

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/http"
 	"slices"
 	"strings"
 
@@ -71,7 +72,7 @@ func (o *managementOptions) scopeName(ctx context.Context, m *operator.Managemen
 }
 
 func newScope(a *app) *cobra.Command {
-	return parent("scope", "Scopes of a service: each with its own enrollments, hubs, policies and certificates", newScopeList(a), newScopeShow(a), newScopePut(a, true), newScopePut(a, false), newScopeDelete(a))
+	return parent("scope", "Scopes of a service: each with its own enrollments, hubs, policies and certificates", newScopeList(a), newScopeShow(a), newScopePut(a, true), newScopePut(a, false), newScopeDelete(a), newScopeErase(a))
 }
 
 func newScopeList(a *app) *cobra.Command {
@@ -346,17 +347,55 @@ func newScopeDelete(a *app) *cobra.Command {
 	var yes bool
 	c := &cobra.Command{
 		Use: "delete NAME --management FILE", Short: "Delete a scope with all that is in it", Args: cobra.ExactArgs(1),
-		Long:    "delete takes a scope away with its enrollments, registrations, policies and certificates. Its devices find no service any more.",
+		Long: "delete takes a scope away with its enrollments, registrations, policies and certificates. Its devices find no service any more.\n" +
+			"The first one, which the service itself stands on, is not deleted: touchmark scope erase empties it.",
 		Example: "  touchmark scope delete plant-a --management service/management.connection --yes",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := a.confirm(cmd.Context(), yes, "deleting scope "+args[0]+" with all its enrollments", args[0]); err != nil {
 				return err
 			}
 			return a.onManagement(cmd.Context(), o, func(ctx context.Context, m *operator.Management) error {
-				if err := m.DeleteScope(ctx, args[0]); err != nil {
+				err := m.DeleteScope(ctx, args[0])
+				var answer *operator.Error
+				if errors.As(err, &answer) && answer.Status == http.StatusConflict {
+					return hint(err, "touchmark scope erase %s deletes what is in it, and keeps the scope", args[0])
+				}
+				if err != nil {
 					return err
 				}
 				return a.printDone("deleted", "scope", args[0])
+			})
+		},
+	}
+	o.flags(c, false)
+	c.Flags().BoolVar(&yes, "yes", false, "do not ask")
+	return c
+}
+
+func newScopeErase(a *app) *cobra.Command {
+	o := &managementOptions{}
+	var yes bool
+	c := &cobra.Command{
+		Use: "erase NAME --management FILE", Short: "Delete all that is in a scope, and keep the scope", Args: cobra.ExactArgs(1),
+		Long: `erase deletes what a touchmark service keeps of a scope's devices: enrollments, groups, registrations, attempts, what bundles said,
+orders, certificates, what hubs have yet to be told, and the audit record, which begins anew with who did this. The scope stays, with
+its name and ID scope, hubs, policies, rules, tags, and counts of usage. Nobody is let in until it is done; it goes on when the service
+is started again. Hubs are not told: devices stay what they are there. It cannot be undone. touchmark help management says how far it
+reaches into files and backups.`,
+		Example: "  touchmark scope erase plant-a --management service/management.connection --yes",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := a.confirm(cmd.Context(), yes, "erasing all enrollments, registrations and records of scope "+args[0], args[0]); err != nil {
+				return err
+			}
+			return a.onManagement(cmd.Context(), o, func(ctx context.Context, m *operator.Management) error {
+				err := m.EraseScope(ctx, args[0])
+				if errors.Is(err, operator.ErrUnsupported) {
+					return hint(err, "only touchmark erases a scope and keeps it: delete it (touchmark scope delete), and make another")
+				}
+				if err != nil {
+					return err
+				}
+				return a.printDone("erased", "scope", args[0])
 			})
 		},
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
@@ -22,6 +23,9 @@ import (
 
 	"github.com/touchmark/touchmark/hsm/hsmtest"
 	"github.com/touchmark/touchmark/pkg/attest/attesttest"
+	"github.com/touchmark/touchmark/pkg/dps"
+	"github.com/touchmark/touchmark/pkg/registration"
+	"github.com/touchmark/touchmark/pkg/sqlstore"
 )
 
 // A managed is a running service with its management connection.
@@ -158,6 +162,9 @@ func TestManagement(t *testing.T) {
 	})
 	if got := register(); got != 401 {
 		t.Errorf("kept out: %d", got)
+	}
+	if code, text := attempt(t, dir, "diagnose", "dev-1", "--service", filepath.Join("svc", "owner.connection")); code != 0 || !strings.HasPrefix(text, "An IP rule keeps out the address") {
+		t.Errorf("%d: %s", code, text)
 	}
 	if status, a := operate("GET", ""); status != 200 {
 		t.Errorf("an operator, by a rule for devices: %d %v", status, a)
@@ -331,5 +338,52 @@ func TestNodeManagement(t *testing.T) {
 	}
 	if len(got["everywhere"].([]any)) != 2 {
 		t.Errorf("in the subscription: %v", got["everywhere"])
+	}
+}
+
+// A service that died in the middle of an erasure of its own scope starts, goes on with it, and is as it was but for the devices.
+func TestErasureGoesOn(t *testing.T) {
+	dir := t.TempDir()
+	doors := []string{"--https", "127.0.0.1:0", "--mqtt", "off", "--amqp", "off"}
+	cmd, ready, _ := startServe(t, dir, doors...)
+	rows := "registrationId,attestation\n"
+	for i := range 700 {
+		rows += fmt.Sprintf("secretpump-%03d,symmetricKey\n", i)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "pumps.csv"), []byte(rows), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	touchmark(t, dir, "enrollment", "import", "pumps.csv", "--service", "svc/owner.connection")
+	stopServe(t, cmd)
+	scope := ready["idScope"].(string)
+	if err := (&app{stdio: stdio{err: io.Discard, env: os.LookupEnv}}).withServiceStore(t.Context(), filepath.Join(dir, "svc"), &storeOptions{}, func(s *sqlstore.Store) error {
+		if err := registration.BeginErasure(t.Context(), s, scope, registration.Actor{Name: "who died"}, time.Now()); err != nil {
+			return err
+		}
+		return s.Update(t.Context(), func(tx registration.Tx) error {
+			done, err := tx.EmptyScope(dps.Fold(scope), 300)
+			if done {
+				t.Error("nothing was left to do")
+			}
+			return err
+		})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	_, _, _ = startServe(t, dir, doors...)
+	name := "touchmark-" + dps.Fold(scope)
+	for !strings.Contains(touchmark(t, dir, "scope", "show", name, "--management", "svc/management.connection", "--json"), `"state":"Active"`) {
+	}
+	if out := touchmark(t, dir, "enrollment", "list", "--service", "svc/owner.connection", "--json"); out != "" {
+		t.Errorf("enrollments are left: %.200s", out)
+	}
+	if out := touchmark(t, dir, "audit", "list", "--service", "svc/owner.connection"); !strings.Contains(out, "who died") || strings.Contains(out, "secretpump") {
+		t.Errorf("audit: %s", out)
+	}
+	touchmark(t, dir, "enrollment", "create", "pump-1", "--service", "svc/owner.connection")
+	for _, suffix := range []string{"", "-wal"} {
+		if b, err := os.ReadFile(filepath.Join(dir, "svc", "service.db"+suffix)); err != nil || bytes.Contains(b, []byte("secretpump")) {
+			t.Errorf("service.db%s: %v, or the erased are in it", suffix, err)
+		}
 	}
 }

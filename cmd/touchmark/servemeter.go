@@ -26,6 +26,7 @@ type meterOptions struct {
 	otlp                   string
 	otlpRatio              float64
 	retention              time.Duration
+	perDevice              int
 	quotas                 string
 	quotasAsked            bool
 }
@@ -39,6 +40,7 @@ func (o *meterOptions) flags(c *cobra.Command) {
 	f.StringVar(&o.otlp, "otlp-endpoint", "", "URL of an OpenTelemetry collector that traces are sent to by OTLP over HTTP; so does OTEL_EXPORTER_OTLP_ENDPOINT")
 	f.Float64Var(&o.otlpRatio, "otlp-ratio", 1, "part of the traces that is sent, 0 to 1; operators' calls that are in a trace already go by it")
 	f.DurationVar(&o.retention, "attempts-retention", 30*24*time.Hour, "for how long devices' attempts to register are kept for touchmark diagnose; 0 keeps none")
+	f.IntVar(&o.perDevice, "attempts-per-device", 10, "how many attempts are kept of one device, its last success among them: 1 to 1000")
 	f.StringVar(&o.quotas, "quotas", "none", "profile of quotas of the first scope, and of new ones: none, or azure to rehearse those of DPS (touchmark help limits)")
 	_ = c.RegisterFlagCompletionFunc("log", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
 	_ = c.RegisterFlagCompletionFunc("log-level", cobra.FixedCompletions([]string{"debug", "info", "warn", "error"}, cobra.ShellCompDirectiveNoFileComp))
@@ -54,6 +56,8 @@ func (o *meterOptions) check() error {
 		return usageError{fmt.Errorf("--log-level %s: want debug, info, warn or error", o.level)}
 	case !(o.otlpRatio >= 0 && o.otlpRatio <= 1):
 		return usageError{fmt.Errorf("--otlp-ratio %v: want 0 to 1", o.otlpRatio)}
+	case o.perDevice < 1 || o.perDevice > 1000:
+		return usageError{fmt.Errorf("--attempts-per-device %d: want 1 to 1000", o.perDevice)}
 	case o.retention < 0:
 		return usageError{fmt.Errorf("--attempts-retention %v: want a time, or 0 for none", o.retention)}
 	}
@@ -94,7 +98,7 @@ func (o *meterOptions) watch(ctx context.Context, store registration.Store, log 
 	w := &watched{o: o, log: log, meter: meter.New(meter.Config{Store: store, Log: log})}
 	w.store = w.meter.Store(store)
 	if o.retention > 0 {
-		w.attempts = registration.NewAttempts(registration.AttemptsConfig{Store: store, Retention: o.retention, Mask: o.mask, Lost: w.meter.Lost, Log: log})
+		w.attempts = registration.NewAttempts(registration.AttemptsConfig{Store: store, Retention: o.retention, PerDevice: o.perDevice, Mask: o.mask, Lost: w.meter.Lost, Log: log})
 	}
 	var err error
 	if w.traces, err = newTracing(ctx, o.otlp, o.otlpRatio, log); err != nil {

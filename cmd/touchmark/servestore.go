@@ -228,8 +228,10 @@ WHEN A MACHINE IS LOST
 
 WHAT IS KEPT OF DEVICES, AND FOR HOW LONG
   Registrations until they are deleted (touchmark registration delete), an individual enrollment's with the enrollment. Attempts for
-  serve --attempts-retention, a month, by registration ID, address and certificate. Usage counts name no device. The audit record names
-  enrollments and is never shortened. touchmark scope delete erases everything of a scope, from the file too: help management says how far.`
+  serve --attempts-retention, a month, by registration ID, address and certificate, or until touchmark registration forget. Usage counts
+  name no device. The audit record names enrollments, and is never shortened while its scope is there. touchmark scope delete erases
+  everything of a scope, touchmark scope erase all but its settings, and so does for the first scope, from the file too: help management
+  says how far. What one device leaves behind, and how that goes: help operating.`
 
 func newStore(a *app) *cobra.Command {
 	c := parent("store", "Look after the store of a registration service", newStoreRotate(a), newStoreRewrap(a))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 
 	"github.com/spf13/cobra"
 
@@ -12,12 +13,16 @@ import (
 
 func newUsage(a *app) *cobra.Command {
 	o := &serviceOptions{}
-	var from, to string
+	var from, to, format string
 	c := &cobra.Command{
 		Use: "usage --service FILE", Short: "Show what was used of a service", Args: cobra.NoArgs,
-		Long:    "usage shows how often each operation was called in this month, or from one day to another, and what of it Azure would bill. Only\ntouchmark tells. With --json it is by day.",
+		Long:    "usage shows how often each operation was called in this month, or from one day to another, and what of it Azure would bill. Only\ntouchmark tells. With --json and\n--format csv it is by day.",
 		Example: "  touchmark usage --service service/owner.connection\n  touchmark usage --from 2026-11-01 --to 2026-11-30 --service service/owner.connection --json",
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			w, err := a.newRows(format, []string{"date", "api", "operation", "result", "calls", "billable"})
+			if err != nil {
+				return err
+			}
 			return a.onService(cmd.Context(), o, func(ctx context.Context, svc *service) error {
 				u, err := svc.Usage(ctx, from, to)
 				if errors.Is(err, operator.ErrUnsupported) {
@@ -29,11 +34,21 @@ func newUsage(a *app) *cobra.Command {
 				if a.json {
 					return a.printJSON(u)
 				}
+				if w != nil {
+					for _, d := range u.Days {
+						for _, i := range d.Usage {
+							_ = w.Write([]string{d.Date, i.API, i.Operation, i.Result, strconv.FormatInt(i.Calls, 10), strconv.FormatBool(i.Billable)}) // its error comes below
+						}
+					}
+					w.Flush()
+					return w.Error()
+				}
 				return a.printUsage(u)
 			})
 		},
 	}
 	o.flags(c)
+	formatFlag(c, &format)
 	c.Flags().StringVar(&from, "from", "", "first day, as in 2026-11-01 (default: the first of the month)")
 	c.Flags().StringVar(&to, "to", "", "last day (default: today)")
 	return c

@@ -32,7 +32,7 @@ func TestAuthorization(t *testing.T) {
 		{write, "PUT", base + "/NAME/certificates/ca", `{"certificate":"` + ca.Base64() + `"}`}, {write, "POST", base + "/NAME/certificates/ca/generateVerificationCode", ""},
 		{write, "POST", base + "/NAME/certificates/ca/verify", `{"certificate":"` + ca.Base64() + `"}`}, {write, "DELETE", base + "/NAME/certificates/ca", ""},
 		{write, "PUT", base + "/NAME/privateEndpointConnections/pe2", `{"properties":{"privateLinkServiceConnectionState":{"status":"Pending","description":"x"}}}`},
-		{write, "DELETE", base + "/NAME/privateEndpointConnections/pe2", ""}, {write, "DELETE", base + "/NAME", ""},
+		{write, "DELETE", base + "/NAME/privateEndpointConnections/pe2", ""}, {write, "POST", base + "/NAME/erase", ""}, {write, "DELETE", base + "/NAME", ""},
 	}
 	may := map[string][]string{"reader": {read}, "writer": {read, write}, "keys": {showKeys}, "data": {}, "nobody": {}}
 	for role, has := range may {

@@ -14,18 +14,49 @@ import (
 	"github.com/touchmark/touchmark/pkg/registration"
 )
 
-// deletePrefix begins the ID of a deletion's operation; the ID scope follows. So any replica can say how far it is.
-const deletePrefix = "delete-"
+// deletePrefix and erasePrefix begin the ID of an operation; the ID scope follows. So any replica can say how far it is.
+const (
+	deletePrefix = "delete-"
+	erasePrefix  = "erase-"
+)
 
 // delete deletes a service with all that is kept of it. Nobody is let in when the answer goes out.
 func (c *call) delete(sc *registration.Scope) (*answer, error) {
 	if dps.Fold(sc.ID) == dps.Fold(c.cfg.First) {
-		return nil, conflict("The process stands on this provisioning service: it goes with its data directory.")
+		return nil, conflict("The process stands on this provisioning service: it goes with its data directory. POST …/erase empties it (touchmark scope erase).")
 	}
 	if err := registration.CloseScope(c.r.Context(), c.store, sc.ID, c.by, c.cfg.First, c.cfg.Now()); err != nil {
 		return nil, err
 	}
-	done := c.erase(sc.ID, c.by)
+	return c.begun(deletePrefix, sc)
+}
+
+// erase deletes all that is kept of a service's devices, and has the service go on without: a call of ours. Nobody is let in until it
+// has.
+func (c *call) erase(sc *registration.Scope) (*answer, error) {
+	if err := c.method(http.MethodPost); err != nil {
+		return nil, err
+	}
+	if sc.Deleting && sc.Erasing == nil {
+		return nil, busy(sc)
+	}
+	if err := registration.BeginErasure(c.r.Context(), c.store, sc.ID, c.by, c.cfg.Now()); err != nil {
+		return nil, err
+	}
+	return c.begun(erasePrefix, sc)
+}
+
+// busy refuses to change a service that is being deleted, or erased.
+func busy(sc *registration.Scope) error {
+	if sc.Erasing != nil {
+		return conflict("The provisioning service is being erased.")
+	}
+	return conflict("The provisioning service is being deleted.")
+}
+
+// begun waits for a while for the end of what was begun.
+func (c *call) begun(operation string, sc *registration.Scope) (*answer, error) {
+	done := c.end(sc.ID)
 	if c.cfg.DeleteWait > 0 {
 		wait := time.NewTimer(c.cfg.DeleteWait)
 		defer wait.Stop()
@@ -34,35 +65,41 @@ func (c *call) delete(sc *registration.Scope) (*answer, error) {
 		case <-wait.C:
 		}
 	}
-	if running, err := c.deleting(sc); err != nil || !running {
+	if running, err := c.goesOn(sc); err != nil || !running {
 		return &answer{http.StatusNoContent, nil}, err
 	}
-	return c.running(sc), nil
+	return c.running(operation, sc), nil
 }
 
 // running answers 202, and where to ask how it goes on.
-func (c *call) running(sc *registration.Scope) *answer {
-	id := deletePrefix + sc.ID
+func (c *call) running(operation string, sc *registration.Scope) *answer {
+	id := operation + sc.ID
 	c.w.Header().Set("Azure-AsyncOperation", c.link(serviceID(sc)+"/operationResults/"+id, url.Values{"asyncinfo": {""}}))
 	c.w.Header().Set("Location", c.link("/subscriptions/"+sc.Subscription+"/providers/Microsoft.Devices/locations/"+plain(sc.Location+"global")+"/provisioningServiceOperationResults/"+id, url.Values{}))
 	c.w.Header().Set("Retry-After", strconv.Itoa(dps.RetryAfter))
 	return &answer{http.StatusAccepted, nil}
 }
 
-// deleting reports whether something of a service is still to be erased: its name is the last to go.
-func (c *call) deleting(sc *registration.Scope) (bool, error) {
+// goesOn reports whether something of a service is still to be erased: of one that is deleted its name is the last to go.
+func (c *call) goesOn(sc *registration.Scope) (bool, error) {
 	now, err := c.find(sc.Name)
-	return err == nil && now != nil && dps.Fold(now.ID) == dps.Fold(sc.ID), err
+	return err == nil && now != nil && dps.Fold(now.ID) == dps.Fold(sc.ID) && now.Deleting, err
 }
 
-// operationResult says how far a deletion is, and has it go on: as a document to those who ask with asyncinfo, and as a status to others.
+// operationResult says how far a deletion or an erasure is, and has it go on: as a document to those who ask with asyncinfo, and as a
+// status to others.
 func (c *call) operationResult(operation string) (*answer, error) {
 	if err := c.method(http.MethodGet); err != nil {
 		return nil, err
 	}
 	unknown := nothing("The operation")
-	id, isDelete := strings.CutPrefix(operation, deletePrefix)
-	if !isDelete || dps.CheckIDScope(id) != nil {
+	prefix := deletePrefix
+	id, known := strings.CutPrefix(operation, deletePrefix)
+	if !known {
+		prefix = erasePrefix
+		id, known = strings.CutPrefix(operation, erasePrefix)
+	}
+	if !known || dps.CheckIDScope(id) != nil {
 		return nil, unknown
 	}
 	var sc *registration.Scope
@@ -70,7 +107,8 @@ func (c *call) operationResult(operation string) (*answer, error) {
 		sc, err = tx.Scope(dps.Fold(id))
 		return err
 	})
-	if errors.Is(err, registration.ErrNotFound) || err == nil && (!sc.Deleting || !strings.EqualFold(sc.Subscription, c.sub)) {
+	if errors.Is(err, registration.ErrNotFound) ||
+		err == nil && (!sc.Deleting && (prefix == deletePrefix || sc.Erased.IsZero()) || !strings.EqualFold(sc.Subscription, c.sub)) {
 		err = unknown
 	}
 	if err != nil {
@@ -79,9 +117,9 @@ func (c *call) operationResult(operation string) (*answer, error) {
 	if err := c.may(sc.Name, access.ManagementRead); err != nil {
 		return nil, err
 	}
-	running, err := c.deleting(sc)
+	running, err := c.goesOn(sc)
 	if running { // the replica that began it may be gone; of two that are at it each finds less to do
-		c.erase(sc.ID, c.by)
+		c.end(sc.ID)
 	}
 	switch {
 	case err != nil:
@@ -92,13 +130,13 @@ func (c *call) operationResult(operation string) (*answer, error) {
 	case c.r.URL.Query().Has("asyncinfo"):
 		return ok(map[string]any{"status": "Succeeded", "error": nil}), nil
 	case running:
-		return c.running(sc), nil
+		return c.running(prefix, sc), nil
 	}
 	return &answer{http.StatusNoContent, nil}, nil
 }
 
-// erase removes what is kept of a scope that was closed, in the background; done is closed when it has, or the server stops.
-func (s *Server) erase(id string, by registration.Actor) (done <-chan struct{}) {
+// end removes what is kept of a scope that was closed, in the background; done is closed when it has, or the server stops.
+func (s *Server) end(id string) (done <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	folded := dps.Fold(id)
@@ -115,16 +153,18 @@ func (s *Server) erase(id string, by registration.Actor) (done <-chan struct{}) 
 			close(ch)
 		}()
 		for {
-			err := registration.DeleteScope(s.ctx, s.store, id, by, s.cfg.Now())
+			gone, err := registration.EndErasure(s.ctx, s.store, id, s.cfg.Now())
 			if err == nil {
-				s.cfg.Scopes.Forget(id)
-				s.cfg.Log.Info("provisioning service deleted", "idScope", id)
+				if gone {
+					s.cfg.Scopes.Forget(id)
+				}
+				s.cfg.Log.Info("provisioning service erased", "idScope", id, "deleted", gone)
 				return
 			}
 			if s.ctx.Err() != nil {
 				return // Resume takes it up at the next start
 			}
-			s.cfg.Log.Error("deleting a provisioning service, to be tried again", "idScope", id, "cause", err)
+			s.cfg.Log.Error("erasing a provisioning service, to be tried again", "idScope", id, "cause", err)
 			select {
 			case <-s.ctx.Done():
 				return
@@ -135,7 +175,7 @@ func (s *Server) erase(id string, by registration.Actor) (done <-chan struct{}) 
 	return ch
 }
 
-// Resume takes up the deletions that an earlier process did not end.
+// Resume takes up the deletions and erasures that an earlier process did not end.
 func (s *Server) Resume(ctx context.Context) error {
 	for after, more := "", true; more; {
 		err := s.store.View(ctx, func(tx registration.Tx) error {
@@ -143,7 +183,7 @@ func (s *Server) Resume(ctx context.Context) error {
 			more = len(all) == pageSize
 			for _, sc := range all {
 				if after = dps.Fold(sc.ID); sc.Deleting {
-					s.erase(sc.ID, registration.Actor{Name: "the start of the service"})
+					s.end(sc.ID)
 				}
 			}
 			return err

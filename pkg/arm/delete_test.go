@@ -4,11 +4,15 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/to"
+	dpsarm "github.com/Azure/azure-sdk-for-go/sdk/resourcemanager/deviceprovisioningservices/armdeviceprovisioningservices"
 
 	"github.com/touchmark/touchmark/pkg/arm"
 	"github.com/touchmark/touchmark/pkg/attest"
@@ -214,6 +218,112 @@ func TestErasure(t *testing.T) {
 			}
 		}
 		return nil
+	}); err != nil {
+		t.Error(err)
+	}
+}
+
+// Of the service that the process stands on everything can be erased that is its devices': no file of the store has it any more. It
+// stays, with its hubs and its keys, and says who did that. An erasure goes on in the next process, or where it is asked about.
+func TestEraseFirst(t *testing.T) {
+	b := newBench(t, func(c *arm.Config) { c.DeleteWait = -1 })
+	d := description()
+	d.Properties.IotHubs = []*dpsarm.IotHubDefinitionDescription{{ConnectionString: to.Ptr(hubA), Location: to.Ptr("westeurope")}}
+	b.put("first", d)
+	b.put("kept", description())
+	first := b.scope("first")
+	isFirst := func(c *arm.Config) { c.First = first.ID }
+	later := func(c *arm.Config) { isFirst(c); c.DeleteWait = -1 }
+	b.stop()
+	b.start(isFirst)
+	ca := attesttest.CA(t, nil, "secretpump CA", now)
+	if r := b.call("PUT", base+"/first/certificates/secretpump-ca", `{"certificate":"`+ca.Base64()+`"}`); r.status != 200 && r.status != 201 {
+		t.Fatal(r.text)
+	}
+	for i := range 3 {
+		b.fill("first", fmt.Sprintf("secretpump%d", i), 300)
+		b.fill("kept", fmt.Sprintf("otherpump%d", i), 300)
+	}
+	keys := b.call("POST", base+"/first/listkeys", "").text
+	if r := b.call("DELETE", base+"/first", ""); r.status != 409 || !strings.Contains(r.text, "scope erase") {
+		t.Errorf("%d %s", r.status, r.text)
+	}
+	if r := b.call("GET", base+"/first/erase", ""); r.status != 405 {
+		t.Errorf("%d %s", r.status, r.text)
+	}
+	if r := b.call("GET", base+"/first/operationResults/erase-"+first.ID, ""); r.status != 404 {
+		t.Errorf("an erasure that nobody began: %d %s", r.status, r.text)
+	}
+	if r := b.call("POST", base+"/first/erase", ""); r.status != 204 {
+		t.Fatal(r.text)
+	}
+	if b.dsn == "" {
+		for _, suffix := range []string{"", "-wal", "-shm"} {
+			text, err := os.ReadFile(b.path + suffix)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if i := bytes.Index(text, []byte("secretpump")); i >= 0 || suffix == "" && !bytes.Contains(text, []byte("otherpump")) {
+				t.Errorf("service.db%s has %q at %d", suffix, text[max(0, i-40):min(len(text), i+80)], i)
+			}
+		}
+	}
+	if got := b.get("first"); *got.Properties.State != "Active" || len(got.Properties.IotHubs) != 1 || *got.Properties.IDScope != first.ID {
+		t.Errorf("%+v", got.Properties)
+	}
+	if got := b.actions(b.scope("first")); len(got) != 1 || !strings.HasSuffix(got[0], ": erase scope/first") || strings.HasPrefix(got[0], ":") {
+		t.Errorf("audit: %q", got)
+	}
+	if now := b.call("POST", base+"/first/listkeys", "").text; now != keys {
+		t.Errorf("its keys: %s, not %s", now, keys)
+	}
+
+	// Cut off, and taken up by the next process.
+	b.fill("first", "pump", 1000)
+	if err := registration.BeginErasure(t.Context(), b.store, first.ID, registrationActor, time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	if got := b.get("first"); *got.Properties.State != "Transitioning" {
+		t.Errorf("its state: %s", *got.Properties.State)
+	}
+	if r := b.call("PATCH", base+"/first", `{"tags":{}}`); r.status != 409 || !strings.Contains(r.text, "erased") {
+		t.Errorf("changed meanwhile: %d %s", r.status, r.text)
+	}
+	b.stop()
+	b.start(later)
+	b.wait()
+	if sc := b.scope("first"); sc.Deleting || len(sc.Hubs) != 1 {
+		t.Errorf("after the next start: %+v", sc)
+	}
+	if got := b.actions(b.scope("first")); len(got) != 1 || got[0] != "test: erase scope/first" {
+		t.Errorf("audit: %q", got)
+	}
+	// Longer than a call: where to ask is in the answer.
+	b.fill("first", "pump", 5000)
+	r := b.call("POST", base+"/first/erase", "")
+	operation := strings.TrimPrefix(r.header.Get("Azure-Asyncoperation"), b.http.URL)
+	if r.status != 202 || !strings.HasPrefix(operation, base+"/first/operationResults/erase-"+first.ID+"?") {
+		t.Fatalf("%d %v %s", r.status, r.header, r.text)
+	}
+	if again := b.call("POST", base+"/first/erase", ""); again.status != 202 && again.status != 204 {
+		t.Errorf("asked twice: %d %s", again.status, again.text)
+	}
+	for state := ""; state != "Succeeded"; {
+		r := b.call("GET", operation, "")
+		if state = fmt.Sprint(r.body["status"]); r.status != 200 {
+			t.Fatalf("%d %s", r.status, r.text)
+		}
+	}
+	if err := b.store.View(t.Context(), func(tx registration.Tx) error {
+		all, err := tx.Registrations(dps.Fold(first.ID), "", "", 10)
+		if len(all) > 0 {
+			t.Errorf("%d registrations are left", len(all))
+		}
+		others, err2 := tx.Registrations(dps.Fold(b.scope("kept").ID), "", "", 1000)
+		if len(others) != 900 {
+			t.Errorf("%d of another scope's are left", len(others))
+		}
+		return errors.Join(err, err2)
 	}); err != nil {
 		t.Error(err)
 	}

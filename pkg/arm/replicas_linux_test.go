@@ -14,5 +14,5 @@ func TestReplicas(t *testing.T) {
 	databases.Store(&database)
 	registrationtest.Again(t, map[string]string{"TestErasure": "looks into the file of a store"},
 		TestLife, TestPolicies, TestHostile, TestPrivateEndpoints, TestPages, TestAuthorization, TestCertificates,
-		TestCertificateQuota, TestOpenSSL, TestLongDeletion, TestDeletionResumes, TestDeletionGoesOn, TestFirst, TestMaskedKeys, TestHubCheck)
+		TestCertificateQuota, TestOpenSSL, TestLongDeletion, TestDeletionResumes, TestDeletionGoesOn, TestFirst, TestEraseFirst, TestMaskedKeys, TestHubCheck)
 }

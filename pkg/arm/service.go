@@ -129,6 +129,9 @@ func (c *call) show(sc *registration.Scope) *resource {
 	if sc.Deleting {
 		p.State, p.ProvisioningState = "Deleting", "Deleting"
 	}
+	if sc.Erasing != nil {
+		p.State, p.ProvisioningState = "Transitioning", "Transitioning"
+	}
 	if a := string(sc.AllocationPolicy); a != "" {
 		p.AllocationPolicy = strings.ToUpper(a[:1]) + a[1:]
 	}
@@ -223,8 +226,11 @@ func (c *call) service() (*answer, error) {
 	if err != nil {
 		return nil, err
 	}
+	if what == "erase" && len(c.seg) == 0 {
+		return c.erase(sc)
+	}
 	if sc.Deleting && c.r.Method != http.MethodGet && c.r.Method != http.MethodDelete {
-		return nil, conflict("The provisioning service is being deleted.")
+		return nil, busy(sc)
 	}
 	switch n := len(c.seg); {
 	case what == "" && c.r.Method == http.MethodGet:
@@ -385,7 +391,7 @@ func (c *call) putOnce(name string, in *resource, checked map[registration.Linke
 	case !c.here(was):
 		return nil, dps.NewError(dps.CodeServiceExists, fmt.Sprintf("There is a provisioning service %s in another resource group.", name), nil)
 	case was.Deleting:
-		return nil, conflict("The provisioning service is being deleted.")
+		return nil, busy(was)
 	case was.Location != "" && plain(was.Location) != plain(in.Location):
 		return nil, &fault{http.StatusConflict, "InvalidResourceLocation", fmt.Sprintf("The provisioning service is in location %s, which does not change.", was.Location), nil}
 	default:

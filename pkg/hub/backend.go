@@ -82,9 +82,9 @@ type backendDevice struct {
 
 // post makes a call. has says whether an answer of 2xx has what belongs in it, and nothing else.
 func (h *backend) post(ctx context.Context, q backendRequest, has func(*backendAnswer) bool) (*backendAnswer, error) {
-	doing := "calling the webhook for " + q.Operation
+	doing := "calling the webhook, operation " + q.Operation
 	if q.Operation != "check" {
-		doing += " of device " + strconv.Quote(q.DeviceID)
+		doing += ", for device " + strconv.Quote(q.DeviceID)
 		if err := checkID(q.DeviceID); err != nil {
 			return nil, newError(h.name, codeArgument, false, err)
 		}

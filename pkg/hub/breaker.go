@@ -17,8 +17,26 @@ const (
 	maxPause  = time.Minute
 )
 
-// ErrCircuitOpen says that nothing was sent: what was sent before got no answer, time after time.
+// ErrCircuitOpen says that nothing was sent: what was sent before got no answer, time after time. An error that is it says what
+// the last of those calls came to.
 var ErrCircuitOpen = errors.New("not called: it failed too often just now")
+
+// openError is ErrCircuitOpen with the error of the last call that was made.
+type openError struct{ last error }
+
+func (e *openError) Error() string {
+	text := e.last.Error()
+	if h, ok := errors.AsType[*registration.HubError](e.last); ok {
+		text = h.Err.Error() // whoever wraps this names the hub
+	}
+	return text + ", time after time: it is not called for a while"
+}
+
+// Is makes it ErrCircuitOpen.
+func (e *openError) Is(target error) bool { return target == ErrCircuitOpen }
+
+// Unwrap returns what the last call came to.
+func (e *openError) Unwrap() error { return e.last }
 
 // A breaker spares callers the wait for somebody who does not answer. The zero breaker is closed, and calls go through.
 type breaker struct {
@@ -27,6 +45,7 @@ type breaker struct {
 	pause    time.Duration // of the last opening
 	until    time.Time     // when the next call may go through, of one that is open
 	probing  bool          // that call is under way
+	last     error         // of the last call without an answer, without what it was about
 }
 
 // A verdict is what a call says of whom it called.
@@ -67,9 +86,22 @@ func (b *breaker) enter(now time.Time) (wait time.Duration, probe bool) {
 	return 0, probe
 }
 
-func (b *breaker) leave(now time.Time, v verdict, probe bool) {
+// reason is the error of a call that may not be made.
+func (b *breaker) reason() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if b.last == nil {
+		return ErrCircuitOpen
+	}
+	return &openError{b.last}
+}
+
+func (b *breaker) leave(now time.Time, v verdict, probe bool, err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if v == unanswered {
+		b.last = bare(err)
+	}
 	if probe {
 		b.probing = false
 	}
@@ -82,6 +114,18 @@ func (b *breaker) leave(now time.Time, v verdict, probe bool) {
 			b.until = now.Add(b.pause)
 		}
 	}
+}
+
+// bare is an error of a hub without what was being done: others are told of it, whose business another's device is not.
+func bare(err error) error {
+	e, ok := errors.AsType[*registration.HubError](err)
+	w, ok2 := errors.AsType[*whileDoing](err)
+	if !ok || !ok2 {
+		return err
+	}
+	c := *e
+	c.Err = w.err
+	return &c
 }
 
 // judge returns what an error of a hub says of the hub.

@@ -119,7 +119,7 @@ func (b *broker) run(ctx context.Context, doing string, commands ...command) ([]
 	}
 	b.free <- s
 	if refused, ok := errors.AsType[*refusedError](err); ok {
-		return nil, newError(b.name, refused.code, refused.temporary, fmt.Errorf("%s: %w", doing, err))
+		return nil, newError(b.name, refused.code, refused.temporary, &whileDoing{doing, err})
 	}
 	if err != nil {
 		if ctx.Err() != nil {

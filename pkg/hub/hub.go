@@ -99,8 +99,26 @@ func noAnswer(hub, doing string, err error) *registration.HubError {
 	case errors.Is(err, errAddress):
 		return newError(hub, codeArgument, false, fmt.Errorf("%s: %w", doing, err))
 	}
-	return newError(hub, code, true, fmt.Errorf("%s: %w", doing, err))
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = late{err}
+	}
+	return newError(hub, code, true, &whileDoing{doing, err})
 }
+
+// late is the error of a call whose time ran out, in words.
+type late struct{ error }
+
+func (e late) Error() string { return "no answer in time" }
+func (e late) Unwrap() error { return e.error }
+
+// whileDoing is an error, and what was being done when it came.
+type whileDoing struct {
+	doing string
+	err   error
+}
+
+func (e *whileDoing) Error() string { return e.doing + ": " + e.err.Error() }
+func (e *whileDoing) Unwrap() error { return e.err }
 
 // notFound is the error of a device that is not there.
 func notFound(hub, id string, status int) *registration.HubError {

@@ -173,8 +173,8 @@ func busy(name string) *registration.HubError {
 	return e
 }
 
-func isOpen(name string, wait time.Duration) *registration.HubError {
-	e := newError(name, codeOpen, true, ErrCircuitOpen)
+func isOpen(name string, wait time.Duration, why error) *registration.HubError {
+	e := newError(name, codeOpen, true, why)
 	e.RetryAfter = wait
 	return e
 }
@@ -208,7 +208,7 @@ func through[T any](ctx context.Context, h *pooled, operation string, call func(
 // enter waits for a slot, for no longer than a call may take.
 func (e *entry) enter(ctx context.Context, cfg Config) (leave func(error), err error) {
 	if wait := e.breaker.open(cfg.Now()); wait > 0 {
-		return nil, isOpen(e.linked.Name, wait)
+		return nil, isOpen(e.linked.Name, wait, e.breaker.reason())
 	}
 	select {
 	case e.slots <- struct{}{}:
@@ -230,10 +230,10 @@ func (e *entry) enter(ctx context.Context, cfg Config) (leave func(error), err e
 	wait, probe := e.breaker.enter(cfg.Now())
 	if wait > 0 {
 		<-e.slots
-		return nil, isOpen(e.linked.Name, wait)
+		return nil, isOpen(e.linked.Name, wait, e.breaker.reason())
 	}
 	return func(err error) {
-		e.breaker.leave(cfg.Now(), judge(err), probe)
+		e.breaker.leave(cfg.Now(), judge(err), probe, err)
 		<-e.slots
 	}, nil
 }

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/touchmark/touchmark/pkg/attest"
+	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/hub"
 	"github.com/touchmark/touchmark/pkg/hub/hubtest"
 	"github.com/touchmark/touchmark/pkg/registration"
@@ -99,6 +101,8 @@ func TestPoolBreaker(t *testing.T) {
 			_, err := h.Device(t.Context(), "d")
 			if e := temporary(t, err); e.Code != "CircuitOpen" || e.RetryAfter <= 0 || e.RetryAfter > pause || !errors.Is(err, hub.ErrCircuitOpen) {
 				t.Fatalf("%+v", e)
+			} else if last, ok := errors.AsType[*registration.HubError](e.Err); !ok || last.Status != 503 || !strings.Contains(err.Error(), "status 503") || strings.Contains(err.Error(), "statistics") {
+				t.Fatalf("it does not say what the hub did, or says of what: %v", err) // the calls that failed read statistics
 			}
 		}
 		c.Forward(pause - time.Millisecond)
@@ -342,5 +346,59 @@ func TestBackendFaults(t *testing.T) {
 	b.Fail(nil)
 	if e := forGood(t, open(t, hub.Config{Hub: wrong}).Check(t.Context())); e.Status != 401 {
 		t.Error(e)
+	}
+}
+
+// A hub that is left alone keeps its own words: those who wait for it read what it did, and never of whose device it was.
+func TestPoolBreakerTold(t *testing.T) {
+	registrationtest.Goroutines(t)
+	s, c := hubtest.StartStub(t), newClock()
+	p := hub.NewPool(hub.PoolConfig{Base: hub.Config{Now: c.Now}})
+	defer p.Close()
+	f := registrationtest.NewFixture(t)
+	linked := s.Linked("hub-a")
+	if _, _, err := registration.EditScope(t.Context(), f.Store, registrationtest.Scope, registration.Actor{}, "put", f.Now(), func(*registration.Scope) (*registration.Scope, error) {
+		return &registration.Scope{ID: registrationtest.Scope, Name: "told", Settings: registration.Settings{Hubs: []registration.LinkedHub{linked}}}, nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	scopes := registration.NewScopes(registration.ScopesConfig{Config: registration.Config{Store: f.Store, Now: f.Now, OpenHub: p.Hub}})
+	s.Fail(always(hubtest.Fault{Status: 503}))
+	h := pooled(t, p, registrationtest.Scope, linked)
+	for range 5 {
+		_, err := h.Device(t.Context(), "somebody-elses")
+		temporary(t, err)
+	}
+	s.Calls()
+	d := f.ByKey("own-key", f.OwnKey)
+	if _, err := scopes.Register(t.Context(), &registration.Request{IDScope: d.Scope, RegistrationID: d.ID, APIVersion: d.APIVersion, Proof: attest.Proof{Token: d.Token}}); err != nil {
+		t.Fatal(err)
+	}
+	svc, err := scopes.Service(t.Context(), registrationtest.Scope)
+	if err != nil {
+		t.Fatal(err)
+	}
+	told := func(text string) {
+		t.Helper()
+		if !strings.Contains(text, "503") || strings.Contains(text, "CircuitOpen") || strings.Contains(text, "somebody-elses") {
+			t.Errorf("told %q", text)
+		}
+	}
+	page, _, err := svc.Tasks(t.Context(), "", 10)
+	if err != nil || len(page) != 1 {
+		t.Fatalf("%+v, %v", page, err)
+	}
+	told(page[0].LastError)
+	f.Advance(registration.DefaultGiveUp + time.Minute)
+	if _, err := scopes.ProvisionDue(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	st, err := svc.GetRegistration(t.Context(), "own-key")
+	if err != nil || st.ErrorCode != int(dps.CodeHubRefused) {
+		t.Fatalf("%+v, %v", st, err)
+	}
+	told(st.ErrorMessage)
+	if calls := s.Calls(); len(calls) != 0 {
+		t.Errorf("it was called: %v", calls)
 	}
 }

@@ -170,7 +170,7 @@ func (h *rest) refused(doing string, a answer, name, message string) *registrati
 	if text == "" {
 		text = http.StatusText(a.status)
 	}
-	e.Err = fmt.Errorf("%s: status %d: %s", doing, a.status, text)
+	e.Err = &whileDoing{doing, fmt.Errorf("status %d: %s", a.status, text)}
 	return e
 }
 

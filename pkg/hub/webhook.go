@@ -102,7 +102,7 @@ func (w *Webhook) Call(ctx context.Context, url string, body []byte) (answer []b
 		wait, probe := b.enter(w.cfg.Now())
 		if wait > 0 {
 			if try == 0 {
-				err = ErrCircuitOpen
+				err = b.reason()
 			}
 			break
 		}
@@ -114,7 +114,11 @@ func (w *Webhook) Call(ctx context.Context, url string, body []byte) (answer []b
 		case err != nil || status >= 500:
 			v = unanswered
 		}
-		b.leave(w.cfg.Now(), v, probe)
+		failed := err
+		if err == nil {
+			failed = fmt.Errorf("status %d", status)
+		}
+		b.leave(w.cfg.Now(), v, probe, failed)
 		if v != unanswered || try >= w.cfg.Retries || ctx.Err() != nil {
 			break
 		}

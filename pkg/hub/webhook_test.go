@@ -197,7 +197,7 @@ func TestWebhookFaults(t *testing.T) {
 		for range 5 {
 			w.Call(t.Context(), s.URL+"/?code=hush", nil)
 		}
-		if _, got, err := w.Call(t.Context(), s.URL+"/?code=hush", nil); !errors.Is(err, hub.ErrCircuitOpen) || got != 0 || n != 5 || strings.Contains(err.Error(), "hush") {
+		if _, got, err := w.Call(t.Context(), s.URL+"/?code=hush", nil); !errors.Is(err, hub.ErrCircuitOpen) || got != 0 || n != 5 || !strings.Contains(err.Error(), "status 50") || strings.Contains(err.Error(), "hush") {
 			t.Errorf("%v after %d calls", err, n)
 		}
 		for i := range 2000 { // others, which are remembered in part

@@ -40,9 +40,33 @@ func call[T any](h *hub, operation string, do func() (T, error)) (T, error) {
 	}
 	h.m.Hub(h.name, operation, code, time.Since(begun))
 	if !errors.Is(err, context.Canceled) {
-		h.m.hubUp.WithLabelValues(h.m.hubs.of(h.name)).Set(up)
+		h.m.setUp(h.m.hubs.of(h.name), up)
 	}
 	return v, err
+}
+
+// setUp says whether a hub is up; m.mu keeps it apart from unlinked.
+func (m *Meter) setUp(name string, up float64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.ups == nil {
+		m.ups = make(map[string]bool)
+	}
+	m.ups[name] = true
+	m.hubUp.WithLabelValues(name).Set(up)
+}
+
+// unlinked takes hubs away from those that are up or not, but for these: one that is not linked is neither, and nobody is to be
+// alarmed by it for ever.
+func (m *Meter) unlinked(linked map[string]bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for name := range m.ups {
+		if !linked[name] {
+			delete(m.ups, name)
+			m.hubUp.DeleteLabelValues(name)
+		}
+	}
 }
 
 // WatchWebhook returns a webhook whose calls are counted; nil for nil.

@@ -79,7 +79,8 @@ type Meter struct {
 
 	mu    sync.Mutex // guards what follows
 	usage map[usageKey]int64
-	ends  []Certificate // of scopes, as they were last counted
+	ends  []Certificate   // of scopes, as they were last counted
+	ups   map[string]bool // the labels of hubUp
 }
 
 // New returns a meter.

@@ -200,6 +200,51 @@ func TestBoundedLabels(t *testing.T) {
 	}
 }
 
+// A hub that is linked nowhere any more is neither up nor down: an alert on one that was down ends with it.
+func TestHubUnlinked(t *testing.T) {
+	f := registrationtest.NewFixture(t)
+	m := meter.New(meter.Config{Store: f.Store})
+	link := func(names ...string) {
+		t.Helper()
+		_, _, err := registration.EditScope(t.Context(), f.Store, registrationtest.Scope, registration.Actor{}, "put", f.Now(), func(*registration.Scope) (*registration.Scope, error) {
+			return &registration.Scope{ID: registrationtest.Scope, Name: "plant-a", Settings: registration.Settings{Hubs: registration.Records(names...)}}, nil
+		})
+		if err == nil {
+			err = m.Count(t.Context())
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	up := func(want ...string) {
+		t.Helper()
+		var got []string
+		for name, v := range samples(t, m) {
+			if hub, ok := strings.CutPrefix(name, "touchmark_dps_hub_up{hub="); ok {
+				got = append(got, fmt.Sprint(strings.TrimSuffix(hub, "}"), " ", v))
+			}
+		}
+		if slices.Sort(got); !slices.Equal(got, want) {
+			t.Errorf("%q, not %q", got, want)
+		}
+	}
+	down := &toldHub{err: &registration.HubError{Hub: "b.example", Err: errors.New("nobody there"), Temporary: true}}
+	call := func() {
+		_ = m.WatchHub("a.example", &toldHub{}).Check(t.Context())
+		_ = m.WatchHub("b.example", down).Check(t.Context())
+	}
+	call()
+	link("a.example", "b.example")
+	up("a.example 1", "b.example 0")
+	link("a.example")
+	up("a.example 1")
+	call()
+	link("a.example", "b.example")
+	up("a.example 1", "b.example 0")
+	link()
+	up()
+}
+
 // Gauges say what they are told: what ends when, what waits, what is there.
 func TestGauges(t *testing.T) {
 	f := registrationtest.NewFixture(t)

@@ -159,6 +159,6 @@ func Classify(r *http.Request) *Call {
 // own are touchmark's calls, managed the resources of the management API, that have operations by their own names.
 var (
 	own = map[string]bool{"info": true, "bundles": true, "groupkeys": true, "groups": true, "orders": true, "faults": true, "audit": true, "policies": true, "usage": true, "diagnose": true,
-		"attempts": true, "judge": true}
+		"attempts": true, "registrations": true, "outbox": true, "orphans": true, "edges": true, "judge": true}
 	managed = map[string]bool{"provisioningservices": true, "certificates": true, "operationresults": true, "keys": true, "skus": true, "privateendpointconnections": true, "privatelinkresources": true}
 )

@@ -102,10 +102,11 @@ func (m *Meter) Flush(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// Count counts the objects of all scopes.
+// Count counts the objects of all scopes, and forgets whether hubs are up that none of them has any more.
 func (m *Meter) Count(ctx context.Context) error {
 	totals := make(map[[2]string]float64)
 	var ends []Certificate
+	linked := make(map[string]bool)
 	for after := ""; ; {
 		var page []*registration.Scope
 		err := m.cfg.Store.View(ctx, func(tx registration.Tx) (err error) {
@@ -122,6 +123,13 @@ func (m *Meter) Count(ctx context.Context) error {
 			after = dps.Fold(sc.ID)
 			name := m.scopes.of(after)
 			totals[[2]string{name, "hub"}] += float64(len(sc.Hubs))
+			for i := range sc.Hubs {
+				if hub := sc.Hubs[i].Name; m.hubs.has(hub) {
+					linked[hub] = true
+				} else {
+					linked["other"] = true
+				}
+			}
 			var cas []*registration.CACertificate
 			err := m.cfg.Store.View(ctx, func(tx registration.Tx) (err error) {
 				cas, err = tx.CACertificates(after)
@@ -163,6 +171,7 @@ func (m *Meter) Count(ctx context.Context) error {
 		m.objects.WithLabelValues(k[0], k[1]).Set(n)
 	}
 	m.outbox.Set(waiting)
+	m.unlinked(linked)
 	m.mu.Lock()
 	m.ends = ends
 	m.mu.Unlock()

@@ -255,6 +255,82 @@ func (c *Client) Registrations(ctx context.Context, group string) iter.Seq2[*dps
 	}
 }
 
+// A Registered is what became of a device, and the folded ID of the group that it came in by; "" for an individual enrollment.
+type Registered struct {
+	dps.RegistrationState
+	EnrollmentGroupID string `json:"enrollmentGroupId,omitempty"`
+}
+
+// AllRegistrations yields what became of all devices, or of those that came in by a group, which at a touchmark service need not be
+// there any more. Azure has no list of all: there every group is asked for its devices, and then for the device of every individual
+// enrollment, a call for each. The error is ErrNotFound for a group that nothing is known of.
+func (c *Client) AllRegistrations(ctx context.Context, group string) iter.Seq2[*Registered, error] {
+	return func(yield func(*Registered, error) bool) {
+		path := "/touchmark/registrations"
+		if group != "" {
+			path = "/touchmark/groups/" + url.PathEscape(group) + "/registrations"
+		}
+		begun, elsewhere := false, false
+		pages(ctx, c.caller, http.MethodGet, path, pageSize, func(r *Registered, err error) bool {
+			// Somebody else's service may refuse a path that it does not know, and take the same token elsewhere.
+			if elsewhere = !begun && (errors.Is(unsupported(err), ErrUnsupported) || errors.Is(err, ErrUnauthorized)); elsewhere {
+				return false
+			}
+			begun = true
+			return yield(r, err)
+		})
+		if elsewhere {
+			c.eachRegistration(ctx, group, yield)
+		}
+	}
+}
+
+// eachRegistration yields the same with Azure's calls alone.
+func (c *Client) eachRegistration(ctx context.Context, group string, yield func(*Registered, error) bool) {
+	of := func(group string) (err error, on bool) {
+		for st, err := range c.Registrations(ctx, group) {
+			if err != nil {
+				return err, true
+			}
+			if !yield(&Registered{*st, dps.Fold(group)}, nil) {
+				return nil, false
+			}
+		}
+		return nil, true
+	}
+	if group != "" {
+		if err, _ := of(group); err != nil {
+			yield(nil, err)
+		}
+		return
+	}
+	for _, k := range []Kind{Group, Individual} {
+		for d, err := range c.All(ctx, k) {
+			on := true
+			if err == nil && k == Group {
+				err, on = of(d.ID)
+			} else if err == nil {
+				var st *dps.RegistrationState
+				if st, err = c.Registration(ctx, d.ID); err == nil {
+					on = yield(&Registered{RegistrationState: *st}, nil)
+				}
+			}
+			if err != nil && !errors.Is(err, ErrNotFound) { // it went meanwhile, or its device has not come in
+				on = yield(nil, err) && false
+			}
+			if !on {
+				return
+			}
+		}
+	}
+}
+
+// ForgetAttempts has a touchmark service forget what it keeps of a device's attempts to register. The error is ErrUnsupported.
+func (c *Client) ForgetAttempts(ctx context.Context, id string) error {
+	_, err := c.do(ctx, request{method: http.MethodDelete, path: "/touchmark/diagnose/" + url.PathEscape(id), again: true}, nil)
+	return unsupported(err)
+}
+
 // A groupDevice is a device that came in by a group, as touchmark tells of it.
 type groupDevice struct {
 	RegistrationID string     `json:"registrationId"`

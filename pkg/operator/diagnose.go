@@ -63,6 +63,9 @@ type Diagnosis struct {
 	Admitted       *Admitted              `json:"admitted,omitempty"`
 	Attempts       []Attempt              `json:"attempts,omitempty"` // the newest first
 	Trial          *Trial                 `json:"trial,omitempty"`
+	Task           *Task                  `json:"task,omitempty"`    // what hubs have yet to be told about it
+	Parent         *Child                 `json:"parent,omitempty"`  // the edge device that it is to be below
+	Orphans        []Orphan               `json:"orphans,omitempty"` // where it stays although it has gone on
 	// Told says that the service keeps a log of attempts. Without one, what is explained is what can be seen from outside.
 	Told     bool      `json:"told"`
 	Findings []Finding `json:"findings"`
@@ -83,6 +86,9 @@ func (c *Client) Diagnosis(ctx context.Context, id string, chain []byte) (*Diagn
 		Admitted     *Admitted
 		Attempts     []Attempt
 		Trial        *Trial
+		Task         *Task
+		Parent       *Child
+		Orphans      []Orphan
 		Explanation  []string
 	}
 	r := request{method: http.MethodGet, path: "/touchmark/diagnose/" + url.PathEscape(id), again: true}
@@ -92,7 +98,8 @@ func (c *Client) Diagnosis(ctx context.Context, id string, chain []byte) (*Diagn
 	if _, err := c.do(ctx, r, &told); err != nil {
 		return nil, unsupported(err)
 	}
-	d := &Diagnosis{RegistrationID: id, Registration: told.Registration, Admitted: told.Admitted, Attempts: told.Attempts, Trial: told.Trial, Explanation: told.Explanation, Told: true}
+	d := &Diagnosis{RegistrationID: id, Registration: told.Registration, Admitted: told.Admitted, Attempts: told.Attempts, Trial: told.Trial, Explanation: told.Explanation, Told: true,
+		Task: told.Task, Parent: told.Parent, Orphans: told.Orphans}
 	if told.Enrollment.Kind == "group" {
 		d.by = told.Enrollment.ID
 	}

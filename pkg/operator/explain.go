@@ -33,11 +33,20 @@ var rules = map[string]string{
 	"no-proof": "no-certificate", "common-name": "common-name", "validity": "validity", "chain": "chain", "token-malformed": "token-malformed", "token-expired": "token-expired",
 	"signature": "signature", "audience": "token-resource", "tpm-key": "tpm-key", "no-enrollment": "no-derived-key", "certificate": "other-certificate", "kind": "other-kind",
 	"group-disabled": "disabled", "blocked": "blocked", "ended": "ended", "closed": "not-named", "operational": "operational", "endorsement-key": "endorsement-key",
-	"challenge": "tpm-unproven", "scope": "unknown-scope",
+	"challenge": "tpm-unproven", "scope": "unknown-scope", "ca-unverified": "ca-unverified", "ca-missing": "ca-missing", "address": "address", "network-off": "network-off",
+	"public-key": "public-key",
 }
 
 // causes are what touchmark's log of attempts says, most particular first. Reasons are those of packages attest and registration.
 var causes = []cause{
+	{"ca-unverified", 0, "is not verified", "The CA of the device's group is uploaded and not verified: nobody has shown to have its key, so it lets nobody in.",
+		"touchmark certificate code gives a code; have the CA sign a certificate with it as the common name, and hand that to touchmark certificate verify. The reason below names the CA."},
+	{"ca-missing", 0, "ca certificate not found", "No verified certificate of the scope vouches for the CA of the device's group.",
+		"Upload the CA, or the root above it (touchmark certificate create), and verify it (touchmark certificate code, then verify). If that is done, have the device send its intermediate certificates too."},
+	{"network-off", 0, "public network access is disabled", "Public network access is disabled in the scope, and the device came from a public network.",
+		"Let it come by the private network, or touchmark scope update --public-network-access Enabled. Behind a proxy: touchmark help proxies."},
+	{"address", 0, "address is not let in", "An IP rule keeps out the address that the device came from. What it proved itself with was not looked at.",
+		"Compare the address under FROM with the scope's IP rules: touchmark scope show. Where all come from one address, a proxy hides theirs: touchmark help proxies."},
 	{"token-expired", 0, "token has expired", "The device's token had expired when it came: its clock is wrong, or it uses a token again that it made long ago.",
 		"Look at the device's clock first: many have none before they reach a time server."},
 	{"token-resource", 0, "token is for another resource", "The device signed a token for another ID scope or another registration ID.",
@@ -66,6 +75,7 @@ var causes = []cause{
 	{"ended", 0, "an identity that ended", "The device's key belonged to an identity that was scrapped, voided or reworked.", "It never registers again. Give the unit a new identity on the line."},
 	{"not-named", 0, "no bundle named", "Its group is closed, and no imported bundle named this device.", "Import the bundle that it came out of the factory with, or touchmark group open the group."},
 	{"other-revision", 0, "not the one of the device's revision", "Its group is closed, and the device has a key that no bundle named for it: that of an earlier identity of the unit, or a stranger's.", "Import the bundle that tells of the unit's rework."},
+	{"public-key", 0, "public key: ", "The public key in the device's certificate is of a kind that is not known here.", "Issue a certificate for a key of ECDSA, RSA or Ed25519."},
 	{"blocked", 0, "that of the disabled enrollment", "The device's certificate is that of an enrollment which is disabled: it stays out under whatever name.", "touchmark enrollment enable that one, if it should be let in."},
 	{"operational", 0, "issued for its hub", "The device showed the certificate that it was issued for its hub.", "Have it register with its own."},
 	{"endorsement-key", 0, "another endorsement key", "The enrollment is for another TPM.", "Compare the endorsement keys; a TPM that was exchanged needs an enrollment of its own."},
@@ -89,12 +99,41 @@ func explainAttempt(a *Attempt) (Finding, bool) {
 		func(c *cause) bool { return c.code != 0 && c.code == a.Code },
 	} {
 		for i := range causes {
-			if c := &causes[i]; by(c) {
-				return Finding{c.name, c.words, c.next, c.reason != ""}, true
+			c := &causes[i]
+			if !by(c) {
+				continue
 			}
+			f := Finding{c.name, c.words, c.next, c.reason != ""}
+			if reason := recorded(a); c.reason == "" && reason != "" { // the service's own words say more than any of ours
+				f.Words, f.Sure = f.Words+" What the service wrote down: "+reason+".", true
+			}
+			return f, true
 		}
 	}
 	return Finding{}, false
+}
+
+// recorded is a reason without the code before it.
+func recorded(a *Attempt) string {
+	reason := strings.TrimPrefix(a.Reason, fmt.Sprintf("%d ", int(a.Code)))
+	return strings.TrimSuffix(strings.TrimPrefix(reason, "Unauthorized: "), ".")
+}
+
+// byItself are the rules by which an enrollment of the device's own refuses it.
+var byItself = []string{"kind", "certificate", "signature", "endorsement-key", "challenge"}
+
+// isGone reports whether the device had an enrollment of its own when it came last, and now nothing is enrolled for it.
+func isGone(d *Diagnosis) bool {
+	if !d.Told || d.Enrollment != nil || d.by != "" || len(d.Attempts) == 0 {
+		return false
+	}
+	switch a := &d.Attempts[0]; {
+	case a.Group != "" || a.Operation == "provision" || a.Result == "error":
+		return false
+	case a.Refused():
+		return slices.Contains(byItself, a.Rule)
+	}
+	return true
 }
 
 // Explain says what a device met, and what to do: from the attempts, where the service tells of them, else from what can be seen. The most
@@ -117,6 +156,13 @@ func Explain(d *Diagnosis, group string) []Finding {
 		default:
 			add(Finding{"trial-refused", "With the certificates that were handed in it would be refused: " + t.Reason + ".", "The service's own words below say more.", true})
 		}
+	}
+	nothing := d.Enrollment == nil && d.Registration == nil && d.Kinds != nil && len(d.Kinds) == 0
+	if nothing {
+		explainGroups(d, group, add)
+	} else if isGone(d) {
+		add(Finding{"no-enrollment", "It has no enrollment now: the one of its own that it came by last was deleted since.",
+			"touchmark enrollment create " + d.RegistrationID + " makes it anew; without one it can come in by a group alone.", true})
 	}
 	attempts := d.Attempts
 	for i := range attempts {
@@ -142,7 +188,8 @@ func Explain(d *Diagnosis, group string) []Finding {
 	if st := d.Registration; st != nil {
 		explainState(d, st, status, add)
 	}
-	if d.Enrollment == nil && (d.Registration == nil || len(attempts) > 0 && attempts[0].Refused()) {
+	explainHubs(d, add)
+	if !nothing && d.Enrollment == nil && (d.Registration == nil || len(attempts) > 0 && attempts[0].Refused()) {
 		explainGroups(d, group, add)
 	}
 	if len(found) == 0 && d.Registration == nil {
@@ -178,8 +225,45 @@ func explainState(d *Diagnosis, st *dps.RegistrationState, enrollment dps.Provis
 	case dps.Disabled:
 		add(Finding{"disabled", "The enrollment or the group that decides about this device was disabled when it came.", "touchmark enrollment enable, or touchmark group enable, if it should be let in.", true})
 	case dps.Assigning:
-		add(Finding{"assigning", "Its registration is under way.", "If it stays so for minutes, its hub does not answer: touchmark hub show.", true})
+		if t := d.Task; t != nil && t.State != "cleanup" {
+			add(Finding{"assigning", fmt.Sprintf("Its registration waits for hub %s, which has yet to be told about it%s.", t.Hub, tried(t)),
+				"It is tried again by itself, and fails after a time that serve --hub-give-up sets. Look at that hub; touchmark hub outbox shows who else waits.", true})
+			return
+		}
+		add(Finding{"assigning", "Its registration is under way.", "If it stays so for minutes, its hub does not answer: touchmark hub outbox shows who waits for which, where the service is touchmark's.", true})
 	case dps.Unassigned:
+	}
+}
+
+// tried says how often a task was, and how that ended.
+func tried(t *Task) string {
+	if t.Attempts == 0 {
+		return ""
+	}
+	text := fmt.Sprintf(": %d attempts since %s UTC", t.Attempts, t.Begun.UTC().Format(time.DateTime))
+	if t.LastError != "" {
+		text += ", the last failed with: " + t.LastError
+	}
+	return text
+}
+
+// explainHubs is what hubs have yet to be told, of a device that is where it should be.
+func explainHubs(d *Diagnosis, add func(Finding)) {
+	t := d.Task
+	if p := d.Parent; p != nil && !p.Linked {
+		words := fmt.Sprintf("It is not below its parent %s yet: %s", p.Parent, p.Pending)
+		if t != nil && t.State == "linking" {
+			words += tried(t)
+		}
+		add(Finding{"parent-pending", words + ".",
+			"It is put there by itself when the parent registers at the same hub: touchmark diagnose " + p.Parent + ". touchmark hub children " + p.Parent + " shows all that wait.", true})
+	}
+	if t != nil && t.State == "cleanup" {
+		add(Finding{"cleanup", fmt.Sprintf("It has gone on, and hub %s has yet to forget it%s.", t.Left(), tried(t)), "That is tried again for a week. Look at that hub.", true})
+	}
+	for _, o := range d.Orphans {
+		add(Finding{"orphan", fmt.Sprintf("Hub %s still has it as device %s, and cannot be asked to forget it: %s.", o.Hub, o.DeviceID, o.Reason),
+			"Remove it there, then touchmark hub orphans forget.", true})
 	}
 }
 

@@ -2,6 +2,7 @@ package operator_test
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -15,11 +16,12 @@ import (
 	"github.com/touchmark/touchmark/pkg/dps"
 	"github.com/touchmark/touchmark/pkg/operator"
 	"github.com/touchmark/touchmark/pkg/operator/azuretest"
+	"github.com/touchmark/touchmark/pkg/registration/registrationtest"
 )
 
 // What packages attest and registration give as a reason is explained, each in words of its own.
 func TestExplainReasons(t *testing.T) {
-	words := make(map[string]string)
+	words, own := make(map[string]string), doc(t, `{"registrationId":"a","attestation":{"type":"symmetricKey"}}`)
 	for reason, cause := range map[string]string{
 		attest.ErrExpired.Error(): "token-expired", attest.ErrResource.Error(): "token-resource", attest.ErrMalformed.Error(): "token-malformed", attest.ErrSignature.Error(): "signature",
 		attest.ErrCommonName.Error(): "common-name", attest.ErrValidity.Error() + ": CN=x": "validity", attest.ErrChain.Error(): "chain", attest.ErrNoCertificate.Error(): "no-certificate",
@@ -27,6 +29,8 @@ func TestExplainReasons(t *testing.T) {
 		"the certificate is not the enrolled one": "other-certificate", "the enrollment does not attest by certificate": "not-certificate", "the enrollment does not attest by symmetric key": "not-symmetric",
 		"no enrollment has this registration ID and no group's key derives the one it was signed with": "no-derived-key", "its key belonged to an identity that ended": "ended",
 		`group "g" is closed and no bundle named the device for it`: "not-named", `group "g" is closed and the key is not the one of the device's revision 2`: "other-revision",
+		`group "g": CA certificate not found: certificate "root" is not verified`: "ca-unverified", `group "g": CA certificate not found`: "ca-missing",
+		`the caller's address is not let in: IP rule "no"`: "address", "the caller's address is not let in: public network access is disabled": "network-off",
 		"something that nobody has heard of": "unauthorized",
 	} {
 		d := &operator.Diagnosis{RegistrationID: "a", Told: true, Kinds: map[dps.AttestationType]int{dps.AttestationX509: 1}, Attempts: []operator.Attempt{{Code: dps.CodeUnauthorized, Reason: "refused: " + reason}}}
@@ -40,9 +44,9 @@ func TestExplainReasons(t *testing.T) {
 		}
 		words[found[0].Words] = cause
 	}
-	for _, rule := range []string{"no-proof", "common-name", "validity", "chain", "token-malformed", "token-expired", "signature", "audience", "tpm-key", "no-enrollment", "certificate", "kind",
-		"group-disabled", "blocked", "ended", "closed", "operational", "endorsement-key", "challenge", "scope"} {
-		if found := operator.Explain(&operator.Diagnosis{Told: true, Attempts: []operator.Attempt{{Code: dps.CodeUnauthorized, Rule: rule}}}, ""); !found[0].Sure || found[0].Cause == "unauthorized" {
+	for _, rule := range registrationtest.Rules(t, "../registration") {
+		found := operator.Explain(&operator.Diagnosis{Told: true, Enrollment: own, Attempts: []operator.Attempt{{Code: dps.CodeUnauthorized, Rule: rule}}}, "")
+		if len(found) == 0 || !found[0].Sure || found[0].Cause == "unauthorized" || found[0].Next == "" {
 			t.Errorf("rule %s: %+v", rule, found)
 		}
 	}
@@ -52,8 +56,35 @@ func TestExplainReasons(t *testing.T) {
 			t.Errorf("%d: %+v", code, found)
 		}
 	}
+	// What nobody has words for is told as it was written down.
+	d := &operator.Diagnosis{Told: true, Enrollment: own, Attempts: []operator.Attempt{{Code: dps.CodeUnauthorized, Reason: "401002 Unauthorized: the moon is full"}}}
+	if found := operator.Explain(d, ""); !found[0].Sure || !strings.HasSuffix(found[0].Words, "What the service wrote down: the moon is full.") {
+		t.Errorf("%+v", found)
+	}
+	// An enrollment that was deleted since counts more than what it refused.
+	for _, a := range []operator.Attempt{{Code: dps.CodeUnauthorized, Rule: "signature"}, {Result: "assigned", Operation: "register"}, {Result: "disabled"}} {
+		d = &operator.Diagnosis{Told: true, Attempts: []operator.Attempt{a}, Kinds: map[dps.AttestationType]int{dps.AttestationX509: 1}}
+		if found := operator.Explain(d, ""); found[0].Cause != "no-enrollment" || !found[0].Sure {
+			t.Errorf("%+v: %+v", a, found)
+		}
+		d.Enrollment = own
+		if found := operator.Explain(d, ""); found[0].Cause == "no-enrollment" {
+			t.Errorf("%+v, enrolled: %+v", a, found)
+		}
+	}
+	d = &operator.Diagnosis{Told: true, Attempts: []operator.Attempt{{Code: dps.CodeUnauthorized, Rule: "common-name"}}, Kinds: map[dps.AttestationType]int{}}
+	if found := operator.Explain(d, ""); found[0].Cause != "nothing-enrolled" {
+		t.Errorf("%+v", found)
+	}
+	// What hubs have yet to be told of it, and what they keep.
+	d = &operator.Diagnosis{Enrollment: own, Registration: &dps.RegistrationState{Status: dps.Assigned}, Task: &operator.Task{State: "cleanup", Away: []operator.Place{{Hub: "old.example"}}, Attempts: 3, Begun: now(), LastError: "no answer in time"},
+		Parent: &operator.Child{Parent: "gate", Linked: true}, Orphans: []operator.Orphan{{Hub: "older.example", DeviceID: "A"}}}
+	if found := operator.Explain(d, ""); len(found) != 3 || found[1].Cause != "cleanup" || found[2].Cause != "orphan" ||
+		found[1].Words != "It has gone on, and hub old.example has yet to forget it: 3 attempts since 2026-01-01 00:00:00 UTC, the last failed with: no answer in time." {
+		t.Errorf("%+v", found)
+	}
 	// What was before the device got in is over.
-	d := &operator.Diagnosis{Registration: &dps.RegistrationState{Status: dps.Assigned}, Attempts: []operator.Attempt{{Result: "assigned", At: now()}, {Code: dps.CodeUnauthorized, Reason: attest.ErrChain.Error()}}}
+	d = &operator.Diagnosis{Registration: &dps.RegistrationState{Status: dps.Assigned}, Attempts: []operator.Attempt{{Result: "assigned", At: now()}, {Code: dps.CodeUnauthorized, Reason: attest.ErrChain.Error()}}}
 	if found := operator.Explain(d, ""); len(found) != 1 || found[0].Cause != "assigned" {
 		t.Errorf("%+v", found)
 	}
@@ -96,6 +127,47 @@ func TestDiagnoseFromOutside(t *testing.T) {
 	first("in", "", "assigned", true)
 }
 
+// Azure has no list of all registrations: they are got by its groups, and one by one.
+func TestAllRegistrations(t *testing.T) {
+	s := azuretest.Start(t, azuretest.Config{})
+	c, ctx := client(t, s), t.Context()
+	ca, _ := authority(t, "CA")
+	for _, d := range []*operator.Document{groupOf(t, "Pumps", ca, nil), doc(t, `{"enrollmentGroupId":"empty","attestation":{"type":"symmetricKey"}}`),
+		doc(t, `{"registrationId":"alone","attestation":{"type":"symmetricKey"}}`), doc(t, `{"registrationId":"new","attestation":{"type":"symmetricKey"}}`)} {
+		if _, err := c.Create(ctx, d); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.Register("", "alone", "assigned", nil)
+	s.Register("pumps", "p-1", "assigned", nil)
+	s.Register("pumps", "p-2", "failed", nil)
+	for group, want := range map[string]string{"": "p-1<pumps p-2<pumps alone< ", "PUMPS": "p-1<pumps p-2<pumps ", "empty": "", "nowhere": "?"} {
+		got := ""
+		for r, err := range c.AllRegistrations(ctx, group) {
+			if errors.Is(err, operator.ErrNotFound) {
+				got += "?"
+				break
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			got += r.RegistrationID + "<" + r.EnrollmentGroupID + " "
+		}
+		if got != want {
+			t.Errorf("of %q: %q, not %q", group, got, want)
+		}
+	}
+	for r := range c.AllRegistrations(ctx, "") { // who has seen enough is asked no more
+		if r.RegistrationID != "p-1" {
+			t.Error(r)
+		}
+		break
+	}
+	if err := c.ForgetAttempts(ctx, "alone"); !errors.Is(err, operator.ErrUnsupported) {
+		t.Errorf("forgetting at Azure: %v", err)
+	}
+}
+
 // With touchmark's log of attempts the reason itself is known. Its shape is that of GET /touchmark/diagnose; members that nobody knows do
 // no harm.
 func TestDiagnoseTold(t *testing.T) {
@@ -123,7 +195,7 @@ func TestDiagnoseTold(t *testing.T) {
 	}
 	c, ctx := operator.New(operator.Config{Connection: cn, Roots: roots}), t.Context()
 	d, err := c.Diagnose(ctx, "pump-1", "", nil)
-	if err != nil || !d.Told || len(d.Findings) < 2 || d.Findings[0].Cause != "chain" || !d.Findings[0].Sure || d.Findings[1].Cause != "token-expired" || len(d.Explanation) != 1 {
+	if err != nil || !d.Told || len(d.Findings) < 3 || d.Findings[0].Cause != "nothing-enrolled" || d.Findings[1].Cause != "chain" || !d.Findings[1].Sure || d.Findings[2].Cause != "token-expired" || len(d.Explanation) != 1 {
 		t.Errorf("%+v, %v", d, err)
 	}
 }

@@ -450,6 +450,21 @@ func (m *Management) DeleteScope(ctx context.Context, name string) error {
 	return m.wait(ctx, a.header)
 }
 
+// EraseScope deletes all that a touchmark service keeps of a scope's devices, which then goes on without, and waits until that is done.
+// The error is ErrUnsupported where the service is another's.
+func (m *Management) EraseScope(ctx context.Context, name string) error {
+	a, err := m.do(ctx, request{method: http.MethodPost, path: m.path(name, "erase"), again: true}, nil)
+	if err == nil {
+		return m.wait(ctx, a.header)
+	}
+	if err = unsupported(err); errors.Is(err, ErrUnsupported) {
+		if _, none := m.Scope(ctx, name); none != nil {
+			return none
+		}
+	}
+	return err
+}
+
 // wait polls a long-running operation to its end (service API, section 3.4).
 func (m *Management) wait(ctx context.Context, h http.Header) error {
 	link := h.Get("Azure-AsyncOperation")

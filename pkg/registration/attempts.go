@@ -203,6 +203,8 @@ type AttemptsConfig struct {
 	Retention time.Duration
 	// Keep is how many attempts of a class one scope has at most; zero means 100,000. Of strangers a tenth is kept.
 	Keep int
+	// PerDevice is how many attempts of one device are kept; zero means 10.
+	PerDevice int
 	// Mask keeps the network of a caller's address alone: /24 of IPv4, /48 of IPv6.
 	Mask bool
 	// Lost is told how many attempts were not kept, because there were too many; may be nil.
@@ -217,7 +219,7 @@ type AttemptsConfig struct {
 // the store no more than a trickle: a crash loses those seconds, and other replicas see them that much later. The same attempt
 // of one device from one address within an hour is one entry that counts.
 //
-// Of a device the last ten are kept, its last success among them. At most five of the ten are refusals from one address: who
+// Of a device the last few are kept, its last success among them. At most half of these are refusals from one address: who
 // only knows a registration ID does not push out what the device itself did from elsewhere. A scope keeps classes of attempts
 // apart, each with its own bound. Refusals from one address count against a rate; what is above it is answered and logged, but
 // not kept here. An Attempts may be used by many goroutines.
@@ -236,8 +238,7 @@ type Attempts struct {
 }
 
 const (
-	perDevice     = 10
-	perAddress    = 5
+	perDevice     = 10 // by default
 	sameAttempt   = time.Hour
 	flushEvery    = 2 * time.Second
 	flushAtOnce   = 256                 // devices in one transaction
@@ -274,7 +275,7 @@ type pressure struct{ scope, address string }
 
 // NewAttempts returns a log. Run writes it.
 func NewAttempts(cfg AttemptsConfig) *Attempts {
-	cfg.Retention, cfg.Keep = cmp.Or(cfg.Retention, keepTime), cmp.Or(cfg.Keep, keepAttempts)
+	cfg.Retention, cfg.Keep, cfg.PerDevice = cmp.Or(cfg.Retention, keepTime), cmp.Or(cfg.Keep, keepAttempts), cmp.Or(cfg.PerDevice, perDevice)
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
@@ -404,11 +405,16 @@ func (l *Attempts) Flush(ctx context.Context) error {
 		devices := slices.Sorted(maps.Keys(byDevice)) // in one order at every replica
 		for chunk := range slices.Chunk(devices, flushAtOnce) {
 			err := l.cfg.Store.Update(ctx, func(tx Tx) error {
-				if gone, err := Deleted(tx, scope); gone || err != nil {
+				sc, err := found(tx.Scope(scope))
+				if err != nil || sc != nil && sc.Deleting {
 					return err
 				}
 				for _, d := range chunk {
-					if err := keep(tx, scope, d, byDevice[d]); err != nil {
+					fresh := byDevice[d]
+					if sc != nil { // what was tried before it was erased is erased
+						fresh = slices.DeleteFunc(slices.Clone(fresh), func(a *Attempt) bool { return !a.At.After(sc.Erased) })
+					}
+					if err := keep(tx, scope, d, fresh, l.cfg.PerDevice); err != nil {
 						return err
 					}
 				}
@@ -432,8 +438,8 @@ func (l *Attempts) Flush(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// keep writes what a device tried, and forgets what is too much of it. It leaves fresh as they are.
-func keep(tx Tx, scope, device string, fresh []*Attempt) error {
+// keep writes what a device tried, and forgets what is more than the most that is kept of it. It leaves fresh as they are.
+func keep(tx Tx, scope, device string, fresh []*Attempt, most int) error {
 	kept, err := tx.Attempts(scope, device)
 	if err != nil {
 		return err
@@ -478,7 +484,7 @@ func keep(tx Tx, scope, device string, fresh []*Attempt) error {
 		put[a.ID] = &a
 		kept = slices.Insert(kept, 0, &a)
 	}
-	for _, a := range tooMuch(kept) {
+	for _, a := range tooMuch(kept, most) {
 		if put[a.ID] == nil {
 			forget[a.ID] = true
 		}
@@ -510,9 +516,9 @@ func knownDevice(tx Tx, scope, id string) (bool, error) {
 }
 
 // tooMuch returns which of a device's attempts, newest first, are not kept.
-func tooMuch(all []*Attempt) (drop []*Attempt) {
+func tooMuch(all []*Attempt, most int) (drop []*Attempt) {
 	last := slices.IndexFunc(all, (*Attempt).proven)
-	room := perDevice
+	room := most
 	if last >= 0 {
 		room--
 	}
@@ -522,7 +528,7 @@ func tooMuch(all []*Attempt) (drop []*Attempt) {
 			continue
 		}
 		address := addressBlock(a.Remote)
-		if room == 0 || !a.proven() && from[address] == perAddress {
+		if room == 0 || !a.proven() && from[address] == (most+1)/2 {
 			drop = append(drop, a)
 			continue
 		}

@@ -121,6 +121,15 @@ func TestAttempts(t *testing.T) {
 	}
 }
 
+// Whatever rule a device is refused by, its operator is told what to do about it.
+func TestRules(t *testing.T) {
+	for _, rule := range registrationtest.Rules(t, ".") {
+		if registration.AdviceOn(rule) == "" {
+			t.Errorf("there is no advice on rule %q", rule)
+		}
+	}
+}
+
 // A device that is refused for ever does not push out its last success, and a stranger who knows its ID does not push out what it
 // did itself.
 func TestAttemptsOfOneDevice(t *testing.T) {
@@ -162,6 +171,26 @@ func TestAttemptsOfOneDevice(t *testing.T) {
 	}
 	if all, err = log.Of(t.Context(), scope, "own-key"); err != nil || all[0].Times != 30 || all[1].Times != 60 || all[2].Times != 60 || all[3].Reason == "the same" {
 		t.Errorf("%+v, %v", all, err)
+	}
+}
+
+// How many are kept of a device is the operator's to say: the last success is among them, and one address has half of them.
+func TestAttemptsPerDevice(t *testing.T) {
+	for most, want := range map[int]int{1: 1, 2: 2, 25: 14, 0: 6} { // the success, and of the refusals half, rounded up, as far as there is room
+		f := registrationtest.NewFixture(t)
+		log := registration.NewAttempts(registration.AttemptsConfig{Store: f.Store, Now: f.Now, PerDevice: most})
+		scope := strings.ToLower(registrationtest.Scope)
+		for i := range 60 {
+			f.Advance(time.Minute)
+			a := &registration.Attempt{RegistrationID: "own-key", At: f.Now(), Operation: "register", Result: "refused", Reason: fmt.Sprint(i), Remote: "192.0.2.1:1", Proof: "none"}
+			if i == 0 {
+				a.Result = "assigned"
+			}
+			log.Add(scope, a)
+		}
+		if all, err := log.Of(t.Context(), scope, "own-key"); err != nil || len(all) != want || all[len(all)-1].Result != "assigned" {
+			t.Errorf("%d are to be kept: %d are, %v", most, len(all), err)
+		}
 	}
 }
 

@@ -38,8 +38,8 @@ const (
 	maxCACertificatesAzure = 25
 )
 
-// errCANotFound is for the log, in Azure's words.
-var errCANotFound = errors.New("CA certificate not found")
+// caNotFound is for the log, in Azure's words.
+const caNotFound = "CA certificate not found"
 
 // CheckCertificateName says what keeps name from being a certificate's of a scope: 1 to 256 letters, digits, and - . _
 func CheckCertificateName(name string) error {
@@ -368,15 +368,15 @@ func (s *Service) reindex(tx Tx, name string) error {
 	return nil
 }
 
-// verifiedRoots returns the certificates of the scope that are verified.
-func (s *Service) verifiedRoots(view groupReader) (*x509.CertPool, error) {
+// caPool returns the certificates of the scope that are verified, or those that are not.
+func (s *Service) caPool(view groupReader, verified bool) (*x509.CertPool, error) {
 	all, err := view.CACertificates(s.scope)
 	if err != nil {
 		return nil, err
 	}
 	pool := x509.NewCertPool()
 	for _, c := range all {
-		if !c.Verified {
+		if c.Verified != verified {
 			continue
 		}
 		cert, err := x509.ParseCertificate(c.DER)
@@ -403,11 +403,38 @@ func (s *Service) rooted(view groupReader, revision int64, presented []*x509.Cer
 	if begins := presented[0].NotBefore; begins.After(now) { // within attest.Skew, as was checked
 		o.CurrentTime = begins
 	}
-	chains, err := presented[0].Verify(o)
-	for _, chain := range chains {
-		if slices.ContainsFunc(chain, func(c *x509.Certificate) bool { return slices.ContainsFunc(g.cas, c.Equal) }) {
-			return nil
+	ends := func() (roots []*x509.Certificate, err error) {
+		chains, err := presented[0].Verify(o)
+		for _, chain := range chains {
+			if slices.ContainsFunc(chain, func(c *x509.Certificate) bool { return slices.ContainsFunc(g.cas, c.Equal) }) {
+				roots = append(roots, chain[len(chain)-1])
+			}
+		}
+		return roots, err
+	}
+	roots, why := ends()
+	if len(roots) > 0 {
+		return nil
+	}
+	if o.Roots, err = s.caPool(view, false); err != nil {
+		return err
+	}
+	would, _ := ends()
+	return s.uncounted(view, fmt.Sprintf("group %q: no way from its CA to a verified certificate of the scope: %s", g.id, caNotFound), why,
+		func(c *x509.Certificate) bool { return slices.ContainsFunc(would, c.Equal) })
+}
+
+// uncounted refuses a device that no certificate of the scope vouches for: it says which one would that is there and not verified, or
+// else why.
+func (s *Service) uncounted(view groupReader, text string, why error, is func(*x509.Certificate) bool) error {
+	all, err := view.CACertificates(s.scope)
+	if err != nil {
+		return err
+	}
+	for _, c := range all {
+		if cert, err := x509.ParseCertificate(c.DER); err == nil && !c.Verified && is(cert) {
+			return because("ca-unverified", "%s: certificate %q is not verified", text, c.Name)
 		}
 	}
-	return refuse(errors.Join(fmt.Errorf("group %q: no way from its CA to a verified certificate of the scope: %w", g.id, errCANotFound), err))
+	return because("ca-missing", "%s: %v", text, why)
 }

@@ -48,6 +48,12 @@ func TestReferences(t *testing.T) {
 	f.Put(t, registration.Group, "by-name", references("ONE", ""))
 	f.Put(t, registration.Group, "low", references("low", ""))
 	device := byChain(attesttest.Leaf(t, one, "dev-1"))
+	rule := func(what, want string) {
+		t.Helper()
+		if _, err := logged.Register(t.Context(), device); registration.RuleOf(err) != want {
+			t.Errorf("%s: refused by rule %q, not %q", what, registration.RuleOf(err), want)
+		}
+	}
 	check := func(what, want string) {
 		t.Helper()
 		for i, s := range []*registration.Service{f.Service, logged} {
@@ -57,7 +63,8 @@ func TestReferences(t *testing.T) {
 		}
 	}
 	check("not verified", "401002")
-	if !strings.Contains(log.String(), "CA certificate not found") {
+	rule("not verified", "ca-unverified")
+	if !strings.Contains(log.String(), "CA certificate not found: certificate \\\"One\\\" is not verified") {
 		t.Errorf("the log does not say why: %s", log.String())
 	}
 	putCA(t, f.Service, "one", one, true)
@@ -74,6 +81,7 @@ func TestReferences(t *testing.T) {
 	if err := f.Service.DeleteCACertificate(t.Context(), operator, "one", "*"); err != nil {
 		t.Fatal(err)
 	}
+	rule("deleted", "ca-missing")
 	check("deleted", "401002")
 	// What the group refers to may be gone, and it is still read and written, shows no certificate, and can be disabled.
 	got, err := f.Service.GetEnrollment(t.Context(), registration.Group, "by-name")
@@ -209,12 +217,21 @@ func TestStrictRoots(t *testing.T) {
 			t.Errorf("%s: %s, not %s", what, got, want)
 		}
 	}
+	by := func(what string, req *registration.Request, want string) {
+		t.Helper()
+		if _, err := f.Service.Register(t.Context(), req); registration.RuleOf(err) != want {
+			t.Errorf("%s: refused by rule %q, not %q: %v", what, registration.RuleOf(err), want, err)
+		}
+	}
 	strict(false)
 	check("not strict", f.Service, short, "assigned")
 	strict(true)
 	check("no root", f.Service, whole, "401002")
+	by("no root", whole, "ca-missing")
 	putCA(t, f.Service, "root", root, false)
 	check("a root that is not verified", f.Service, whole, "401002")
+	by("a root that is not verified", whole, "ca-unverified")
+	by("a gap below it", short, "ca-missing")
 	putCA(t, f.Service, "root", root, true)
 	check("the whole chain", f.Service, whole, "assigned")
 	check("a gap", f.Service, short, "401002")

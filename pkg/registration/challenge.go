@@ -31,7 +31,7 @@ const (
 func (s *Service) Challenge(ctx context.Context, req *Request) ([]byte, error) {
 	err := s.checkRequest(req)
 	if err == nil && req.Proof.TPM == nil {
-		err = refuse(errors.New("there is no TPM to challenge"))
+		err = because("tpm-key", "there is no TPM to challenge")
 	}
 	var blob []byte
 	switch {
@@ -62,7 +62,7 @@ func (s *Service) challenged(ctx context.Context, req *Request, tpm *dps.TPMAtte
 	}
 	keys := tpmKeys(tpm)
 	if keys == nil {
-		return s.logged(req, "challenge", refuse(errors.New("the TPM's keys are not base64")))
+		return s.logged(req, "challenge", because("tpm-key", "the TPM's keys are not base64"))
 	}
 	blob, cause := s.challenge(ctx, req, keys)
 	if cause != nil {

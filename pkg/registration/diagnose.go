@@ -35,7 +35,7 @@ func ruleOf(err error) string {
 	}{
 		{attest.ErrNoCertificate, "no-proof"}, {attest.ErrCommonName, "common-name"}, {attest.ErrValidity, "validity"}, {attest.ErrChain, "chain"},
 		{attest.ErrMalformed, "token-malformed"}, {attest.ErrExpired, "token-expired"}, {attest.ErrSignature, "signature"}, {attest.ErrResource, "audience"},
-		{attest.ErrTPMKey, "tpm-key"},
+		{attest.ErrTPMKey, "tpm-key"}, {errPublicAccess, "network-off"}, {ErrAddress, "address"},
 	} {
 		if errors.Is(err, r.err) {
 			return r.rule
@@ -55,6 +55,11 @@ var adviceOn = map[string]string{
 	"signature":       "The token was signed with another key. For an individual enrollment it is the enrollment's primary or secondary key; for a group the HMAC-SHA256 of the folded registration ID under the group's key; for a TPM what the last challenge held. Keys are base64, and are decoded before use.",
 	"audience":        "The token's sr must be IDSCOPE/registrations/REGISTRATION-ID of this very device.",
 	"tpm-key":         "The TPM's keys are not ones that a challenge can be made for.",
+	"public-key":      "The certificate's public key is of a kind that this service does not know: use one of ECDSA, RSA or Ed25519.",
+	"ca-unverified":   "The CA is uploaded, and nobody has shown to have its key: touchmark certificate code, have the CA sign a certificate with that code as its common name, and touchmark certificate verify.",
+	"ca-missing":      "No certificate of the scope vouches for the group's CA: upload it, or the root above it, with touchmark certificate create, and verify it. If it is there, let the device send its intermediate certificates too.",
+	"address":         "An IP rule of the scope keeps the device's address out, or its address cannot be read: look at the rules, and at the proxies in between (touchmark help proxies).",
+	"network-off":     "Public network access of the scope is disabled: only devices in the service's private networks are let in.",
 	"no-enrollment":   "Enroll the device, or look whether its registration ID, its ID scope and the key that its group derives are spelt as they were in the factory.",
 	"certificate":     "The enrollment names another certificate: put the new one into its secondary slot, or write the enrolled one into the device.",
 	"kind":            "The enrollment attests in another way than the device does: an individual enrollment decides alone, and no group is asked any more.",
@@ -76,6 +81,11 @@ type Diagnosis struct {
 	Registration   *dps.RegistrationState `json:"registration"`
 	// Admitted is what let it in when it last registered; nil where that is not known.
 	Admitted *Admitted `json:"admitted,omitempty"`
+	// Task is what hubs have yet to be told about it, Parent the edge device that it is to be below; nil for none. Orphans is where it
+	// stays although it has gone on.
+	Task    *TaskReport `json:"task,omitempty"`
+	Parent  *KinReport  `json:"parent,omitempty"`
+	Orphans []*Orphan   `json:"orphans,omitempty"`
 	// Attempts are the last ones, the newest at the end.
 	Attempts []*Attempt `json:"attempts"`
 	// Trial is what would become of the certificates that were handed in; nil without.
@@ -132,6 +142,9 @@ func (s *Service) Diagnose(ctx context.Context, registrationID string, log *Atte
 		if d.Admitted, err = s.admitted(tx, r); err != nil {
 			return err
 		}
+		if err := s.told(tx, id, d); err != nil {
+			return err
+		}
 		if device, err = found(tx.Device(s.scope, id)); err != nil {
 			return err
 		}
@@ -166,6 +179,30 @@ func (s *Service) Diagnose(ctx context.Context, registrationID string, log *Atte
 	}
 	d.Explanation = d.explain(device)
 	return d, nil
+}
+
+// told fills in what hubs have yet to be told of a device.
+func (s *Service) told(tx Tx, id string, d *Diagnosis) error {
+	d.Task, d.Parent, d.Orphans = nil, nil, nil
+	t, err := found(tx.Task(s.scope, id))
+	if err != nil {
+		return err
+	}
+	if t != nil {
+		r := t.report()
+		d.Task = &r
+	}
+	k, err := found(tx.Kin(s.scope, id))
+	if err != nil {
+		return err
+	}
+	if k != nil {
+		r := k.report()
+		d.Parent = &r
+	}
+	orphans, err := tx.Orphans(s.scope, Orphan{ID: id}, 10)
+	d.Orphans = slices.DeleteFunc(orphans, func(o *Orphan) bool { return o.ID != id })
+	return err
 }
 
 // try judges a chain, and changes nothing.
@@ -218,6 +255,14 @@ func (d *Diagnosis) explain(device *Device) (say []string) {
 			add("Its last registration failed: %s (%d).", r.ErrorMessage, r.ErrorCode)
 		default:
 			add("Its last registration is %q.", r.Status)
+		}
+		if t := d.Task; t != nil && t.State == "cleanup" {
+			add("Hubs that it left have yet to forget it: %d attempts since %s.", t.Attempts, t.Begun.UTC().Format(time.RFC3339))
+		} else if t != nil {
+			add("Hub %s has yet to be told: %d attempts since %s.", t.Hub, t.Attempts, t.Begun.UTC().Format(time.RFC3339))
+		}
+		if k := d.Parent; k != nil && !k.Linked {
+			add("It is not below its parent %q yet: %s.", k.Parent, k.Pending)
 		}
 	} else {
 		add("It has never registered, or its registration was deleted.")

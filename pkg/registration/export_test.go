@@ -30,3 +30,9 @@ type Listed = listed
 func NewListed(id string, v any, octets int) Listed { return listed{id, v, octets} }
 
 var PageOf = page
+
+// AdviceOn is what is said about a rule.
+func AdviceOn(rule string) string { return adviceOn[rule] }
+
+// RuleOf names the rule that a refusal is by.
+func RuleOf(err error) string { return ruleOf(err) }

@@ -24,6 +24,9 @@ const (
 // ErrAddress says that IP rules keep a caller out, or that it is none of a private network's. Callers are not told.
 var ErrAddress = errors.New("the caller's address is not let in")
 
+// errPublicAccess is ErrAddress without a rule that says so.
+var errPublicAccess = fmt.Errorf("%w: public network access is disabled", ErrAddress)
+
 // An addressRule is an IPRule that was parsed.
 type addressRule struct {
 	*IPRule
@@ -80,7 +83,7 @@ func (s *Service) rejects(known *knownSettings, remote, api string) error {
 		if a.IsLoopback() || slices.ContainsFunc(s.cfg.PrivateNetworks, func(p netip.Prefix) bool { return p.Contains(a) }) {
 			return nil
 		}
-		return fmt.Errorf("%w: public network access is disabled", ErrAddress)
+		return errPublicAccess
 	}
 	for _, r := range known.rules {
 		if (r.Target == AllAPIs || r.Target == api) && r.Contains(a) {

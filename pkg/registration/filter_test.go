@@ -58,6 +58,8 @@ func TestFilter(t *testing.T) {
 				remote, api, _ := strings.Cut(c, " ")
 				if err := s.Admits(t.Context(), remote, api); (err == nil) != (i == 0) || err != nil && !errors.Is(err, registration.ErrAddress) {
 					t.Errorf("%s: %q to %s: %v", name, remote, api, err)
+				} else if want := map[bool]string{true: "network-off", false: "address"}[x.closed]; err != nil && registration.RuleOf(err) != want {
+					t.Errorf("%s: %q to %s: by rule %q, not %s", name, remote, api, registration.RuleOf(err), want)
 				}
 			}
 		}

@@ -148,8 +148,15 @@ func (s *Service) groupsAt(tx groupReader) (int64, error) {
 		}
 		changed[g.folded] = g
 	}
+	all := slices.Contains(deleted, "")
 	if keyed != nil {
+		if all {
+			keyed = &keyedGroups{}
+		}
 		c.keyed.Store(keyed.with(rev, changed))
+	}
+	if all {
+		changed = nil
 	}
 	c.forget(rev, changed)
 	c.revision.Store(rev)

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -140,6 +141,22 @@ type intake struct {
 	// A dry run remembers what is not in the store for the entries behind: groups, and what would be added to the grants.
 	groups map[string]bool
 	ahead  map[string]Tally
+	erased *time.Time // when the scope was last erased, as the first transaction saw it
+}
+
+// unbroken refuses to go on when the scope was erased since the import began: half of it would be there.
+func (in *intake) unbroken(tx Tx) error {
+	sc, err := found(tx.Scope(in.s.scope))
+	if sc == nil {
+		return err
+	}
+	if in.erased == nil {
+		in.erased = &sc.Erased
+	}
+	if !sc.Erased.Equal(*in.erased) {
+		return because("scope", "the scope was erased meanwhile")
+	}
+	return nil
 }
 
 // tallies reads what became of the grants so far.
@@ -169,7 +186,10 @@ func (in *intake) chunk(ctx context.Context, entries []prepared) (ImportResult, 
 		var c *chunk
 		err := run(ctx, func(tx Tx) error {
 			c = &chunk{intake: in, tx: tx, scope: in.s.scope} // the transaction may be run again
-			var err error
+			err := in.unbroken(tx)
+			if err != nil {
+				return err
+			}
 			if c.tallies, err = in.tallies(tx); err != nil {
 				return err
 			}

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/touchmark/touchmark/pkg/attest"
 	"github.com/touchmark/touchmark/pkg/dps"
@@ -124,7 +125,7 @@ func (s *Service) known(tx Tx, req *Request, v *verdict) (err error) {
 	}
 	if v.x509 {
 		if v.key, err = evidence.KeyHash(req.Proof.Certificates[0].PublicKey); err != nil {
-			return refuse(err)
+			return because("public-key", "%v", err)
 		}
 	}
 	if v.group != "" && v.x509 {
@@ -360,7 +361,7 @@ func (s *Service) judgeByChain(tx groupReader, req *Request) (*verdict, error) {
 		return nil, because("group-disabled", "group %q is disabled", g.id)
 	}
 	if g.missing {
-		return nil, refuse(fmt.Errorf("group %q: %w", g.id, errCANotFound))
+		return nil, s.uncounted(tx, fmt.Sprintf("group %q: %s", g.id, caNotFound), errors.New("it is not there any more"), func(c *x509.Certificate) bool { return slices.ContainsFunc(g.unverified, c.Equal) })
 	}
 	if err := s.rooted(tx, revision, req.Proof.Certificates, g.cachedGroup); err != nil {
 		return nil, err

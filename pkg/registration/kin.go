@@ -1,6 +1,7 @@
 package registration
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -245,6 +246,14 @@ type KinReport struct {
 	Pending        string `json:"pending,omitempty"` // why it is not
 }
 
+func (k *Kin) report() KinReport {
+	r := KinReport{RegistrationID: k.ID, Parent: k.Parent, Hub: k.Place.Hub, Linked: k.Linked != "", Pending: k.Reason}
+	if !r.Linked {
+		r.Pending = cmp.Or(r.Pending, "its hub has yet to be told")
+	}
+	return r
+}
+
 // Children returns a page of the devices that name an edge device as their parent in this way, and where the next one begins: ""
 // at the end.
 func (s *Service) Children(ctx context.Context, parent, after string, limit int) (page []KinReport, next string, err error) {
@@ -256,7 +265,7 @@ func (s *Service) Children(ctx context.Context, parent, after string, limit int)
 				next = all[i-1].ID
 				break
 			}
-			page = append(page, KinReport{k.ID, k.Parent, k.Place.Hub, k.Linked != "", k.Reason})
+			page = append(page, k.report())
 		}
 		return err
 	})

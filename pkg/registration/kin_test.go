@@ -65,6 +65,9 @@ func TestNested(t *testing.T) {
 					if err != nil || len(page) != 1 || page[0].Linked || page[0].Pending == "" {
 						t.Errorf("%+v, %v", page, err)
 					}
+					if d := must(s.service(scopes).Diagnose(t.Context(), "LEAF", nil, nil)); d.Parent == nil || *d.Parent != page[0] || !strings.Contains(strings.Join(d.Explanation, " "), "its parent has not registered") {
+						t.Errorf("%+v", d)
+					}
 				}
 				come(order[1])
 				s.heal()

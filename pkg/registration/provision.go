@@ -751,8 +751,11 @@ func hubMessage(hub string, err error) string {
 		return fmt.Sprintf("IoT hub %s could not be told about the device", hub)
 	case errors.Is(err, errUnlinked):
 		return fmt.Sprintf("IoT hub %s is not linked", hub)
-	case h.Status == 0:
+	}
+	for errors.As(h.Err, &h) { // what the hub did before it was left alone says more than that it is
+	}
+	if h.Status == 0 {
 		return fmt.Sprintf("IoT hub %s did not answer: %s", hub, cmp.Or(h.Code, "Unreachable"))
 	}
-	return fmt.Sprintf("%.500s", fmt.Sprintf("IoT hub %s: %d %s %v", hub, h.Status, h.Code, h.Err))
+	return fmt.Sprintf("%.500s", fmt.Sprintf("IoT hub %s: %d %s", hub, h.Status, strings.TrimSpace(fmt.Sprintf("%s %v", h.Code, h.Err))))
 }

@@ -519,6 +519,9 @@ func TestGiveUp(t *testing.T) {
 					if page, _, err := s.service(scopes).Tasks(t.Context(), "", 10); err != nil || len(page) != 1 || page[0].State != "assigning" || page[0].Hub != "b.example" || !strings.Contains(page[0].LastError, "busy") {
 						t.Errorf("%+v, %v", page, err)
 					}
+					if d := must(s.service(scopes).Diagnose(t.Context(), "own-key", nil, nil)); d.Task == nil || d.Task.Hub != "b.example" || !strings.Contains(strings.Join(d.Explanation, " "), "Hub b.example has yet to be told: 1 attempts") {
+						t.Errorf("%+v", d)
+					}
 					for range 10 {
 						s.Advance(30 * time.Second)
 						if _, err := scopes.ProvisionDue(t.Context()); err != nil {

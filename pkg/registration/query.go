@@ -98,17 +98,44 @@ func (s *Service) QueryRegistrations(ctx context.Context, group string, p Page) 
 		} else if err != nil {
 			return err
 		}
-		rows, next, err = page(p, func(after string, limit int) ([]listed, error) {
-			regs, err := tx.Registrations(s.scope, dps.Fold(group), after, limit)
-			batch := make([]listed, len(regs))
-			for i, r := range regs {
-				batch[i] = listed{r.ID, serviceView(r), len(r.State.Payload)}
-			}
-			return batch, err
-		})
+		rows, next, err = s.registrations(tx, group, p, func(r *Registration) any { return serviceView(r) })
 		return err
 	})
 	return rows, next, err
+}
+
+// A Registered is a registration in the list that Azure does not have.
+type Registered struct {
+	*dps.RegistrationState
+	// EnrollmentGroupID is the folded ID of the group that the device came in by; empty for an individual enrollment.
+	EnrollmentGroupID string `json:"enrollmentGroupId,omitempty"`
+}
+
+// ListRegistrations returns a page of the registrations of the scope, or of those that came in by a group, which need not be there any
+// more, and where the next page begins. Where there is neither such a group nor a registration by it, that is refused.
+func (s *Service) ListRegistrations(ctx context.Context, group string, p Page) (rows []any, next string, err error) {
+	err = s.cfg.Store.View(ctx, func(tx Tx) error {
+		rows, next, err = s.registrations(tx, group, p, func(r *Registration) any { return Registered{serviceView(r), r.Group} })
+		if err != nil || group == "" || len(rows) > 0 || p.After != "" {
+			return err
+		}
+		if _, err = tx.Record(s.scope, Group, dps.Fold(group)); errors.Is(err, ErrNotFound) {
+			err = missing(Group)
+		}
+		return err
+	})
+	return rows, next, err
+}
+
+func (s *Service) registrations(tx Tx, group string, p Page, show func(*Registration) any) (rows []any, next string, err error) {
+	return page(p, func(after string, limit int) ([]listed, error) {
+		regs, err := tx.Registrations(s.scope, dps.Fold(group), after, limit)
+		batch := make([]listed, len(regs))
+		for i, r := range regs {
+			batch[i] = listed{r.ID, show(r), len(r.State.Payload)}
+		}
+		return batch, err
+	})
 }
 
 // QueryAudit returns a page of the audit record, oldest first, and where the next one begins.

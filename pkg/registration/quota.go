@@ -141,7 +141,7 @@ func (t *quotaTx) readQuotas(scope string) error {
 			return err
 		}
 		if sc != nil && sc.Deleting {
-			return because("scope", "the scope is being deleted")
+			return because("scope", "the scope is being deleted, or erased")
 		}
 		if t.read = true; sc != nil {
 			t.has = sc.Limits()

@@ -26,6 +26,9 @@ type Scope struct {
 	Created       time.Time         `json:"created"`
 	// Deleting says that nobody is let in any more, and that what it has is being removed.
 	Deleting bool `json:"deleting,omitempty"`
+	// Erasing is there as well when the scope is to go on afterwards, with nothing in it. Erased is when it last was.
+	Erasing *Erasure  `json:"erasing,omitempty"`
+	Erased  time.Time `json:"erased,omitzero"`
 	Settings
 	// Version is the one that was read (0: there was none); every write raises it.
 	Version int64 `json:"-"`
@@ -114,14 +117,14 @@ func (s *Service) knownAt(view groupReader, revision int64) (*knownSettings, err
 	case sc == nil:
 		sc = &Scope{Settings: s.cfg.Settings}
 	case sc.Deleting:
-		return nil, because("scope", "the scope is being deleted")
+		return nil, because("scope", "the scope is being deleted, or erased")
 	}
 	known := &knownSettings{revision: revision, Settings: &sc.Settings}
 	if known.rules, err = parseRules(sc.IPFilter); err != nil {
 		return nil, fmt.Errorf("scope %s in the store: %w", sc.ID, err)
 	}
 	if sc.StrictRoots {
-		if known.roots, err = s.verifiedRoots(view); err != nil {
+		if known.roots, err = s.caPool(view, true); err != nil {
 			return nil, err
 		}
 	}
@@ -241,7 +244,7 @@ func (s *Settings) allowed(name string) error {
 	return nil
 }
 
-// Deleted reports whether a scope is deleted, or being deleted: nothing more is to be written of it.
+// Deleted reports whether a scope is deleted, or is being deleted or erased: nothing more is to be written of it.
 func Deleted(tx Tx, scope string) (bool, error) {
 	sc, err := found(tx.Scope(scope))
 	return sc != nil && sc.Deleting, err
@@ -254,13 +257,74 @@ const eraseAtOnce = 2000
 // in small transactions. One that was interrupted goes on when it is called again. ErrNotFound: there is none of that ID.
 func DeleteScope(ctx context.Context, store Store, id string, by Actor, now time.Time) error {
 	err := CloseScope(ctx, store, id, by, "", now)
+	if err == nil {
+		_, err = EndErasure(ctx, store, id, now)
+	}
+	return err
+}
+
+// An Erasure is who has a scope erased.
+type Erasure struct {
+	By    Actor     `json:"by"`
+	Begun time.Time `json:"begun"`
+}
+
+// EraseScope removes everything that is kept of a scope's devices, and the audit record, as DeleteScope does, and then lets the scope
+// go on with nothing in it: with its name and ID, its settings and linked hubs, its policies, and the counts of its usage. Nobody is
+// let in meanwhile. The audit record begins anew, with who did this. ErrNotFound: there is none of that ID.
+func EraseScope(ctx context.Context, store Store, id string, by Actor, now time.Time) error {
+	err := BeginErasure(ctx, store, id, by, now)
+	if err == nil {
+		_, err = EndErasure(ctx, store, id, now)
+	}
+	return err
+}
+
+// BeginErasure is the first step of EraseScope, after which nobody is let in and there is no way back. A scope that is being deleted
+// is left to that.
+func BeginErasure(ctx context.Context, store Store, id string, by Actor, now time.Time) error {
+	return store.Update(ctx, func(tx Tx) error {
+		sc, err := tx.Scope(dps.Fold(id))
+		if err != nil || sc.Deleting {
+			return err
+		}
+		sc.Deleting, sc.Erasing, sc.ETag = true, &Erasure{by, now}, newETag()
+		return tx.PutScope(sc)
+	})
+}
+
+// EndErasure brings to its end what CloseScope or BeginErasure began, and reports whether the scope is gone. Any number of callers may
+// be at it: each finds less to do.
+func EndErasure(ctx context.Context, store Store, id string, now time.Time) (gone bool, err error) {
 	scrubbed := false
 	for done := false; !done && err == nil; {
-		err = store.Update(ctx, func(tx Tx) (err error) {
-			if done, err = tx.EraseScope(dps.Fold(id), eraseAtOnce); err == nil && done && !scrubbed {
-				err = errUnscrubbed
+		err = store.Update(ctx, func(tx Tx) error {
+			sc, err := tx.Scope(dps.Fold(id))
+			if err != nil {
+				return err
 			}
-			return err
+			if gone, done = sc.Deleting && sc.Erasing == nil, !sc.Deleting; done {
+				return nil
+			}
+			if gone {
+				done, err = tx.EraseScope(dps.Fold(id), eraseAtOnce)
+			} else {
+				done, err = tx.EmptyScope(dps.Fold(id), eraseAtOnce)
+			}
+			switch {
+			case err != nil || !done:
+				return err
+			case !scrubbed:
+				return errUnscrubbed
+			case gone:
+				return nil
+			}
+			by := sc.Erasing.By
+			sc.Deleting, sc.Erasing, sc.Erased, sc.ETag = false, nil, now, newETag()
+			if err := tx.PutScope(sc); err != nil {
+				return err
+			}
+			return tx.PutAudit(dps.Fold(id), NewAudit(by, "erase", "scope/"+sc.Name, nil, sc, now))
 		})
 		if errors.Is(err, errUnscrubbed) {
 			done, scrubbed, err = false, true, nil
@@ -269,7 +333,7 @@ func DeleteScope(ctx context.Context, store Store, id string, by Actor, now time
 			}
 		}
 	}
-	return err
+	return gone, err
 }
 
 // errUnscrubbed has the last step of a deletion wait: nobody knows of it any more behind that, and could go on.
@@ -285,11 +349,11 @@ type Scrubber interface {
 func CloseScope(ctx context.Context, store Store, id string, by Actor, witness string, now time.Time) error {
 	return store.Update(ctx, func(tx Tx) error {
 		was, err := tx.Scope(dps.Fold(id))
-		if err != nil || was.Deleting {
+		if err != nil || was.Deleting && was.Erasing == nil {
 			return err
 		}
 		is := *was
-		is.Deleting, is.Settings, is.Tags, is.ETag = true, Settings{}, nil, newETag()
+		is.Deleting, is.Erasing, is.Settings, is.Tags, is.ETag = true, nil, Settings{}, nil, newETag()
 		if err := tx.PutScope(&is); err != nil {
 			return err
 		}

@@ -99,7 +99,7 @@ func (s *Scopes) make(ctx context.Context, find func(Tx) (*Scope, error)) (*Serv
 	if err := s.cfg.Store.View(ctx, func(tx Tx) (err error) { sc, err = find(tx); return err }); err != nil {
 		return nil, err
 	}
-	if sc.Deleting {
+	if sc.Deleting && sc.Erasing == nil { // one that is being erased goes on, and lets nobody in until then
 		return nil, ErrNotFound
 	}
 	s.mu.Lock()

@@ -146,7 +146,7 @@ func (s *Service) Register(ctx context.Context, req *Request) (*dps.OperationSta
 		return nil, s.logged(req, "register", dps.NewError(dps.CodeNotFound, "Operation not found", nil))
 	}
 	if body.TPM != nil && req.Proof.Token == "" && len(req.Proof.Certificates) == 0 {
-		return nil, s.challenged(ctx, req, body.TPM, refuse(errors.New("the TPM has yet to prove itself")))
+		return nil, s.challenged(ctx, req, body.TPM, because("challenge", "the TPM has yet to prove itself"))
 	}
 	if body.TPM != nil {
 		r := *req

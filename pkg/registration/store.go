@@ -74,6 +74,9 @@ type Tx interface {
 	// EraseScope removes up to limit rows of everything that is kept of a scope, and reports whether that was all. The scope's own
 	// row stays without a name, deleted for good, so that its ID is never anybody else's.
 	EraseScope(id string, limit int) (done bool, err error)
+	// EmptyScope does the same, and leaves the scope's own row as it is, with its policies, its secrets and its usage. Its last step
+	// raises the revision, and has ChangedGroups tell that all groups were deleted.
+	EmptyScope(id string, limit int) (done bool, err error)
 
 	// PutAudit appends to the audit record of a scope. Audits returns up to limit entries whose ID is greater than after, in order.
 	// Of a scope that was erased nothing is written any more: PutAudit is ErrNotFound, which ends the transaction of the change.
@@ -101,7 +104,8 @@ type Tx interface {
 	// GroupsByCA returns the groups that have a signing certificate with that subject (SHA-256 of its DER), and of those the
 	// ones with that key identifier; a nil one does not count. ErrTooMany: they are more than limit.
 	GroupsByCA(scope string, subject [32]byte, keyID []byte, limit int) ([]*Record, error)
-	// ChangedGroups returns the groups that were written after a revision, and the folded IDs of those that were deleted.
+	// ChangedGroups returns the groups that were written after a revision, and the folded IDs of those that were deleted; "" among
+	// these says that all were that had been there.
 	ChangedGroups(scope string, after int64) (written []*Record, deleted []string, err error)
 	// CertificateOwner returns whose certificate it is, by the SHA-256 of its DER, or ErrNotFound. The ID is folded.
 	CertificateOwner(scope string, fingerprint [32]byte) (kind Kind, id string, err error)
@@ -113,7 +117,8 @@ type Tx interface {
 	PutRegistration(scope string, r *Registration) error
 	// DeleteRegistration removes a registration and what the device is below ([Kin]), or says ErrNotFound.
 	DeleteRegistration(scope, id string) error
-	// Registrations returns up to limit registrations that came in by a group, IDs greater than after, in order.
+	// Registrations returns up to limit registrations that came in by a group, IDs greater than after, in order: of all of the scope
+	// where the group is "". The group need not be there any more.
 	Registrations(scope, group, after string, limit int) ([]*Registration, error)
 
 	// Challenge returns what a device's TPM was last challenged with, expired or not, or ErrNotFound. PutChallenge writes it over

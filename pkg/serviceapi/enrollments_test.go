@@ -262,6 +262,33 @@ func TestServiceQueries(t *testing.T) {
 	if _, b := o.call(t, "POST", "/registrations/keys/query", ""); strings.Count(string(b), `"deviceId"`) != 2 || strings.Contains(string(b), "dev-3") {
 		t.Errorf("registrations of a group: %s", b)
 	}
+	// Our own lists have those of individual enrollments too, and those of a group that is not there any more.
+	own := func(path string, header ...string) (ids, next string) {
+		res, b := o.call(t, "GET", path, "", header...)
+		var rows []struct{ RegistrationID, EnrollmentGroupID string }
+		if err := json.Unmarshal(b, &rows); err != nil || res.StatusCode != 200 || res.Header.Get("X-Ms-Item-Type") != "DeviceRegistration" {
+			t.Fatalf("%s: %d %s", path, res.StatusCode, b)
+		}
+		for _, r := range rows {
+			ids += r.RegistrationID + "<" + r.EnrollmentGroupID + " "
+		}
+		return ids, res.Header.Get("X-Ms-Continuation")
+	}
+	d.register(t, d.ByKey("own-key", d.OwnKey))
+	o.want(t, 204, 0, "DELETE", "/enrollmentGroups/keys", "")
+	o.want(t, 404, dps.CodeNoGroup, "POST", "/registrations/keys/query", "") // as Azure has it
+	if ids, next := own("/touchmark/groups/KEYS/registrations"); ids != "dev-1<keys dev-2<keys " || next != "" {
+		t.Errorf("registrations of a group that was deleted: %s %s", ids, next)
+	}
+	o.want(t, 404, dps.CodeNoGroup, "GET", "/touchmark/groups/no-such/registrations", "")
+	ids, next := own("/touchmark/registrations", "x-ms-max-item-count: 2")
+	if ids != "dev-1<keys dev-2<keys " || next == "" {
+		t.Errorf("the first registrations: %s", ids)
+	}
+	o.want(t, 400, dps.CodeInvalidArgument, "GET", "/touchmark/groups/keys/registrations", "", "x-ms-continuation: "+next)
+	if ids, next = own("/touchmark/registrations", "x-ms-continuation: "+next); ids != "dev-3<line own-key< " || next != "" {
+		t.Errorf("the last registrations: %s %s", ids, next)
+	}
 	o.want(t, 400, dps.CodeInvalidArgument, "POST", "/enrollments/query", "{}", "x-ms-continuation: bm8=")
 	o.want(t, 400, dps.CodeInvalidArgument, "POST", "/enrollments/query", "{}", "x-ms-max-item-count: -1")
 	o.want(t, 200, 0, "GET", "/registrations/dev-3", "")

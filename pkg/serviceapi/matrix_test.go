@@ -60,6 +60,8 @@ var calls = map[string]struct{ path, body, rights string }{
 	"GET touchmark/orders/*/devices":               {"/touchmark/orders/PO-1/devices", "", "Wr"},
 	"GET touchmark/orders/*/unseen":                {"/touchmark/orders/PO-1/unseen", "", "Wr"},
 	"GET touchmark/orders/*/refusals":              {"/touchmark/orders/PO-1/refusals", "", "Wr"},
+	"GET touchmark/registrations":                  {"/touchmark/registrations", "", "Wr"},
+	"GET touchmark/groups/*/registrations":         {"/touchmark/groups/keys/registrations", "", "Wr"},
 	"GET touchmark/usage":                          {"/touchmark/usage", "", "Wr"},
 	"GET touchmark/diagnose/*":                     {"/touchmark/diagnose/dev-1", "", "Wr"},
 	"POST touchmark/diagnose/*":                    {"/touchmark/diagnose/dev-1", handedIn, "Wr"},

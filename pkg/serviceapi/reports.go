@@ -6,6 +6,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/touchmark/touchmark/pkg/dps"
@@ -21,6 +22,13 @@ func (c *call) usage() (any, error) {
 	}
 	q := c.r.URL.Query()
 	return c.cfg.Meter.Report(c.ctx(), c.svc.Scope(), q.Get("from"), q.Get("to"))
+}
+
+// listRegistrations lists the devices that came in, by whatever enrollment, or by the group of the path, which may be deleted.
+func (c *call) listRegistrations() (any, error) {
+	return c.list("DeviceRegistration", false, func(p registration.Page) ([]any, string, error) {
+		return c.svc.ListRegistrations(c.ctx(), strings.Join(c.ids, ""), p)
+	})
 }
 
 // diagnose says what is known of a device, and why it was refused.

@@ -158,6 +158,8 @@ var routes = [...]route{
 	{"GET", "touchmark/orders/*/devices", access.RegistrationStatusRead, (*call).orderDevices},
 	{"GET", "touchmark/orders/*/unseen", access.RegistrationStatusRead, (*call).orderUnseen},
 	{"GET", "touchmark/orders/*/refusals", access.RegistrationStatusRead, (*call).orderRefusals},
+	{"GET", "touchmark/registrations", access.RegistrationStatusRead, (*call).listRegistrations},
+	{"GET", "touchmark/groups/*/registrations", access.RegistrationStatusRead, (*call).listRegistrations},
 	{"GET", "touchmark/usage", access.RegistrationStatusRead, (*call).usage},
 	{"GET", "touchmark/diagnose/*", access.RegistrationStatusRead, (*call).diagnose},
 	{"POST", "touchmark/diagnose/*", access.RegistrationStatusRead, (*call).try},

@@ -118,6 +118,27 @@ func (t *tx) EraseScope(id string, limit int) (bool, error) {
 	return err == nil, err
 }
 
+// outlasts reports whether a scope keeps a table when it is emptied.
+func outlasts(table string) bool {
+	return table == "policies" || table == "secrets" || table == "usage"
+}
+
+func (t *tx) EmptyScope(id string, limit int) (bool, error) {
+	for i, st := range t.st.erase {
+		if outlasts(scopeTables[i][0]) {
+			continue
+		}
+		if n, err := t.exec(st, id, limit); err != nil || n > 0 {
+			return false, err
+		}
+	}
+	_, err := t.exec(t.st.bumpRevision, id)
+	if err == nil {
+		_, err = t.exec(t.st.putDeletedGroup, id, "")
+	}
+	return err == nil, err
+}
+
 func (t *tx) PutAudit(scope string, a *registration.Audit) error {
 	body, err := json.Marshal(a)
 	if err != nil {

@@ -727,7 +727,11 @@ func (t *tx) DeleteRegistration(scope, id string) error {
 }
 
 func (t *tx) Registrations(scope, group, after string, limit int) ([]*registration.Registration, error) {
-	return each(t, func(row scanner) (*registration.Registration, error) { return t.scanRegistration(scope, row) }, t.st.registrations, scope, group, after, limit)
+	scan := func(row scanner) (*registration.Registration, error) { return t.scanRegistration(scope, row) }
+	if group == "" {
+		return each(t, scan, t.st.allRegistrations, scope, after, limit)
+	}
+	return each(t, scan, t.st.registrations, scope, group, after, limit)
 }
 
 func (t *tx) Policy(scope, name string) (*registration.Policy, error) {

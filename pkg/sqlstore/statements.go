@@ -17,7 +17,7 @@ type statements struct {
 	byAuthority, authorityOwners, putAuthority, deleteAuthorities            *sql.Stmt
 	changedGroups, deletedGroups, putDeletedGroup, dropDeletedGroup          *sql.Stmt
 	registration, insertRegistration, updateRegistration, deleteRegistration *sql.Stmt
-	registrations, device, putDevice, policy, putPolicy                      *sql.Stmt
+	registrations, allRegistrations, device, putDevice, policy, putPolicy    *sql.Stmt
 	deviceBySerial, devices, devicesUnseen                                   *sql.Stmt
 	ending, putEnding, hasEndings, keyEnded                                  *sql.Stmt
 	grant, grantDocument, putGrant, addToGrant, orders, leases               *sql.Stmt
@@ -76,6 +76,7 @@ func (st *statements) all() []statement {
 		{&st.updateRegistration, `UPDATE registrations SET group_id = $3, version = version + 1, body = $4, device_key = $5 WHERE scope = $1 AND id = $2 AND version = $6`},
 		{&st.deleteRegistration, `DELETE FROM registrations WHERE scope = $1 AND id = $2`},
 		{&st.registrations, `SELECT version, body, device_key FROM registrations WHERE scope = $1 AND group_id = $2 AND group_id <> '' AND id > $3 ORDER BY id LIMIT $4`},
+		{&st.allRegistrations, `SELECT version, body, device_key FROM registrations WHERE scope = $1 AND id > $2 ORDER BY id LIMIT $3`},
 		{&st.device, deviceColumns + `WHERE scope = $1 AND id = $2`},
 		{&st.putDevice, `INSERT INTO devices (scope, id, group_id, serial, key_hash, revision, ended, state, station, order_id, grant_id, moved, seen, disabled)
 			VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)

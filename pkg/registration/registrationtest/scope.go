@@ -86,6 +86,32 @@ func tenants(t *testing.T, s registration.Store) {
 		return nil
 	})
 
+	// Emptied, it has its row and its policies still; every group that was there counts as deleted, and none that comes after.
+	update(t, s, func(tx registration.Tx) (err error) {
+		if done, err := tx.EmptyScope("0nea", 1); done || err != nil {
+			t.Errorf("more was there than one row: %v", err)
+		}
+		for done := false; !done && err == nil; {
+			done, err = tx.EmptyScope("0nea", 1)
+		}
+		return err
+	})
+	update(t, s, func(tx registration.Tx) error { return tx.PutRecord("0nea", group("after")) })
+	view(t, s, func(tx registration.Tx) error {
+		if w, d, err := tx.ChangedGroups("0nea", before); err != nil || len(w) != 1 || w[0].ID != "after" || len(d) != 1 || d[0] != "" {
+			t.Errorf("changed when all are gone: %v, %q, %v", w, d, err)
+		}
+		if sc, err := tx.Scope("0nea"); err != nil || len(sc.Hubs) != 2 {
+			t.Errorf("emptied: %+v, %v", sc, err)
+		}
+		if all, err := tx.Policies("0nea"); err != nil || len(all) != 1 {
+			t.Errorf("its policies: %v, %v", all, err)
+		}
+		if all, err := tx.Audits("0nea", "", 10); err != nil || len(all) != 0 {
+			t.Errorf("its audit record: %v, %v", all, err)
+		}
+		return nil
+	})
 	if err := registration.DeleteScope(t.Context(), s, "0neA", by, attesttest.Now); err != nil {
 		t.Fatal(err)
 	}

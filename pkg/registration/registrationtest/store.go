@@ -312,7 +312,22 @@ func registrations(t *testing.T, s registration.Store) {
 		}
 		return nil
 	})
-	update(t, s, func(tx registration.Tx) error { return tx.DeleteRegistration("scope", "dev") })
+	// All of a scope, by whatever they came in, and in pages; of no other scope.
+	update(t, s, func(tx registration.Tx) error {
+		return errors.Join(tx.PutRegistration("scope", &registration.Registration{ID: "alone"}), tx.PutRegistration("scopf", &registration.Registration{ID: "other"}))
+	})
+	view(t, s, func(tx registration.Tx) error {
+		if page, err := tx.Registrations("scope", "", "", 1); err != nil || len(page) != 1 || page[0].ID != "alone" || page[0].Version != 1 {
+			t.Errorf("the first of all: %v, %v", page, err)
+		}
+		if page, err := tx.Registrations("scope", "", "alone", 10); err != nil || len(page) != 1 || page[0].ID != "dev" {
+			t.Errorf("the rest of all: %v, %v", page, err)
+		}
+		return nil
+	})
+	update(t, s, func(tx registration.Tx) error {
+		return errors.Join(tx.DeleteRegistration("scope", "dev"), tx.DeleteRegistration("scope", "alone"), tx.DeleteRegistration("scopf", "other"))
+	})
 }
 
 func challenges(t *testing.T, s registration.Store) {
