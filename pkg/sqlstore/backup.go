@@ -12,9 +12,9 @@ import (
 // ErrDamaged says that a store, or a copy of one, is not what was written.
 var ErrDamaged = errors.New("damaged")
 
-// Copy writes a copy of a SQLite store, or of another file of SQLite's, to a new file, as the store was at one moment, and flushes it. The store may be in use,
-// by this process or another one: nobody waits, but what is written meanwhile stays in the write-ahead log until the copy is
-// done. In the copy secrets are sealed as they are in the store, and the data key is wrapped.
+// Copy writes a copy of a SQLite store, or of another file of SQLite's, to a new file, as the store was at one moment, and flushes
+// it. The store may be in use, by this process or another one: nobody waits, but what is written meanwhile stays in the write-ahead
+// log until the copy is done. In the copy secrets are sealed as they are in the store, and the data key is wrapped.
 func Copy(ctx context.Context, path, to string) (err error) {
 	if _, err := os.Stat(path); err != nil {
 		return err
