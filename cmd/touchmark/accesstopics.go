@@ -80,7 +80,8 @@ A SCOPE FOR EACH TENANT
     touchmark scope create plant-b --management service/management.connection
     touchmark scope show plant-b --management service/management.connection
   Operators of plant-b call plant-b.dps.example.net, with a policy of its own. touchmark policy show provisioningserviceowner
-  --scope plant-b --show-keys prints its connection string: put it into a file of mode 0600, with the service's ca.pem beside it. Its devices get its ID scope, and nothing else differs:
+  --scope plant-b --show-keys prints its connection string: put it into a file of mode 0600, with the service's ca.pem beside it. Its
+  devices get its ID scope, and nothing else differs:
     touchmark init line-b --id-scope 0ne…
   DNS: *.dps.example.net has to lead to the service. Its own certificate is for that name too; one of yours (--tls-cert) has to be.
   Bundles for it are taken from stations in scopes/ID-SCOPE/trust of the data directory, in lower case. Keys in them are sealed to a

@@ -118,7 +118,7 @@ func (a *app) printScope(s *operator.Scope) error {
 	}
 	network := s.Props.PublicNetworkAccess
 	if len(s.Props.IPRules) > 0 {
-		network += map[bool]string{true: ": IP rules do not count", false: ", to whom the IP rules let in"}[network == "Disabled"]
+		network += map[bool]string{true: ": IP rules do not count", false: ", for those whom the IP rules let in"}[network == "Disabled"]
 	}
 	var quotas, strict string
 	if t := s.Props.Touchmark; t != nil && t.Quotas != nil && t.StrictRoots != nil {

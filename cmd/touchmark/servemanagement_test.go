@@ -86,6 +86,43 @@ func (m *managedService) call(method, path, authorization, body string) (int, ma
 	return res.StatusCode, out
 }
 
+// scopes is where the scopes are.
+func (m *managedService) scopes() string {
+	return "/subscriptions/" + m.parts["Subscription"] + "/resourceGroups/" + m.parts["ResourceGroup"] + "/providers/Microsoft.Devices/provisioningServices/"
+}
+
+// deviceKey is what devices that come in have.
+var deviceKey = []byte("0123456789abcdef")
+
+// comeIn enrolls a device in a scope of dps.example.net, with more members, has it register, and returns what becomes of it.
+func (m *managedService) comeIn(name, scope, id, more string) map[string]any {
+	m.t.Helper()
+	_, keys := m.call("POST", m.scopes()+name+"/listkeys?api-version=2022-02-05", "", "")
+	policy, err := base64.StdEncoding.DecodeString(keys["value"].([]any)[0].(map[string]any)["primaryKey"].(string))
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	host, key := name+".dps.example.net", base64.StdEncoding.EncodeToString(deviceKey)
+	r, err := http.NewRequest("PUT", m.parts["Endpoint"]+"/enrollments/"+id+"?api-version=2021-10-01", strings.NewReader(
+		`{"registrationId":"`+id+`","attestation":{"type":"symmetricKey","symmetricKey":{"primaryKey":"`+key+`","secondaryKey":"`+key+`"}}`+more+`}`))
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	r.Host = host
+	r.Header.Set("Authorization", attesttest.ServiceToken(policy, host, "provisioningserviceowner", time.Now().Add(time.Hour)))
+	res, err := m.client.Do(r)
+	if err != nil || res.StatusCode != 200 {
+		m.t.Fatal(res, err)
+	}
+	res.Body.Close()
+	token := attesttest.Token(deviceKey, scope, id, time.Now().Add(time.Hour))
+	_, a := m.call("PUT", "/"+scope+"/registrations/"+id+"/register?api-version=2021-06-01", token, `{"registrationId":"`+id+`"}`)
+	for end := time.Now().Add(time.Minute); a["status"] == "assigning" && time.Now().Before(end); {
+		_, a = m.call("GET", fmt.Sprintf("/%s/registrations/%s/operations/%v?api-version=2021-06-01", scope, id, a["operationId"]), token, "")
+	}
+	return a
+}
+
 // The service of the first start can be managed by what it writes down: it is listed, changed, kept from being deleted, and its IP
 // rules hold for devices at once and after the next start, whose hubs stay linked. DPS-S 80.
 func TestManagement(t *testing.T) {
@@ -95,7 +132,7 @@ func TestManagement(t *testing.T) {
 	if ready["managementConnectionFile"] != filepath.Join(dir, "svc", "management.connection") {
 		t.Errorf("ready: %v", ready)
 	}
-	path := "/subscriptions/" + m.parts["Subscription"] + "/resourceGroups/" + m.parts["ResourceGroup"] + "/providers/Microsoft.Devices/provisioningServices/plant?api-version=2022-02-05"
+	path := m.scopes() + "plant?api-version=2022-02-05"
 	status, service := m.call("GET", path, "", "")
 	p, _ := service["properties"].(map[string]any)
 	if status != 200 || p["idScope"] != "0ne00112233" || "https://"+fmt.Sprint(p["serviceOperationsHostName"]) != m.parts["Endpoint"] || len(p["iotHubs"].([]any)) != 1 {
@@ -214,7 +251,7 @@ func TestTenantsPublicOnly(t *testing.T) {
 		}
 		startServe(t, dir, args...)
 		m := manage(t, dir)
-		base := "/subscriptions/" + m.parts["Subscription"] + "/resourceGroups/" + m.parts["ResourceGroup"] + "/providers/Microsoft.Devices/provisioningServices/"
+		base := m.scopes()
 		reached := func(what string, want bool) {
 			t.Helper()
 			if n := calls.Swap(0); n > 0 != want {
@@ -235,30 +272,8 @@ func TestTenantsPublicOnly(t *testing.T) {
 			t.Fatalf("%d %v", status, made)
 		}
 		scope := made["properties"].(map[string]any)["idScope"].(string)
-		_, keys := m.call("POST", base+"plant-b/listkeys?api-version=2022-02-05", "", "")
-		policy, err := base64.StdEncoding.DecodeString(keys["value"].([]any)[0].(map[string]any)["primaryKey"].(string))
-		if err != nil {
-			t.Fatal(err)
-		}
-		const host = "plant-b.dps.example.net"
 		for id, more := range map[string]string{"told": "", "asked": `,"allocationPolicy":"custom","customAllocationDefinition":{"webhookUrl":"` + inside.URL + `/","apiVersion":"2021-10-01"}`} {
-			enrollment := `{"registrationId":"` + id + `","attestation":{"type":"symmetricKey","symmetricKey":{"primaryKey":"` + key + `","secondaryKey":"` + key + `"}}` + more + `}`
-			r, err := http.NewRequest("PUT", m.parts["Endpoint"]+"/enrollments/"+id+"?api-version=2021-10-01", strings.NewReader(enrollment))
-			if err != nil {
-				t.Fatal(err)
-			}
-			r.Host = host
-			r.Header.Set("Authorization", attesttest.ServiceToken(policy, host, "provisioningserviceowner", time.Now().Add(time.Hour)))
-			res, err := m.client.Do(r)
-			if err != nil || res.StatusCode != 200 {
-				t.Fatal(res, err)
-			}
-			res.Body.Close()
-			token := attesttest.Token([]byte("0123456789abcdef"), scope, id, time.Now().Add(time.Hour))
-			_, a := m.call("PUT", "/"+scope+"/registrations/"+id+"/register?api-version=2021-06-01", token, `{"registrationId":"`+id+`"}`)
-			for end := time.Now().Add(time.Minute); a["status"] == "assigning" && time.Now().Before(end); {
-				_, a = m.call("GET", fmt.Sprintf("/%s/registrations/%s/operations/%v?api-version=2021-06-01", scope, id, a["operationId"]), token, "")
-			}
+			a := m.comeIn("plant-b", scope, id, more)
 			if a["status"] != "failed" {
 				t.Errorf("%t: %s: %v", flag, id, a)
 			}

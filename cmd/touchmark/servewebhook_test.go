@@ -12,9 +12,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
-	"github.com/touchmark/touchmark/pkg/attest/attesttest"
 	"github.com/touchmark/touchmark/pkg/hub/hubtest"
 )
 
@@ -69,42 +67,15 @@ func TestWebhookFlags(t *testing.T) {
 	flagged := append(serve, "--webhook-retries", "1", "--webhook-secret-file", "webhook.key", "--webhook-ca", "webhook-ca.pem")
 	cmd, _, _ := startServe(t, dir, flagged...)
 	m := manage(t, dir)
-	base := "/subscriptions/" + m.parts["Subscription"] + "/resourceGroups/" + m.parts["ResourceGroup"] + "/providers/Microsoft.Devices/provisioningServices/"
-	status, made := m.call("PUT", base+"plant-b?api-version=2022-02-05", "", `{"location":"global","sku":{"name":"S1"},"properties":{"iotHubs":[{"name":"hub-a.example.net","kind":"record","location":"x"}]}}`)
+	status, made := m.call("PUT", m.scopes()+"plant-b?api-version=2022-02-05", "", `{"location":"global","sku":{"name":"S1"},"properties":{"iotHubs":[{"name":"hub-a.example.net","kind":"record","location":"x"}]}}`)
 	if status != 201 {
 		t.Fatalf("%d %v", status, made)
 	}
 	other := made["properties"].(map[string]any)["idScope"].(string)
 
-	device := []byte("0123456789abcdef")
-	key := base64.StdEncoding.EncodeToString(device)
-	// register makes an enrollment that a webhook allocates, and returns what becomes of its device.
 	register := func(name, scope, id, url string) map[string]any {
 		t.Helper()
-		_, keys := m.call("POST", base+name+"/listkeys?api-version=2022-02-05", "", "")
-		policy, err := base64.StdEncoding.DecodeString(keys["value"].([]any)[0].(map[string]any)["primaryKey"].(string))
-		if err != nil {
-			t.Fatal(err)
-		}
-		host := name + ".dps.example.net"
-		r, err := http.NewRequest("PUT", m.parts["Endpoint"]+"/enrollments/"+id+"?api-version=2021-10-01", strings.NewReader(
-			`{"registrationId":"`+id+`","attestation":{"type":"symmetricKey","symmetricKey":{"primaryKey":"`+key+`","secondaryKey":"`+key+`"}},"allocationPolicy":"custom","customAllocationDefinition":{"webhookUrl":"`+url+`","apiVersion":"2021-10-01"}}`))
-		if err != nil {
-			t.Fatal(err)
-		}
-		r.Host = host
-		r.Header.Set("Authorization", attesttest.ServiceToken(policy, host, "provisioningserviceowner", time.Now().Add(time.Hour)))
-		res, err := m.client.Do(r)
-		if err != nil || res.StatusCode != 200 {
-			t.Fatal(res, err)
-		}
-		res.Body.Close()
-		token := attesttest.Token(device, scope, id, time.Now().Add(time.Hour))
-		_, a := m.call("PUT", "/"+scope+"/registrations/"+id+"/register?api-version=2021-06-01", token, `{"registrationId":"`+id+`"}`)
-		for end := time.Now().Add(time.Minute); a["status"] == "assigning" && time.Now().Before(end); {
-			_, a = m.call("GET", fmt.Sprintf("/%s/registrations/%s/operations/%v?api-version=2021-06-01", scope, id, a["operationId"]), token, "")
-		}
-		return a
+		return m.comeIn(name, scope, id, `,"allocationPolicy":"custom","customAllocationDefinition":{"webhookUrl":"`+url+`","apiVersion":"2021-10-01"}`)
 	}
 	if a := register("plant-a", "0ne00112233", "mine", own.URL); a["status"] != "assigned" {
 		t.Error(a)

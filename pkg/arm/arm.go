@@ -5,8 +5,8 @@
 // [registration.Scope]; its subscription and resource group are names that are kept with it, whatever they are. Callers are an
 // [access.Authenticator]'s, and may what their management rights in the service of that name say. What is changed is changed when
 // the answer goes out, so creating and updating are no long operations here; deleting may be one, and so may erasing, which
-// Azure has not: it goes on in the background and is taken up again by [Server.Resume]. Private endpoint connections are kept, and do nothing. A Server may be used by many
-// goroutines.
+// Azure has not: it goes on in the background and is taken up again by [Server.Resume]. Private endpoint connections are kept,
+// and do nothing. A Server may be used by many goroutines.
 //
 // Bodies are bounded, and what this service has not is refused, where leaving it out would let the caller think that it has. The
 // contract is that of api-version 2022-02-05; every other date is taken too (service API, section 3).
