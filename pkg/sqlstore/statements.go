@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	// also registers the driver
 )
 
 // statements are prepared once per database.
