@@ -22,7 +22,7 @@ func TestWritesAfterErasure(t *testing.T) {
 	res, err := s.Service.Import(t.Context(), func(yield func(bundle.Entry, error) bool) {
 		for i := range 5000 {
 			if i == 3500 { // of which 3000 are written, or are being
-				if err := registration.DeleteScope(t.Context(), s.Store, registrationtest.Scope, by, s.Now()); err != nil {
+				if err := registrationtest.DeleteScope(t.Context(), s.Store, registrationtest.Scope, by, s.Now()); err != nil {
 					t.Error(err)
 				}
 			}
@@ -93,7 +93,7 @@ func TestErasedScope(t *testing.T) {
 		t.Fatal(err)
 	}
 	say(a) // what is not written yet must not be written later
-	if err := registration.EraseScope(t.Context(), f.Store, registrationtest.Scope, by, f.Now()); err != nil {
+	if err := registrationtest.EraseScope(t.Context(), f.Store, registrationtest.Scope, by, f.Now()); err != nil {
 		t.Fatal(err)
 	}
 	if err := attempts.Flush(t.Context()); err != nil {
@@ -143,7 +143,7 @@ func TestErasedScope(t *testing.T) {
 			t.Errorf("enrolled anew: %s", got)
 		}
 	}
-	if err := registration.EraseScope(t.Context(), f.Store, registrationtest.Scope, by, f.Now()); err != nil {
+	if err := registrationtest.EraseScope(t.Context(), f.Store, registrationtest.Scope, by, f.Now()); err != nil {
 		t.Fatal(err)
 	}
 	for _, s := range []*registration.Service{b, a} {
@@ -168,7 +168,7 @@ func TestImportAcrossErasure(t *testing.T) {
 					})
 				}
 				s.Advance(time.Second)
-				if err := registration.EraseScope(t.Context(), s.Store, registrationtest.Scope, by, s.Now()); err != nil {
+				if err := registrationtest.EraseScope(t.Context(), s.Store, registrationtest.Scope, by, s.Now()); err != nil {
 					t.Error(err)
 				}
 			}
@@ -205,7 +205,7 @@ func TestErasureOfScopeCutOff(t *testing.T) {
 		return sc
 	}
 	for range 2 {
-		if err := registration.EraseScope(t.Context(), store, registrationtest.Scope, by, s.Now()); !errors.Is(err, store.err) {
+		if err := registrationtest.EraseScope(t.Context(), store, registrationtest.Scope, by, s.Now()); !errors.Is(err, store.err) {
 			t.Fatal(err)
 		}
 		if sc := scope(); !sc.Deleting || sc.Erasing == nil || sc.Hub("a.example") == nil {
@@ -220,12 +220,12 @@ func TestErasureOfScopeCutOff(t *testing.T) {
 		t.Errorf("%t, %v, %+v", gone, err, scope())
 	}
 	store.err = errors.New("the process dies")
-	_ = registration.EraseScope(t.Context(), store, registrationtest.Scope, by, s.Now())
+	_ = registrationtest.EraseScope(t.Context(), store, registrationtest.Scope, by, s.Now())
 	store.err = nil
-	if err := registration.DeleteScope(t.Context(), store, registrationtest.Scope, by, s.Now()); err != nil || !scope().Deleting || scope().Erasing != nil || scope().Hub("a.example") != nil {
+	if err := registrationtest.DeleteScope(t.Context(), store, registrationtest.Scope, by, s.Now()); err != nil || !scope().Deleting || scope().Erasing != nil || scope().Hub("a.example") != nil {
 		t.Errorf("%v, %+v", err, scope())
 	}
-	if err := registration.EraseScope(t.Context(), store, registrationtest.Scope, by, s.Now()); err != nil || !scope().Deleting {
+	if err := registrationtest.EraseScope(t.Context(), store, registrationtest.Scope, by, s.Now()); err != nil || !scope().Deleting {
 		t.Errorf("what is deleted does not come back: %v, %+v", err, scope())
 	}
 }
@@ -235,7 +235,7 @@ func TestErasureCutOff(t *testing.T) {
 	s := newSite(t, registration.HubRecord, "a.example")
 	store := &scrubbed{Store: s.Store, err: errors.New("the process dies")}
 	del := func() error {
-		return registration.DeleteScope(t.Context(), store, registrationtest.Scope, registration.Actor{Name: "test"}, s.Now())
+		return registrationtest.DeleteScope(t.Context(), store, registrationtest.Scope, registration.Actor{Name: "test"}, s.Now())
 	}
 	left := func() (all []*registration.Scope) {
 		if err := s.Store.View(t.Context(), func(tx registration.Tx) (err error) { all, err = tx.Scopes("", 10); return err }); err != nil {

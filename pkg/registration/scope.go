@@ -253,35 +253,16 @@ func Deleted(tx Tx, scope string) (bool, error) {
 // eraseAtOnce is how many rows of a deleted scope one transaction removes.
 const eraseAtOnce = 2000
 
-// DeleteScope deletes a scope with everything that is kept of it: nobody is let in from its first write on, and the rest goes
-// in small transactions. One that was interrupted goes on when it is called again. ErrNotFound: there is none of that ID.
-func DeleteScope(ctx context.Context, store Store, id string, by Actor, now time.Time) error {
-	err := CloseScope(ctx, store, id, by, "", now)
-	if err == nil {
-		_, err = EndErasure(ctx, store, id, now)
-	}
-	return err
-}
-
 // An Erasure is who has a scope erased.
 type Erasure struct {
 	By    Actor     `json:"by"`
 	Begun time.Time `json:"begun"`
 }
 
-// EraseScope removes everything that is kept of a scope's devices, and the audit record, as DeleteScope does, and then lets the scope
-// go on with nothing in it: with its name and ID, its settings and linked hubs, its policies, and the counts of its usage. Nobody is
-// let in meanwhile. The audit record begins anew, with who did this. ErrNotFound: there is none of that ID.
-func EraseScope(ctx context.Context, store Store, id string, by Actor, now time.Time) error {
-	err := BeginErasure(ctx, store, id, by, now)
-	if err == nil {
-		_, err = EndErasure(ctx, store, id, now)
-	}
-	return err
-}
-
-// BeginErasure is the first step of EraseScope, after which nobody is let in and there is no way back. A scope that is being deleted
-// is left to that.
+// BeginErasure begins to remove everything that is kept of a scope's devices, and the audit record: from here on nobody is let in and
+// there is no way back. EndErasure does the rest, and then lets the scope go on with nothing in it: with its name and ID, its settings
+// and linked hubs, its policies, and the counts of its usage. The audit record begins anew, with who did this. A scope that is being
+// deleted is left to that. ErrNotFound: there is none of that ID.
 func BeginErasure(ctx context.Context, store Store, id string, by Actor, now time.Time) error {
 	return store.Update(ctx, func(tx Tx) error {
 		sc, err := tx.Scope(dps.Fold(id))
@@ -293,8 +274,8 @@ func BeginErasure(ctx context.Context, store Store, id string, by Actor, now tim
 	})
 }
 
-// EndErasure brings to its end what CloseScope or BeginErasure began, and reports whether the scope is gone. Any number of callers may
-// be at it: each finds less to do.
+// EndErasure brings to its end what CloseScope or BeginErasure began, in small transactions, and reports whether the scope is gone. One
+// that was interrupted goes on when it is called again, and any number of callers may be at it: each finds less to do.
 func EndErasure(ctx context.Context, store Store, id string, now time.Time) (gone bool, err error) {
 	scrubbed := false
 	for done := false; !done && err == nil; {
@@ -344,7 +325,8 @@ type Scrubber interface {
 	Scrub(ctx context.Context) error
 }
 
-// CloseScope is the first step of DeleteScope, after which nobody is let in and there is no way back. A scope's audit record goes
+// CloseScope begins to delete a scope with everything that is kept of it: from here on nobody is let in and there is no way back, and
+// EndErasure does the rest. ErrNotFound: there is none of that ID. A scope's audit record goes
 // with it: that it was deleted is written into that of another scope, unless witness is empty.
 func CloseScope(ctx context.Context, store Store, id string, by Actor, witness string, now time.Time) error {
 	return store.Update(ctx, func(tx Tx) error {

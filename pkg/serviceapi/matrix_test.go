@@ -373,7 +373,7 @@ func TestIsolationMatrix(t *testing.T) {
 	}
 
 	// A scope that is deleted lets nobody in, and its name is nobody's.
-	if err := registration.DeleteScope(t.Context(), d.Store, otherScope, start, d.Now()); err != nil {
+	if err := registrationtest.DeleteScope(t.Context(), d.Store, otherScope, start, d.Now()); err != nil {
 		t.Fatal(err)
 	}
 	theirs.want(t, 401, dps.CodeUnauthorized, "GET", "/enrollments/own-key", "")

@@ -77,7 +77,7 @@ func caCertificates(t *testing.T, s registration.Store) {
 	if err := s.Update(t.Context(), func(tx registration.Tx) error { return tx.DeleteCACertificate("scope", "plant") }); !errors.Is(err, registration.ErrNotFound) {
 		t.Errorf("deleted again: %v", err)
 	}
-	if err := registration.DeleteScope(t.Context(), s, "other", registration.Actor{}, attesttest.Now); !errors.Is(err, registration.ErrNotFound) {
+	if err := DeleteScope(t.Context(), s, "other", registration.Actor{}, attesttest.Now); !errors.Is(err, registration.ErrNotFound) {
 		t.Errorf("a scope without a row: %v", err)
 	}
 }

@@ -1,6 +1,7 @@
 package registrationtest
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"testing"
@@ -112,10 +113,10 @@ func tenants(t *testing.T, s registration.Store) {
 		}
 		return nil
 	})
-	if err := registration.DeleteScope(t.Context(), s, "0neA", by, attesttest.Now); err != nil {
+	if err := DeleteScope(t.Context(), s, "0neA", by, attesttest.Now); err != nil {
 		t.Fatal(err)
 	}
-	if err := registration.DeleteScope(t.Context(), s, "0neA", by, attesttest.Now); err != nil {
+	if err := DeleteScope(t.Context(), s, "0neA", by, attesttest.Now); err != nil {
 		t.Errorf("deleted again: %v", err)
 	}
 	view(t, s, func(tx registration.Tx) error {
@@ -151,4 +152,22 @@ func tenants(t *testing.T, s registration.Store) {
 	if err := edit("0neD", "plant-a"); err != nil {
 		t.Errorf("the name is free again: %v", err)
 	}
+}
+
+// DeleteScope deletes a scope, from the first step to the last.
+func DeleteScope(ctx context.Context, store registration.Store, id string, by registration.Actor, now time.Time) error {
+	err := registration.CloseScope(ctx, store, id, by, "", now)
+	if err == nil {
+		_, err = registration.EndErasure(ctx, store, id, now)
+	}
+	return err
+}
+
+// EraseScope erases a scope, from the first step to the last.
+func EraseScope(ctx context.Context, store registration.Store, id string, by registration.Actor, now time.Time) error {
+	err := registration.BeginErasure(ctx, store, id, by, now)
+	if err == nil {
+		_, err = registration.EndErasure(ctx, store, id, now)
+	}
+	return err
 }
